@@ -1,0 +1,11 @@
+"""SFTMix's loss: next-token plus Mixup from hidden states, without storing full-vocabulary logits.
+
+>>> from sftmix_kernels import sftmix_loss
+"""
+
+from .functional import linear_cross_entropy, sftmix_loss, token_stats
+from .head import LossHead
+from .reference import SFTMixLoss, TokenStats
+
+__version__ = "0.1.0"
+__all__ = ["LossHead", "SFTMixLoss", "TokenStats", "linear_cross_entropy", "sftmix_loss", "token_stats"]

@@ -1,0 +1,106 @@
+"""The custom operators: opcheck, compile, double backward, memory."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from sftmix_kernels import ops, sftmix_loss, token_stats
+from tests.parity import make_case
+
+# Inductor needs a C++ compiler for CPU code; without one the same graph runs through aot_eager.
+BACKENDS = ["aot_eager"] + (["inductor"] if shutil.which("g++") or shutil.which("clang++") else [])
+
+
+def op_arguments(dtype: torch.dtype = torch.float32, needs: tuple[bool, bool, bool] = (True, True, True)) -> tuple[Any, ...]:
+    case = make_case(20, 33, 16, num_pairs=6, bias=True, dtype=dtype)
+    assert case.bias is not None
+    tensors = [t.requires_grad_(n) for t, n in zip((case.hidden, case.weight, case.bias), needs)]
+    return (*tensors, case.target, case.lam, torch.rand(20).double(), torch.rand(6).double(), 0.0, 1.0, *needs, 4096)
+
+
+@pytest.mark.parametrize("op", [ops.chunked_fwd, ops.fused_fwd], ids=["chunked", "fused"])
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
+def test_opcheck_of_the_loss(op: Any, needs: tuple[bool, bool, bool]) -> None:
+    torch.library.opcheck(op, op_arguments(needs=needs))
+
+
+def test_opcheck_of_the_backwards_and_statistics() -> None:
+    *tensors, target, lam, row_coef, pair_coef = op_arguments(needs=(False, False, False))[:7]
+    hidden, weight, bias = tensors
+    made = ops.chunked_fwd(hidden, weight, bias, target, lam, row_coef, pair_coef, 0.0, 1.0, True, True, True, 4096)
+    torch.library.opcheck(ops.chunked_bwd, (torch.tensor(2.0), *made[5:], torch.float32))
+    lse, lse_x = torch.randn(20), torch.randn(6)
+    statistics = (lam, row_coef, pair_coef, lse, lse_x, 0.0, 1.0, True, True, True, 4096)
+    torch.library.opcheck(ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
+    for op in (ops.chunked_stats, ops.fused_stats):
+        torch.library.opcheck(op, (hidden, weight, bias, target, 0.0, 1.0, 4096))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_function_is_one_graph_and_bitwise_equal(impl: str, backend: str) -> None:
+    case = make_case(20, 33, 16, num_pairs=6, bias=True, ignored=(3,))
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor, denominator: torch.Tensor) -> Any:
+        out = sftmix_loss(
+            hidden * 2, weight, case.target, case.lam, bias=case.bias, ntp_denominator=denominator, impl=impl
+        )
+        stats = token_stats(hidden, weight, case.target, impl=impl)
+        return out.loss * 3, out.nll, out.is_top1, out.mixup_nll, stats.entropy
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    results = []
+    for function in (step, compiled):
+        hidden, weight = (t.detach().clone().requires_grad_() for t in (case.hidden, case.weight))
+        out = function(hidden, weight, torch.tensor(12))
+        out[0].backward()
+        results.append((*out, hidden.grad, weight.grad))
+    for eager, other in zip(*results):
+        assert torch.equal(eager, other)
+
+
+def test_a_changing_denominator_does_not_recompile() -> None:
+    case = make_case(20, 33, 16, num_pairs=6)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def loss(denominator: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return sftmix_loss(
+            case.hidden, case.weight, case.target, case.lam, ntp_denominator=denominator, mixup_weight=weight
+        ).loss
+
+    values = [loss(torch.tensor(n), torch.tensor(0.1 * n)).item() for n in range(1, 6)]
+    assert counter.frame_count == 1 and len(set(values)) == 5
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_double_backward_is_refused(impl: str) -> None:
+    case = make_case(8, 9, 4, num_pairs=2)
+    hidden = case.hidden.requires_grad_()
+    loss = sftmix_loss(hidden, case.weight, case.target, case.lam, impl=impl).loss
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_retained_graph_gives_the_same_gradient_twice(impl: str) -> None:
+    case = make_case(8, 9, 4, num_pairs=2)
+    hidden = case.hidden.requires_grad_()
+    loss = sftmix_loss(hidden, case.weight, case.target, case.lam, impl=impl).loss
+    first = torch.autograd.grad(loss, hidden, grad_outputs=torch.tensor(3.0), retain_graph=True)[0]
+    second = torch.autograd.grad(loss, hidden)[0]
+    torch.testing.assert_close(first, 3 * second, rtol=1e-6, atol=0)
+
+
+def test_statistics_are_detached() -> None:
+    case = make_case(8, 9, 4, num_pairs=2)
+    out = sftmix_loss(case.hidden.requires_grad_(), case.weight, case.target, case.lam)
+    assert out.loss.requires_grad
+    assert not any(t.requires_grad for t in (out.nll, out.lse, out.is_top1, out.mixup_nll))

@@ -1,0 +1,219 @@
+"""``chunked`` and ``fused`` (Triton, in the interpreter where there is no GPU) against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
+from tests.parity import Case, assert_parity, assert_within_contract, make_case, run
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# bfloat16 products are wrong in Triton's interpreter, so fused bfloat16 is a GPU test (tests/gpu).
+SERVED = [("chunked", F32), ("chunked", F16), ("chunked", BF16), ("fused", F32), ("fused", F16)]
+served = pytest.mark.parametrize("impl,dtype", SERVED, ids=[f"{i}-{str(d)[6:]}" for i, d in SERVED])
+
+# N, V, D, M, and why this shape.
+SHAPES = [
+    (32, 64, 32, 16, "everything a multiple of 16, no unpaired row"),
+    (33, 131, 50, 13, "nothing a multiple of anything, 7 unpaired rows"),
+    (1, 1, 1, 0, "the smallest: one class, p = 1"),
+    (2, 300, 3, 1, "one pair, D below a tile's smallest block"),
+    (70, 17, 129, 5, "V below a block, D just past one, mostly unpaired"),
+    (65, 257, 40, 0, "plain next-token loss, each size one past a power of two"),
+]
+
+
+@served
+@pytest.mark.parametrize("shape", SHAPES, ids=[s[4] for s in SHAPES])
+def test_shapes(impl: str, dtype: torch.dtype, shape: tuple[int, int, int, int, str]) -> None:
+    num_rows, vocab_size, width, num_pairs, _ = shape
+    case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype)
+    assert_parity(case, impl=impl, scratch_bytes=6 * 4 * vocab_size * 3)
+
+
+@served
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, None])
+def test_lam(impl: str, dtype: torch.dtype, lam: float | None) -> None:
+    assert_parity(make_case(40, 90, 24, num_pairs=17, dtype=dtype, lam=lam), impl=impl)
+
+
+@served
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 4.0}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.7}, {"mixup_weight": 1.5}],
+    ids=str,
+)
+def test_bias_softcap_scale_and_weight(impl: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    assert_parity(make_case(37, 70, 20, num_pairs=15, dtype=dtype, bias=True, **options), impl=impl)
+
+
+@served
+def test_row_and_pair_weights_and_denominators(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(37, 70, 20, num_pairs=15, dtype=dtype)
+    case.options = {
+        "row_weight": torch.rand(37), "pair_weight": torch.rand(15) * 3, "ntp_denominator": 3001,
+        "mixup_denominator": torch.tensor(7), "mixup_weight": torch.tensor(0.4),
+    }  # fmt: skip
+    case.options["row_weight"][5] = 0
+    assert_parity(case, impl=impl)
+
+
+@served
+@pytest.mark.parametrize("ignore_index", [-100, 0, 69])
+def test_ignored_on_either_side_of_a_pair(impl: str, dtype: torch.dtype, ignore_index: int) -> None:
+    """Rows 0 (confident), 16 (a partner), 2 and 17 (both members of one pair) and 36 (unpaired)."""
+    case = make_case(37, 70, 20, num_pairs=15, dtype=dtype, ignored=(0, 16, 2, 17, 36), ignore_index=ignore_index)
+    out = assert_parity(case, impl=impl)
+    assert out["mixup_nll"][0] == 0 and out["mixup_nll"][1] == 0 and out["mixup_nll"][2] == 0
+    assert out["nll"][0] == 0 and out["nll"][1] > 0 and not out["dhidden"][2].any()
+
+
+@served
+@pytest.mark.parametrize("num_rows,num_pairs", [(12, 5), (0, 0), (3, 0)])
+def test_all_ignored_and_no_rows_give_zero_attached_to_the_graph(
+    impl: str, dtype: torch.dtype, num_rows: int, num_pairs: int
+) -> None:
+    case = make_case(num_rows, 20, 8, num_pairs=num_pairs, dtype=dtype, ignored=tuple(range(num_rows)))
+    out = run(case, impl=impl)
+    assert out["loss"] == 0
+    assert out["dhidden"].shape == (num_rows, 8) and not out["dhidden"].any()
+    assert out["dweight"].shape == (20, 8) and not out["dweight"].any()
+
+
+@served
+def test_equal_labels_in_a_pair(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(20, 50, 16, num_pairs=10, dtype=dtype)
+    case.target[10:] = case.target[:10]
+    assert_parity(case, impl=impl)
+
+
+@served
+def test_target_in_the_last_column(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(20, 131, 16, num_pairs=8, dtype=dtype)
+    case.target[:] = 130
+    assert_parity(case, impl=impl)
+
+
+def peaked_case(dtype: torch.dtype, *, num_pairs: int, margin: float = 20.0) -> Case:
+    """Orthogonal one-hot rows: each target's logit stands ``margin`` above 63 others, exactly in every dtype."""
+    hidden = torch.eye(64)[torch.arange(24) % 8] * margin
+    weight = torch.eye(64)
+    return Case(hidden.to(dtype), weight.to(dtype), torch.arange(24) % 8, torch.rand(num_pairs), None, {})
+
+
+@served
+@pytest.mark.parametrize("num_pairs", [0, 8])
+def test_target_gradient_at_high_confidence(impl: str, dtype: torch.dtype, num_pairs: int) -> None:
+    """p = 0.99999987 at the target: 1 - p must survive. Rounding p first would give 0 or 100 % error."""
+    case = peaked_case(dtype, num_pairs=num_pairs)
+    truth = run(case, impl="reference", dtype=torch.float64)
+    ours = run(case, impl=impl)
+    assert (truth["nll"][:8] < 1.5e-7).all() and (truth["dhidden"][0, 0] != 0)
+    picked = case.target[:, None]
+    got, want = (t["dhidden"].double().gather(1, picked) for t in (ours, truth))
+    # p itself is known to float32 relative precision through logprob, whose absolute error is an ulp of the logit.
+    torch.testing.assert_close(got, want, rtol=0, atol=float(4e-6 / 24 + torch.finfo(dtype).eps * want.abs().max()))
+    if dtype is F32:
+        assert_within_contract("dhidden", *(r["dhidden"] for r in (ours, run(case, impl="reference"), truth)))
+
+
+@served
+@pytest.mark.parametrize("num_pairs", [0, 8])
+def test_logits_of_ten_thousand(impl: str, dtype: torch.dtype, num_pairs: int) -> None:
+    case = make_case(24, 40, 16, num_pairs=num_pairs, dtype=F32, logit_std=1e4)
+    case.hidden, case.weight = case.hidden.to(dtype), case.weight.to(dtype)
+    assert_parity(case, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+@pytest.mark.parametrize("num_pairs", [0, 10])
+def test_float16_with_an_upstream_gradient_of_65536(impl: str, num_pairs: int) -> None:
+    assert_parity(make_case(4096, 60, 16, num_pairs=num_pairs, dtype=F16, upstream=2.0**16), impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_float16_gradients_of_many_rows_do_not_flush_to_zero(impl: str) -> None:
+    """1/N would push most dlogits under float16's smallest number if they were rounded after it."""
+    case = make_case(8192, 128, 8, dtype=F16)
+    truth, ours = run(case, impl="reference", dtype=torch.float64), run(case, impl=impl)
+    error = (ours["dweight"].double() - truth["dweight"]).norm() / truth["dweight"].norm()
+    assert error < 1e-3
+
+
+@served
+def test_mixup_weight_zero_is_next_token_loss_bit_for_bit(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(20, 50, 16, num_pairs=8, dtype=dtype)
+    plain = Case(case.hidden, case.weight, case.target, case.lam[:0])
+    zero, ntp = run(case, impl=impl, mixup_weight=0), run(plain, impl=impl)
+    for name in ("loss", "nll", "lse", "dhidden", "dweight"):
+        assert torch.equal(zero[name], ntp[name]), name
+    assert zero["mixup_nll"].shape == (8,) and zero["mixup_nll"].isnan().all()
+    tensor = run(case, impl=impl, mixup_weight=torch.tensor(0.0))
+    assert not tensor["mixup_nll"].isnan().any()
+
+
+@served
+def test_two_runs_are_bitwise_equal(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(37, 131, 50, num_pairs=13, dtype=dtype, bias=True)
+    first, second = run(case, impl=impl), run(case, impl=impl)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@served
+def test_top1_and_token_stats(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(33, 70, 24, dtype=dtype, ignored=(4,), bias=True, softcap=5.0)
+    args = {"bias": case.bias, "softcap": 5.0}
+    ours = token_stats(case.hidden, case.weight, case.target, impl=impl, **args)
+    torch_ = token_stats(case.hidden, case.weight, case.target, impl="reference", **args)
+    wide = {"bias": case.bias.double(), "softcap": 5.0} if case.bias is not None else {}
+    truth = token_stats(case.hidden.double(), case.weight.double(), case.target, impl="reference", **wide)
+    for name in ("logprob", "lse", "entropy"):
+        assert_within_contract(name, *(getattr(r, name) for r in (ours, torch_, truth)))
+    margin = (case.hidden.double() @ case.weight.double().T + wide["bias"]).topk(2, dim=1).values.diff().abs().squeeze()
+    clear = margin > 0.1  # elsewhere a 16-bit logit may tip it
+    assert clear.sum() > 20 and torch.equal(ours.is_top1[clear], truth.is_top1[clear])
+
+
+@served
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_is_torchs(impl: str, dtype: torch.dtype, reduction: str) -> None:
+    case = make_case(30, 70, 24, dtype=dtype, ignored=(4,), bias=True)
+    assert case.bias is not None
+    hidden = case.hidden.view(5, 6, 24).requires_grad_()
+    loss = linear_cross_entropy(
+        hidden, case.weight, case.target.view(5, 6), bias=case.bias, reduction=reduction, impl=impl
+    )
+    logits = case.hidden.double() @ case.weight.double().T + case.bias.double()
+    truth = torch.nn.functional.cross_entropy(logits, case.target, reduction=reduction)
+    torch.testing.assert_close(loss.double(), truth, rtol={F32: 1e-6, F16: 1e-3, BF16: 8e-3}[dtype], atol=0)
+    loss.backward()
+    assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+    one = linear_cross_entropy(case.hidden[0], case.weight, case.target[0], bias=case.bias, impl=impl)
+    torch.testing.assert_close(
+        one.double(), torch.nn.functional.cross_entropy(logits[0], case.target[0]), rtol=1e-2, atol=1e-2
+    )
+
+
+@served
+def test_frozen_inputs_get_no_gradient(impl: str, dtype: torch.dtype) -> None:
+    case = make_case(20, 50, 16, num_pairs=8, dtype=dtype)
+    both = run(case, impl=impl)
+    for frozen, name in (("weight", "dhidden"), ("hidden", "dweight")):
+        tensors = {k: getattr(case, k).clone().requires_grad_(k != frozen) for k in ("hidden", "weight")}
+        sftmix_loss(tensors["hidden"], tensors["weight"], case.target, case.lam, impl=impl).loss.backward()
+        assert tensors[frozen].grad is None
+        other = "hidden" if frozen == "weight" else "weight"
+        assert torch.equal(tensors[other].grad, both[name])
+
+
+@served
+def test_strided_inputs(impl: str, dtype: torch.dtype) -> None:
+    """Transposed weight and every second column of hidden give what their contiguous copies give."""
+    case = make_case(20, 50, 16, num_pairs=8, dtype=dtype)
+    strided = Case(
+        torch.stack([case.hidden, case.hidden], dim=2).flatten(1)[:, ::2],
+        case.weight.t().contiguous().t(), case.target, case.lam,
+    )  # fmt: skip
+    assert not strided.hidden.is_contiguous() and not strided.weight.is_contiguous()
+    assert_parity(strided, impl=impl)
