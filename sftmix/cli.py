@@ -1,0 +1,220 @@
+"""The command line: ``sftmix run`` for everything, a command for each stage, ``sftmix demo``.
+
+Every knob is a flag: ``--train.epochs 2`` (or ``--train.epochs=2``). Flags win over ``--config FILE``, which wins
+over the run folder's config.yaml. Bad input ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sftmix.config import CONFIG_FILE, Config, describe, load_config, override, read_config, save_config
+from sftmix.progress import console, say
+
+app = typer.Typer(
+    help="SFTMix instruction tuning. Every knob is a flag, e.g. --train.epochs 2; `sftmix knobs` lists them.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+RunDir = Annotated[str, typer.Argument(help="run folder", show_default=False)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of knobs")]
+
+
+def knob_flags(extra: list[str]) -> list[str]:
+    """``--a.b 1``, ``--a.b=1`` and ``a.b=1`` as ``a.b=1``. Raises ``ValueError`` for anything else."""
+    flags, words = [], iter(extra)
+    for word in words:
+        if not word.startswith("--") and "=" not in word:
+            raise ValueError(f"flag: expected --knob value or knob=value, got {word!r}")
+        if "=" not in word:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"{word}: expected a value after it, got {value or 'nothing'}")
+            word = f"{word}={value}"
+        flags.append(word.removeprefix("--"))
+    return flags
+
+
+def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
+    """The run's configuration from its folder, a file and flags; written to the folder.
+
+    Raises ``ValueError`` for a folder that holds files but no readable config.yaml and is given no file or flags
+    to make one, and for bad knobs.
+    """
+    flags = knob_flags(extra)
+    recorded = Path(run_dir) / CONFIG_FILE
+    if config_file is not None or not recorded.exists():
+        config = load_config(config_file, [f"run_dir={run_dir}", *flags])
+    else:
+        config = override(read_config(run_dir), flags)
+    from sftmix.parallel import is_main, join_world, local_device
+
+    join_world(local_device())
+    if is_main():
+        save_config(config, recorded)
+    return config
+
+
+def default_run_dir(data: str, model: str) -> str:
+    """runs/<data>-<model>, from their last path parts."""
+    stem = Path(data).name.split(".")[0]
+    return str(Path("runs") / f"{stem}-{Path(model).name}")
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def run(
+    ctx: typer.Context,
+    data: Annotated[str | None, typer.Option(help="training examples: a file or a datasets id")] = None,
+    model: Annotated[str | None, typer.Option(help="model: a folder or a hub id; `demo` is the demo's")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="run folder; by default runs/<data>-<model>")] = None,
+    config: ConfigFile = None,
+    baseline: Annotated[bool, typer.Option(help="also train plain NTP on the same batches")] = True,
+) -> None:
+    """All stages: reference, score, split, train, evaluate, plot. Start it again to go on where it stopped."""
+    from sftmix import stages
+
+    extra = list(ctx.args)
+    extra += [f"data.train={data}"] if data is not None else []
+    extra += _model_flags(model)
+    if run_dir is None:
+        given = load_config(config, ["run_dir=unset", *knob_flags(extra)])
+        run_dir = given.run_dir if given.run_dir != "unset" else default_run_dir(given.data.train, model or given.model.name)
+    session = _session(resolve(run_dir, config, extra))
+    method = session.config.train.method
+    stages.run(session, stages.METHODS if baseline and method == "sftmix" else (method,))
+    show_results(session.config.run_dir)
+
+
+def _model_flags(model: str | None) -> list[str]:
+    if model is None:
+        return []
+    if model != "demo":
+        return [f"model.name={model}"]
+    from sftmix.demo import find_smollm2
+
+    folder, gguf_file = find_smollm2()
+    return [f"model.name={folder}", f"model.gguf_file={gguf_file}"]
+
+
+def _session(config: Config) -> Any:
+    from sftmix.session import Session
+
+    return Session(config)
+
+
+def _stage(name: str, run_dir: str, config: Path | None, extra: list[str]) -> Any:
+    """Run one stage of a run folder; the session it ran in."""
+    from sftmix import stages
+
+    session = _session(resolve(run_dir, config, extra))
+    getattr(stages, name)(session)
+    return session
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def reference(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Train the reference and save its weights at each scoring point."""
+    _stage("reference", run_dir, config, ctx.args)
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def score(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Score every training example at each scoring point: dynamics.parquet."""
+    _stage("score", run_dir, config, ctx.args)
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Cut the examples at their median confidence: split.parquet."""
+    _stage("split", run_dir, config, ctx.args)
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
+    from sftmix import stages
+
+    session = _session(resolve(run_dir, config, ctx.args))
+    stages.train(session, session.config.train.method)
+    say(f"model: {session.folder.model(session.config.train.method)}")
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Held-out NLL, perplexity, token accuracy and sample answers of the base and the trained models."""
+    _stage("evaluate", run_dir, config, ctx.args)
+    show_results(run_dir)
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+    """Draw the data map, the loss curves and the confidence histogram."""
+    from sftmix import stages
+
+    for path in stages.plot(_session(resolve(run_dir, config, ctx.args))):
+        say(path)
+
+
+@app.command(context_settings=KNOBS_AS_FLAGS)
+def demo(
+    ctx: typer.Context,
+    run_dir: Annotated[str, typer.Option(help="run folder")] = "runs/demo",
+    minutes: Annotated[float, typer.Option(help="time to aim at; decides how many examples are used")] = 5.0,
+) -> None:
+    """Fine-tune SmolLM2-135M with SFTMix on questions about Python's standard library."""
+    from sftmix import stages
+    from sftmix.demo import prepare
+
+    config = prepare(run_dir, minutes=minutes, flags=knob_flags(ctx.args))
+    stages.run(_session(config))
+    show_results(run_dir)
+
+
+@app.command()
+def knobs() -> None:
+    """List every knob with its default and meaning."""
+    table = Table("knob", "default", "meaning")
+    for name, default, meaning in describe():
+        table.add_row(name, str(default), meaning)
+    console.print(table)
+
+
+def show_results(run_dir: str) -> None:
+    """The closing table and paths of a run, on the main process."""
+    from sftmix.parallel import is_main
+    from sftmix.report import results_table, samples_table
+    from sftmix.run_folder import RunFolder
+
+    if not is_main():
+        return
+    folder = RunFolder(run_dir)
+    if folder.evaluation.exists():
+        samples = samples_table(folder)
+        for table in (samples, results_table(folder)):
+            if table is not None:
+                console.print(table)
+    for path in sorted(folder.plots.glob("*.png")):
+        say(f"picture: {path}")
+    for method in ("ntp", "sftmix"):
+        if folder.model(method).exists():
+            say(f"model ({method}): {folder.model(method)}")
+
+
+def main() -> None:
+    """Entry point: a ``ValueError`` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ValueError as error:
+        print(f"sftmix: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sftmix: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

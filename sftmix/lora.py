@@ -1,0 +1,128 @@
+"""LoRA adapters (peft) on the linear layers of the decoder's blocks.
+
+The frozen base keeps its dtype, the adapters are float32, and the head is never adapted: its forward is
+the loss. Blocks below the first adapted one record no graph, so training only upper layers is cheaper.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sftmix.config import LoraConfig
+from sftmix.parallel import whole
+
+if TYPE_CHECKING:
+    from sftmix.model import SFTMixModel
+
+ADAPTER = "default"
+
+
+def decoder_blocks(model: SFTMixModel) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its name inside the decoder.
+
+    Raises ``ValueError`` when no module list of the decoder has as many entries as the model has layers.
+    """
+    config = model.base.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return name, module
+    raise ValueError(
+        f"model: expected the decoder of {type(model.base).__name__} to hold a list of "
+        f"{config.num_hidden_layers} blocks, found none"
+    )
+
+
+def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0) -> SFTMixModel:
+    """Freeze the model, add float32 adapters in place, and return it; ``seed`` decides their first values.
+
+    Raises ``ValueError`` for the head as a target, a target that no chosen block has, and a layer range
+    outside the model.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    names = find_targets(model, lora)
+    peft_config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+        # Conv1D (GPT-2) keeps its weight transposed.
+        fan_in_fan_out=any(isinstance(model.base.get_submodule(name), Conv1D) for name in names),
+    )
+    with torch.random.fork_rng(devices=[]):
+        # Drawn on the CPU, then moved: the same adapters on every device and process.
+        torch.manual_seed(seed)
+        device = model.device
+        model.model = get_peft_model(model.base.cpu(), peft_config, adapter_name=ADAPTER)
+        model.to(device)
+    return model
+
+
+def find_targets(model: SFTMixModel, lora: LoraConfig) -> list[str]:
+    """Full names, inside the causal LM, of the linear layers that get an adapter."""
+    wanted = [name.strip() for name in lora.target_modules.split(",")]
+    head = next(name for name, module in model.base.named_modules() if module is model.head)
+    for name in wanted:
+        if name == head or head.endswith(f".{name}") or name.endswith(f".{head}"):
+            raise ValueError(
+                f"lora.target_modules: {name} is the head, whose forward is the loss; adapters on it are not "
+                "supported yet"
+            )
+    start, stop = _layer_range(model, lora.layers)
+    blocks = decoder_blocks(model)[1]
+    chosen = {id(module) for block in blocks[start:stop] for module in block.modules()}
+    linear = [
+        name
+        for name, module in model.base.named_modules()
+        if id(module) in chosen and isinstance(module, nn.Linear | Conv1D)
+    ]
+    if wanted == ["all-linear"]:
+        found = linear
+    else:
+        matches: dict[str, list[str]] = {
+            want: [name for name in linear if f".{name}".endswith(f".{want}")] for want in wanted
+        }
+        missing = [want for want, names in matches.items() if not names]
+        if missing:
+            leaves = sorted({name.rpartition(".")[2] for name in linear})
+            raise ValueError(
+                f"lora.target_modules: expected all-linear or some of {', '.join(leaves)}, "
+                f"got {', '.join(missing)}"
+            )
+        found = [name for name in linear if any(name in names for names in matches.values())]
+    if not found:
+        raise ValueError(f"lora: expected {type(model.base).__name__} to have linear layers, found none")
+    return found
+
+
+def _layer_range(model: SFTMixModel, layers: str | None) -> tuple[int, int]:
+    """``"20:30"`` as (20, 30), checked against the model."""
+    count = len(decoder_blocks(model)[1])
+    if layers is None:
+        return 0, count
+    start, _, stop = layers.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop) <= count):
+        raise ValueError(
+            f"lora.layers: expected start:stop with 0 <= start < stop <= {count}, got {layers!r}"
+        )
+    return int(start), int(stop)
+
+
+def is_lora(model: SFTMixModel) -> bool:
+    return hasattr(model.model, "peft_config")
+
+
+def merged_weight(layer: Any) -> torch.Tensor:
+    """Weight of one adapted layer, unsharded, with its adapter added in float32, in the layer's own dtype."""
+    base = whole(layer.get_base_layer().weight)
+    down, up = (whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
+    delta = layer.scaling[ADAPTER] * (up @ down)
+    return (base.float() + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)

@@ -1,0 +1,98 @@
+"""Tiny random models, a tokenizer and tokenized examples, built from configurations: no hub."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sftmix.chat import TokenizedExample
+from sftmix.config import Config, load_config
+from sftmix.model import SFTMixModel, install_head, verify_head
+from sftmix.pairs import Split
+
+VOCAB = 61
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] "
+    "+ ' <|im_end|> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
+SHARED = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GATED = {**SHARED, "intermediate_size": 24, "num_key_value_heads": 1, "pad_token_id": 0}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {**GATED, "tie_word_embeddings": False},
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt_neox": {**SHARED, "intermediate_size": 24},
+    "gemma2": {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "cohere": {**GATED, "logit_scale": 0.25},
+    "granite": {**GATED, "logits_scaling": 4.0},
+    "phi": {**SHARED, "intermediate_size": 24, "tie_word_embeddings": False},
+    "opt": {**SHARED, "ffn_dim": 24, "word_embed_proj_dim": 8, "max_position_embeddings": 64},
+    "mixtral": {**GATED, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen3": {**GATED, "head_dim": 8, "tie_word_embeddings": True},
+}
+
+
+def causal_lm(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A random causal LM of an architecture in ``ARCHITECTURES``, float32, eval mode, biases not zero."""
+    config = AutoConfig.for_model(kind, **{**ARCHITECTURES[kind], **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            elif parameter.ndim >= 2:
+                parameter.mul_(4)  # logits large enough for a softcap or a scale to show
+    return model
+
+
+def model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, **options: Any) -> SFTMixModel:
+    built = install_head(causal_lm(kind, **options).to(dtype))
+    verify_head(built)
+    return built
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system"]
+    words += [f"w{i}" for i in range(VOCAB - len(words))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>", unk_token="<unk>",
+        chat_template=CHATML,
+    )  # fmt: skip
+
+
+def examples(count: int, *, seed: int = 0, longest: int = 14) -> dict[str, TokenizedExample]:
+    """Prompts of 1 to 4 tokens and answers of 1 to ``longest - 4``, of differing length."""
+    draw = random.Random(seed)
+    made = {}
+    for index in range(count):
+        prompt, answer = draw.randint(1, 4), draw.randint(1, longest - 4)
+        ids = tuple(draw.randrange(7, VOCAB) for _ in range(prompt + answer))
+        name = f"e{index:03d}"
+        made[name] = TokenizedExample(name, ids, (False,) * prompt + (True,) * answer)
+    return made
+
+
+def halves(found: dict[str, TokenizedExample]) -> Split:
+    names = sorted(found)
+    middle = (len(names) + 1) // 2
+    return Split(confident=names[:middle], unconfident=names[middle:])
+
+
+def config(*flags: str) -> Config:
+    """A configuration of small steps that still moves the weights."""
+    defaults = [
+        "run_dir=run", "model.name=tiny", "data.train=none", "model.dtype=float32", "train.batch_size=8",
+        "train.micro_batch_size=4", "train.epochs=2", "optim.lr=0.01", "reference.epochs=2",
+    ]  # fmt: skip
+    return load_config(None, [*defaults, *flags])
+
+
+def weights(found: SFTMixModel) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
