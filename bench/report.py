@@ -1,0 +1,123 @@
+"""Tables from figures: ``python -m bench.report`` rewrites the README's, ``--check`` only compares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
+from bench.machine import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- measured: written by `python -m bench.report`, do not edit -->"
+END = "<!-- end of measured -->"
+COLUMNS = (
+    ("NTP fwd", "ntp", "fwd", "ms"),
+    ("NTP fwd+bwd", "ntp", "fwd_bwd", "ms"),
+    ("extra MiB", "ntp", "fwd_bwd", "MiB"),
+    ("SFTMix fwd", "sftmix", "fwd", "ms"),
+    ("SFTMix fwd+bwd", "sftmix", "fwd_bwd", "ms"),
+    ("extra MiB", "sftmix", "fwd_bwd", "MiB"),
+    ("statistics", "stats", "fwd", "ms"),
+)
+
+
+def _group_key(figure: Figure) -> tuple[str, str, int, int, int]:
+    return figure.device, figure.dtype, figure.N, figure.V, figure.D
+
+
+def _cell(figure: Figure | None, unit: str) -> str:
+    if figure is None:
+        return ""
+    if figure.ms_median is None:
+        return "not run" if figure.error == OUT_OF_TIME else "failed"
+    if unit == "ms":
+        return f"{figure.ms_median:.4g}"
+    return "" if figure.extra_peak_bytes is None else f"{figure.extra_peak_bytes / 2**20:.1f}"
+
+
+def _table(figures: list[Figure]) -> list[str]:
+    """The figures of one device, dtype and shape as a Markdown table that also reads as text."""
+    losses = [figure for figure in figures if figure.task != "gemm"]
+    found = {(figure.label, figure.task, figure.direction): figure for figure in losses}
+    rows = [["provider", *(title for title, *_ in COLUMNS)]]
+    for label in dict.fromkeys(figure.label for figure in losses):
+        rows.append([label, *(_cell(found.get((label, task, way)), unit) for _, task, way, unit in COLUMNS)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("| " + " | ".join([row[0].ljust(widths[0]), *numbers]) + " |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [lines[0], "| " + " | ".join(rule) + " |", *lines[1:]] if losses else []
+
+
+def _notes(figures: list[Figure]) -> list[str]:
+    """Under a table: the bare products, what failed and why."""
+    notes = []
+    gemms = [f"{item.schedule} {_cell(item, 'ms')} ms" for item in figures if item.task == "gemm"]
+    if gemms:
+        notes.append(f"Bare library products of the same sizes: {', '.join(gemms)}.")
+    failures: dict[tuple[str, str], list[str]] = {}
+    for figure in figures:
+        if figure.error is not None:
+            failures.setdefault((figure.label, figure.error), []).append(f"{figure.task} {figure.direction}")
+    return notes + [f"{label}, {', '.join(which)}: {error}" for (label, error), which in failures.items()]
+
+
+def _origin(figures: list[Figure]) -> list[str]:
+    """Device, versions, commit and command of the runs behind a table, one line per run."""
+    lines = []
+    for run_id, figure in {figure.run_id: figure for figure in figures}.items():
+        versions = ", ".join(f"{name} {version}" for name, version in figure.versions.items())
+        rounds = min((item.rounds for item in figures if item.run_id == run_id and item.rounds), default=0)
+        state = ", provisional (the machine was not quiet)" if figure.provisional else ""
+        lines.append(
+            f"{figure.device}, {figure.threads} threads; {versions}; commit {figure.commit}; "
+            f"run {run_id}, at least {rounds} rounds{state}: `{figure.command}`"
+        )
+    return lines
+
+
+def tables(figures: Iterable[Figure]) -> str:
+    """Markdown of all figures: one table per device, dtype and shape, newest run of each figure."""
+    parts = []
+    ordered = sorted(newest(figures), key=lambda figure: (figure.device, figure.dtype))
+    groups: dict[tuple[str, str, int, int, int], list[Figure]] = {}
+    for figure in ordered:
+        groups.setdefault(_group_key(figure), []).append(figure)
+    for (_, dtype, N, V, D), members in groups.items():
+        parts.append(f"**N = {N}, V = {V}, D = {D}, {dtype}** (ms, median)")
+        parts.append("\n".join(_table(members)))
+        parts += ["\n".join(f"- {note}" for note in _notes(members))]
+        parts.append("\n\n".join(_origin(members)))
+    return "\n\n".join(part for part in parts if part) or "No figures yet."
+
+
+def rewritten(readme: str, text: str) -> str:
+    """The README with ``text`` between its markers. Raises ``ValueError`` where a marker is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}, got neither or one")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README differs")
+    args = parser.parse_args(argv)
+    current = README.read_text(encoding="utf-8")
+    wanted = rewritten(current, tables(read_figures(RESULTS)))
+    if args.check:
+        if current != wanted:
+            print("README.md differs from bench/results: run `python -m bench.report`", file=sys.stderr)
+        return int(current != wanted)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

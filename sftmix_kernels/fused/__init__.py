@@ -1,0 +1,10 @@
+"""Triton kernels of the loss: a forward that stores no logits and a backward that recomputes them slice by slice.
+
+tiles.py: the one main loop and what every kernel shares · configs.py: tile table · forward.py · recompute.py
+"""
+
+from .configs import Tile, choose_tile, current_arch
+from .forward import FusedStats, fused_forward
+from .recompute import fused_backward
+
+__all__ = ["FusedStats", "Tile", "choose_tile", "current_arch", "fused_backward", "fused_forward"]

@@ -1,0 +1,168 @@
+"""Which tile a kernel uses, as pure functions of the problem and the chip; no autotuning, no environment variables.
+
+The entries come from a compile-only study (registers, stack, matrix instructions): two accumulators of
+block_n x block_v float32 take ``2 * block_n * block_v / (32 * num_warps)`` registers a thread, and 128 is the most
+that leaves room for the epilogue. tests/kernels/test_compile_matrix.py compiles each entry and holds that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+OPERATIONS = ("forward", "recompute")
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its problem. Sizes in elements; a row of a paired kernel is a pair."""
+
+    block_n: int  # pairs of a paired kernel, rows of a plain one
+    block_v: int
+    block_d: int
+    num_warps: int = 4
+    num_stages: int = 3
+    group_n: int = 16  # row blocks that share a stretch of the vocabulary in L2
+    maxnreg: int | None = None
+    use_descriptors: bool = False  # bulk tensor copies; taken only where the operands' alignment permits
+
+    def __post_init__(self) -> None:
+        for name in ("block_n", "block_v", "block_d", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"tile: expected a power of two for {name}, got {value}")
+
+
+# (operation, paired) -> tile, 16-bit inputs. "sm_90" also serves sm_120 and unknown newer NVIDIA chips.
+_TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
+    "sm_80": {
+        ("forward", True): Tile(64, 64, 64, num_warps=4, num_stages=3),
+        ("forward", False): Tile(128, 64, 64, num_warps=4, num_stages=3),
+        ("recompute", True): Tile(64, 64, 64, num_warps=4, num_stages=3),
+        ("recompute", False): Tile(128, 64, 64, num_warps=4, num_stages=3),
+    },
+    "sm_90": {
+        ("forward", True): Tile(64, 128, 64, num_warps=4, num_stages=3, use_descriptors=True),
+        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
+        ("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, use_descriptors=True),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
+    },
+    "sm_100": {
+        ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
+        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=4, use_descriptors=True),
+        ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=4, use_descriptors=True),
+    },
+    "gfx942": {
+        ("forward", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
+        ("forward", False): Tile(128, 128, 32, num_warps=8, num_stages=2),
+        ("recompute", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
+        ("recompute", False): Tile(128, 128, 32, num_warps=8, num_stages=2),
+    },
+}
+
+# float32 products run on the ordinary cores: small tiles, one table for all chips.
+_TILES_32BIT: dict[tuple[str, bool], Tile] = {
+    ("forward", True): Tile(32, 64, 16, num_warps=4, num_stages=2),
+    ("forward", False): Tile(64, 64, 16, num_warps=4, num_stages=2),
+    ("recompute", True): Tile(32, 64, 16, num_warps=4, num_stages=2),
+    ("recompute", False): Tile(64, 64, 16, num_warps=4, num_stages=2),
+}
+
+
+@lru_cache
+def current_arch(device: torch.device | None = None) -> str:
+    """``sm_80``, ``sm_90``, ... or ``gfx942``, ...; ``interpreter`` under TRITON_INTERPRET=1; ``cpu`` without a GPU."""
+    if INTERPRETED:
+        return "interpreter"
+    if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def table_arch(arch: str) -> str:
+    """The table's entry that serves ``arch``."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    if not arch.startswith("sm_"):
+        raise ValueError(f"arch: expected sm_*, gfx* or interpreter, got {arch!r}")
+    capability = int(arch.removeprefix("sm_"))
+    if capability < 90 or capability >= 120:
+        return "sm_80"
+    return "sm_90" if capability < 100 else "sm_100"
+
+
+def choose_tile(
+    operation: str,
+    *,
+    num_rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    arch: str,
+    paired: bool,
+    softcap: bool = False,
+) -> Tile:
+    """The tile for one kernel launch. ``num_rows`` counts pairs when ``paired``, rows otherwise.
+
+    Raises ValueError on an unknown operation or arch.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
+    if arch == "interpreter":
+        # A program costs Python time whatever its size, so few and large ones; the reduction is kept in one piece.
+        return Tile(
+            block_n=_power_of_two(num_rows, 16, 256),
+            block_v=_power_of_two(vocab_size, 16, 512),
+            block_d=_power_of_two(hidden_size, 16, 256),
+        )
+    if dtype == torch.float32:
+        return _TILES_32BIT[operation, paired]
+    return _TILES_16BIT[table_arch(arch)][operation, paired]
+
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(size), least), most)
+
+
+def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int) -> int:
+    """Into how many stretches the forward cuts the vocabulary.
+
+    Minimises waves x tiles per program, where a wave is ``num_slots`` programs at once; the fewest splits win a tie.
+    """
+    best, best_cost = 1, math.inf
+    for tiles_per_split in sorted({-(-num_vocab_tiles // s) for s in range(1, num_vocab_tiles + 1)}, reverse=True):
+        num_splits = -(-num_vocab_tiles // tiles_per_split)
+        if num_splits > 4 * num_slots:
+            break
+        cost = -(-num_row_blocks * num_splits // num_slots) * tiles_per_split
+        if cost < best_cost:
+            best, best_cost = num_splits, cost
+    return best
+
+
+def choose_slice_width(
+    num_rows: int, vocab_size: int, itemsize: int, *, block_v: int, scratch_bytes: int | None
+) -> int:
+    """Columns of one dlogits slice, a multiple of ``block_v``; at least one tile of columns.
+
+    By default the slice takes 32 MiB (it is written once and read twice, so it should stay in L2), but at least 4096
+    columns, under which the products that follow lose speed, and never the whole vocabulary when it has two tiles.
+    """
+    if scratch_bytes is None:
+        width = max(32 * 2**20 // (num_rows * itemsize), 4096)
+        width = min(width, -(-vocab_size // 2))
+    else:
+        width = min(scratch_bytes // (num_rows * itemsize), vocab_size)
+    num_tiles = -(-vocab_size // block_v)
+    tiles_in_slice = max(width // block_v, 1) if scratch_bytes is not None else max(-(-width // block_v), 1)
+    num_slices = -(-num_tiles // tiles_in_slice)
+    return -(-num_tiles // num_slices) * block_v

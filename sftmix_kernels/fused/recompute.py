@@ -1,0 +1,339 @@
+"""Gradients by the ``recompute`` schedule: walk the vocabulary in slices, never more logits than one slice.
+
+    P = softmax of A, B and X, recomputed as exp(z - lse); J = f'(affine) = s (1 - (z / cap)^2), or s without a cap
+    dA = a_c J_A (P_A - 1[y_c]),  dB = a_u J_B (P_B - 1[y_u])
+    dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])
+    G_c = dA + lam dX,  G_u = dB + (1 - lam) dX          dlogits = (G_c; G_u), one slice (N, V_s)
+    dhidden = sum over slices G W_slice (float32),  dweight_slice = G^T hidden,  dbias_slice = sum over rows G
+
+At a target the residual comes from the forward's nll: w the label's mass there, expm1(-nll) + (1 - w) where w >= 1/2
+and exp(-nll) - w elsewhere, so that p = 0.999999 keeps its digits. The forward's lse was rounded; what rounding took
+scales the row's coefficient. float16 divides all coefficients by their maximum, which returns in float32 at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Tile, choose_slice_width, choose_tile, current_arch
+from .tiles import (
+    RowPart,
+    any_inside,
+    can_describe,
+    check_launchable,
+    load_target,
+    logits_tile,
+    main_loop_arguments,
+    on_device,
+    operand,
+    row_parts,
+    tanh,
+    tile_coordinates,
+    unit_stride,
+    with_bias,
+)
+
+
+class GradientTerms(NamedTuple):
+    """Per-row numbers the kernel multiplies and substitutes; float32, coefficients folded in."""
+
+    rows: Tensor  # (3, N) lse, a exp(-low), a (p - 1) at the target
+    pairs: Tensor  # (5, M) lse_x, b exp(-low), b (p - w) at y_c, the same at y_u, lam
+    scale: Tensor | None  # () what the products are multiplied by in float32, None for 1
+
+
+@triton.jit
+def _logits_and_slope(affine, bias, first_v, vocab_size, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """f(affine + bias) and f' over the scale: 1 without a cap, 1 - (z / cap)^2 with one."""
+    z = with_bias(affine, bias, first_v + tl.arange(0, affine.shape[1]), vocab_size)
+    if LOGIT_SCALE != 1.0:
+        z = z * LOGIT_SCALE
+    if SOFTCAP == 0.0:
+        return z, 1.0
+    else:
+        t = tanh(z * (1.0 / SOFTCAP), EXACT)
+        return SOFTCAP * t, 1.0 - t * t
+
+
+@triton.jit
+def _scaled_softmax(z, slope, terms, stride_terms):
+    """coefficient * exp(z - lse) * slope; terms: pointers to each row's lse, then its coefficient."""
+    return tl.exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None] * slope
+
+
+@triton.jit
+def _at_target(g, slope, residual, column, hit):
+    """g, with residual * slope where a row's target column is; hit says whether any is in this tile."""
+    if hit:
+        here = tl.arange(0, g.shape[1])[None, :] == column[:, None]
+        g = tl.where(here, tl.load(residual)[:, None] * slope, g)
+    return g
+
+
+@triton.jit
+def _store_tile(out, value, first_n, first_v, num_rows, vocab_size, stride_on, USE_DESCRIPTORS: tl.constexpr):
+    if USE_DESCRIPTORS:
+        out.store([first_n.to(tl.int32), first_v], value.to(out.dtype))
+    else:
+        offs_n = first_n + tl.arange(0, value.shape[0])
+        offs_v = first_v + tl.arange(0, value.shape[1])
+        ptrs = out + offs_n[:, None] * stride_on + offs_v[None, :]
+        mask = (offs_n < num_rows)[:, None] & (offs_v < vocab_size)[None, :]
+        tl.store(ptrs, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sftmix_recompute_kernel(
+    hidden_c,  # (rows, D) pointer or descriptor
+    hidden_u,  # (rows, D)
+    weight,  # (V_s, D) the slice's rows
+    bias,  # (V_s,) or None
+    target_c,  # (rows,) int64
+    target_u,  # (rows,)
+    row_terms_c,  # (3, N) from the confident rows
+    row_terms_u,  # (3, N) from the partners
+    pair_terms,  # (5, rows)
+    dlogits_c,  # (rows, V_s) pointer or descriptor
+    dlogits_u,  # (rows, V_s)
+    num_rows,
+    vocab_size,  # V_s
+    hidden_size,
+    first_column,
+    stride_hn,
+    stride_wv,
+    stride_on,
+    stride_terms,
+    num_blocks_n,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    PAIRED: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    block_n, block_v = tile_coordinates(num_blocks_n, tl.cdiv(vocab_size, BLOCK_V), GROUP_N)
+    first_n, first_v = block_n * BLOCK_N, block_v.to(tl.int32) * BLOCK_V
+    a, b = logits_tile(
+        hidden_c, hidden_u, weight, first_n, first_v, num_rows, vocab_size, hidden_size, stride_hn, stride_wv,
+        PAIRED, USE_DESCRIPTORS, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    # Rows past the end repeat the last one's numbers: finite, and never stored.
+    rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)
+    y_c = load_target(target_c, rows, rows < num_rows, first_column, vocab_size) - first_v
+    hit_c = any_inside(y_c, BLOCK_V)
+    if PAIRED:
+        y_u = load_target(target_u, rows, rows < num_rows, first_column, vocab_size) - first_v
+        hit_u = any_inside(y_u, BLOCK_V)
+        share = tl.load(pair_terms + 4 * num_rows + rows)
+        x = share[:, None] * a + (1.0 - share)[:, None] * b
+        z, slope = _logits_and_slope(x, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
+        g_x = _scaled_softmax(z, slope, pair_terms + rows, num_rows)
+        g_x = _at_target(g_x, slope, pair_terms + 2 * num_rows + rows, y_c, hit_c)
+        g_x = _at_target(g_x, slope, pair_terms + 3 * num_rows + rows, y_u, hit_u)
+        z, slope = _logits_and_slope(b, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
+        g_u = _scaled_softmax(z, slope, row_terms_u + rows, stride_terms)
+        g_u = _at_target(g_u, slope, row_terms_u + 2 * stride_terms + rows, y_u, hit_u)
+        g_u += (1.0 - share)[:, None] * g_x
+        _store_tile(dlogits_u, g_u, first_n, first_v, num_rows, vocab_size, stride_on, STORE_DESCRIPTORS)
+    z, slope = _logits_and_slope(a, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
+    g_c = _scaled_softmax(z, slope, row_terms_c + rows, stride_terms)
+    g_c = _at_target(g_c, slope, row_terms_c + 2 * stride_terms + rows, y_c, hit_c)
+    if PAIRED:
+        g_c += share[:, None] * g_x
+    _store_tile(dlogits_c, g_c, first_n, first_v, num_rows, vocab_size, stride_on, STORE_DESCRIPTORS)
+
+
+def _residual(nll: Tensor, mass: Tensor, rest: Tensor) -> Tensor:
+    """p - mass at a target whose -log p is ``nll``; ``rest`` is 1 - mass. Without cancellation where both are near 1."""
+    return torch.where(mass >= 0.5, torch.expm1(-nll) + rest, torch.exp(-nll) - mass)
+
+
+def _gradient_terms(
+    target: Tensor,  # (N,)
+    lam: Tensor,  # (M,)
+    row_coef: Tensor,  # (N,)
+    pair_coef: Tensor,  # (M,)
+    row_carry: Tensor,  # (3, N)
+    pair_carry: Tensor,  # (4, M)
+    *,
+    logit_scale: float,
+    normalise: bool,
+) -> GradientTerms:
+    """Fold coefficients, what the rounding of lse took, and the labels into the numbers the kernel needs."""
+    num_pairs = lam.shape[0]
+    row_coef, pair_coef = row_coef.float() * logit_scale, pair_coef.float() * logit_scale
+    scale = None
+    if normalise:
+        scale = torch.cat((row_coef, pair_coef)).abs().amax()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        row_coef, pair_coef = row_coef / scale, pair_coef / scale
+    lse, low, nll = row_carry
+    rows = torch.stack((lse, row_coef * torch.exp(-low), row_coef * torch.expm1(-nll)))
+    lse_x, low_x, nll_c, nll_u = pair_carry
+    same = target[:num_pairs] == target[num_pairs : 2 * num_pairs]
+    one, none = torch.ones_like(lam), torch.zeros_like(lam)
+    mass_c, mass_u = torch.where(same, one, lam), torch.where(same, one, 1 - lam)
+    rest_c, rest_u = torch.where(same, none, 1 - lam), torch.where(same, none, lam)
+    at_c, at_u = _residual(nll_c, mass_c, rest_c), _residual(nll_u, mass_u, rest_u)
+    pairs = torch.stack((lse_x, pair_coef * torch.exp(-low_x), pair_coef * at_c, pair_coef * at_u, lam))
+    return GradientTerms(rows, pairs, scale)
+
+
+def multiplies_into_float32(tensor: Tensor) -> bool:
+    """Whether the library can multiply 16-bit matrices into a float32 result (``out_dtype=``).
+
+    torch 2.11 and later can on NVIDIA GPUs of capability 8.0 and above; elsewhere operands are upcast first.
+    """
+    if tensor.device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (float32) += left @ right, accumulated in float32 whatever the operands' dtype."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif multiplies_into_float32(left):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None) -> None:
+    """out = left @ right * scale, accumulated in float32 and rounded once."""
+    if scale is None and (left.dtype == torch.float32 or multiplies_into_float32(left)):
+        torch.mm(left, right, out=out)
+        return
+    if left.dtype == torch.float32:
+        product = torch.mm(left, right)
+    elif multiplies_into_float32(left):
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        product = torch.mm(left.float(), right.float())
+    out.copy_(product if scale is None else product.mul_(scale))
+
+
+def _recompute_slice(
+    problem: dict[str, Any],
+    part: RowPart,
+    dlogits: Tensor,  # (N, V_s)
+    *,
+    columns: slice,
+    tile: Tile,
+) -> None:
+    """Launch the kernel for one run of rows and one slice of the vocabulary."""
+    bias, terms = problem["bias"], problem["terms"]
+    out_c, out_u = dlogits[part.first], dlogits[part.second]
+    store_descriptors = tile.use_descriptors and can_describe(out_c) and can_describe(out_u)
+    num_blocks_n = triton.cdiv(part.count, tile.block_n)
+    _sftmix_recompute_kernel[(num_blocks_n * triton.cdiv(dlogits.shape[1], tile.block_v),)](
+        **main_loop_arguments(problem["hidden"], problem["weight"][columns], part, tile=tile),
+        bias=None if bias is None else bias[columns],
+        target_c=problem["target"][part.first],
+        target_u=problem["target"][part.second],
+        row_terms_c=terms.rows[:, part.first],
+        row_terms_u=terms.rows[:, part.second],
+        pair_terms=terms.pairs,
+        dlogits_c=operand(out_c, (tile.block_n, tile.block_v), store_descriptors),
+        dlogits_u=operand(out_u, (tile.block_n, tile.block_v), store_descriptors),
+        first_column=columns.start,
+        stride_on=dlogits.stride(0),
+        stride_terms=terms.rows.stride(0),
+        num_blocks_n=num_blocks_n,
+        SOFTCAP=problem["softcap"],
+        LOGIT_SCALE=problem["logit_scale"],
+        STORE_DESCRIPTORS=store_descriptors,
+    )
+
+
+def fused_backward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64, -1 where the row is ignored
+    lam: Tensor,  # (M,) float32
+    row_coef: Tensor,  # (N,) float32, 0 at ignored rows
+    pair_coef: Tensor,  # (M,) float32, 0 at pairs with an ignored member
+    row_carry: Tensor,  # (3, N) FusedStats.row_carry
+    pair_carry: Tensor,  # (4, M) FusedStats.pair_carry
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    need_dhidden: bool = True,
+    need_dweight: bool = True,
+    need_dbias: bool = False,
+    scratch_bytes: int | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias in the dtypes of their primals, (0,) where not needed; no host synchronisation.
+
+    The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
+    (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
+    inputs dhidden's running sum is a float32 [N, D]. Raises ValueError on CPU tensors outside the interpreter.
+    """
+    check_launchable(hidden)
+    _check_carries(hidden, lam, row_carry, pair_carry)
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    total = torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device)
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
+    dbias = weight.new_empty((vocab_size,) if need_dbias else (0,))
+    if num_rows == 0:
+        return total.to(hidden.dtype), dweight.zero_(), dbias.zero_()
+
+    terms = _gradient_terms(
+        target, lam, row_coef, pair_coef, row_carry, pair_carry,
+        logit_scale=logit_scale, normalise=hidden.dtype == torch.float16,
+    )  # fmt: skip
+    problem = dict(
+        hidden=unit_stride(hidden), weight=unit_stride(weight), target=target.contiguous(), terms=terms,
+        bias=None if bias is None else bias.contiguous(), softcap=float(softcap), logit_scale=float(logit_scale),
+    )  # fmt: skip
+    tiles = {
+        part: tile or choose_tile(
+            "recompute", num_rows=part.count, vocab_size=vocab_size, hidden_size=hidden.shape[1], dtype=hidden.dtype,
+            arch=current_arch(hidden.device), paired=part.paired, softcap=softcap != 0.0,
+        )
+        for part in row_parts(num_rows, lam.shape[0])
+    }  # fmt: skip
+    width = choose_slice_width(
+        num_rows, vocab_size, hidden.element_size(), scratch_bytes=scratch_bytes,
+        block_v=max(t.block_v for t in tiles.values()),
+    )  # fmt: skip
+    scratch = hidden.new_empty(num_rows, width)
+    for start in range(0, vocab_size, width):
+        columns = slice(start, min(start + width, vocab_size))
+        dlogits = scratch[:, : columns.stop - start]
+        with on_device(hidden):
+            for part, part_tile in tiles.items():
+                _recompute_slice(problem, part, dlogits, columns=columns, tile=part_tile)
+        if need_dhidden:
+            _add_product(total, dlogits, problem["weight"][columns])
+        if need_dweight:
+            _write_product(dweight[columns], dlogits.T, problem["hidden"], terms.scale)
+        if need_dbias:
+            sums = dlogits.sum(dim=0, dtype=torch.float32)
+            dbias[columns] = sums if terms.scale is None else sums * terms.scale
+    if terms.scale is not None:
+        total *= terms.scale
+    return total.to(hidden.dtype), dweight, dbias
+
+
+def _check_carries(hidden: Tensor, lam: Tensor, row_carry: Tensor, pair_carry: Tensor) -> None:
+    for name, carry, shape in (
+        ("row_carry", row_carry, (3, hidden.shape[0])),
+        ("pair_carry", pair_carry, (4, lam.shape[0])),
+    ):
+        if carry.dtype != torch.float32 or tuple(carry.shape) != shape:
+            got = f"{str(carry.dtype).removeprefix('torch.')} {list(carry.shape)}"
+            raise ValueError(f"{name}: expected float32 {list(shape)}, FusedStats.{name} of the forward, got {got}")

@@ -1,0 +1,231 @@
+"""What every kernel shares: the one main loop of a logits tile, the order of tiles, and the loading of operands.
+
+    logits = f(W h + b),  f(a) = cap tanh(s a / cap)  or  s a without a cap
+    x      = f(lam A + (1 - lam) B + b)               A = W h_c,  B = W h_u
+
+A tile is BLOCK_N pairs (or rows) by BLOCK_V columns; its two accumulators share each load of the weight. Row offsets
+are 64-bit. Through pointers, rows and columns past the end repeat the last one (results are masked where they are
+stored), so that the main loop needs no mask but the one at the end of D, on both operands.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import INTERPRETED, Tile
+
+
+@triton.jit
+def tile_coordinates(num_blocks_n, num_blocks_v, GROUP_N: tl.constexpr):
+    """(row block, vocabulary block) of this program: GROUP_N row blocks walk the vocabulary side by side."""
+    pid = tl.program_id(0).to(tl.int64)
+    per_group = GROUP_N * num_blocks_v
+    first_n = (pid // per_group) * GROUP_N
+    group_size = tl.minimum(num_blocks_n - first_n, GROUP_N)
+    within = pid % per_group
+    return first_n + within % group_size, within // group_size
+
+
+@triton.jit
+def logits_tile(
+    hidden_c,  # (rows, D) pointer or descriptor: the confident rows, or all rows when not PAIRED
+    hidden_u,  # (rows, D) their partners
+    weight,  # (V, D) pointer or descriptor
+    first_n,  # int64
+    first_v,  # int32
+    num_rows,
+    vocab_size,
+    hidden_size,
+    stride_hn,
+    stride_wv,
+    PAIRED: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A = h_c W^T and B = h_u W^T of one tile, float32, without bias."""
+    acc_c = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    acc_u = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    if USE_DESCRIPTORS:
+        row = first_n.to(tl.int32)
+        for d in range(0, hidden_size, BLOCK_D):
+            w = weight.load([first_v, d]).T
+            acc_c = tl.dot(hidden_c.load([row, d]), w, acc_c, input_precision=PRECISION)
+            if PAIRED:
+                acc_u = tl.dot(hidden_u.load([row, d]), w, acc_u, input_precision=PRECISION)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        offs_n = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)
+        offs_v = tl.minimum(first_v + tl.arange(0, BLOCK_V), vocab_size - 1).to(tl.int64)
+        offs_h = offs_n[:, None] * stride_hn + offs_d[None, :]
+        ptrs_c = hidden_c + offs_h
+        ptrs_u = hidden_u + offs_h
+        ptrs_w = weight + offs_v[None, :] * stride_wv + offs_d[:, None]
+        for d in range(0, hidden_size, BLOCK_D):
+            w = _load_along_d(ptrs_w, offs_d[:, None], hidden_size - d, EVEN_D)
+            acc_c = tl.dot(_load_along_d(ptrs_c, offs_d[None, :], hidden_size - d, EVEN_D), w, acc_c, PRECISION)
+            if PAIRED:
+                u = _load_along_d(ptrs_u, offs_d[None, :], hidden_size - d, EVEN_D)
+                acc_u = tl.dot(u, w, acc_u, input_precision=PRECISION)
+                ptrs_u += BLOCK_D
+            ptrs_c += BLOCK_D
+            ptrs_w += BLOCK_D
+    return acc_c, acc_u
+
+
+@triton.jit
+def _load_along_d(ptrs, offs_d, remaining, EVEN_D: tl.constexpr):
+    if EVEN_D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=offs_d < remaining, other=0.0)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """tanh to 2e-7 relative (EXACT), or to 2e-7 absolute in half the work: 1 - 2 / (e^2x + 1) cancels near 0."""
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    if not EXACT:
+        return far
+    else:
+        u = tl.minimum(x * x, 1.0)
+        p = -0.05374844 + u * (0.020664724 - u * 0.0057311947)
+        near = x + x * u * (-0.33333287 + u * (0.13331561 + u * p))
+        return tl.where(u < 0.39, near, far)
+
+
+@triton.jit
+def with_bias(affine, bias, offs_v, vocab_size):
+    """affine (rows, columns) plus the bias of its columns offs_v; bias may be None."""
+    if bias is None:
+        return affine
+    else:
+        return affine + tl.load(bias + offs_v, mask=offs_v < vocab_size, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_target(target, rows, mask, first_column, num_columns):
+    """Targets as int32 columns of the stretch that starts at first_column; -1 where they lie outside, or none is."""
+    y = tl.load(target + rows, mask=mask, other=-1) - first_column
+    return tl.where((y >= 0) & (y < num_columns), y, -1).to(tl.int32)
+
+
+@triton.jit
+def any_inside(column, BLOCK_V: tl.constexpr):
+    """Whether any row's column is in this tile: one scalar, so that the other tiles skip what targets need."""
+    return tl.max(((column >= 0) & (column < BLOCK_V)).to(tl.int32), axis=0) > 0
+
+
+class RowPart(NamedTuple):
+    """A run of rows that one launch serves: ``count`` pairs from row 0, or ``count`` plain rows from ``start``."""
+
+    start: int
+    count: int
+    paired: bool
+
+    @property
+    def num_rows(self) -> int:
+        return 2 * self.count if self.paired else self.count
+
+    @property
+    def rows(self) -> slice:
+        """All rows of the part, partners included."""
+        return slice(self.start, self.start + self.num_rows)
+
+    @property
+    def first(self) -> slice:
+        """The confident rows of pairs; plain rows all."""
+        return slice(self.start, self.start + self.count)
+
+    @property
+    def second(self) -> slice:
+        """The partners; of plain rows, which have none, the rows themselves: a pointer that is not read."""
+        return slice(self.count, 2 * self.count) if self.paired else self.first
+
+
+def row_parts(num_rows: int, num_pairs: int) -> list[RowPart]:
+    """Pairs first, then the rows beside them."""
+    pairs = RowPart(0, num_pairs, True)
+    plain = RowPart(2 * num_pairs, num_rows - 2 * num_pairs, False)
+    return [part for part in (pairs, plain) if part.count]
+
+
+def check_launchable(hidden: Tensor) -> None:
+    """Raise unless Triton can run on ``hidden``'s device."""
+    if hidden.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
+            "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
+        )
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it ``tensor``'s."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself when its last dimension is contiguous, otherwise a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``ieee``, or ``tf32`` where torch's own float32 products may use it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can address ``tensor`` [rows, columns]: 16-byte base and row stride."""
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+    return aligned and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+
+
+def operand(tensor: Tensor, block: tuple[int, int], use_descriptors: bool) -> Any:
+    """What a kernel receives for ``tensor``: a descriptor of ``block``, or the tensor itself, a pointer."""
+    return TensorDescriptor.from_tensor(tensor, list(block)) if use_descriptors else tensor
+
+
+def main_loop_arguments(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    part: RowPart,
+    *,
+    tile: Tile,
+) -> dict[str, Any]:
+    """The keyword arguments of :func:`logits_tile` that come from the host, and the launch options of ``tile``."""
+    rows_c, rows_u = hidden[part.first], hidden[part.second]
+    use_descriptors = tile.use_descriptors and all(map(can_describe, (rows_c, rows_u, weight)))
+    options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
+    return dict(
+        hidden_c=operand(rows_c, (tile.block_n, tile.block_d), use_descriptors),
+        hidden_u=operand(rows_u, (tile.block_n, tile.block_d), use_descriptors),
+        weight=operand(weight, (tile.block_v, tile.block_d), use_descriptors),
+        num_rows=part.count,
+        vocab_size=weight.shape[0],
+        hidden_size=weight.shape[1],
+        stride_hn=hidden.stride(0),
+        stride_wv=weight.stride(0),
+        PAIRED=part.paired,
+        USE_DESCRIPTORS=use_descriptors,
+        EVEN_D=weight.shape[1] % tile.block_d == 0,
+        PRECISION=dot_precision(hidden.dtype),
+        EXACT=hidden.dtype == torch.float32,
+        BLOCK_N=tile.block_n,
+        BLOCK_V=tile.block_v,
+        BLOCK_D=tile.block_d,
+        GROUP_N=tile.group_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **options,
+    )

@@ -1,0 +1,225 @@
+"""The shape of the code: who imports whom, how long files and functions are, and the README's tree of files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("sftmix_kernels", "sftmix", "bench")
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+# A module of the kernels may import those of a lower rank only.
+KERNEL_RANKS = {
+    "checks": 0, "reference": 0, "chunked": 1, "fused": 1, "ops": 2, "functional": 3, "head": 4, "": 5,
+}  # fmt: skip
+LEAVES = {"plots", "report", "integrations"}
+LEAF_USERS = {"cli", "stages", "demo", "plots", "report"}
+
+
+def walk_at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING`, which only a type checker imports."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        todo += node.orelse if only_types and isinstance(node, ast.If) else ast.iter_child_nodes(node)
+
+
+def imports(path: Path, module: str) -> Iterator[str]:
+    """Absolute names of all that ``path`` imports when it runs, in functions too; `from x import y` gives x.y."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in walk_at_run_time(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def modules_imported(module: str) -> set[str]:
+    """Modules of this project that ``module`` imports: the longest prefix of each name that is a file of it."""
+    found = set()
+    for name in imports(SOURCES[module], module):
+        while name and name not in SOURCES:
+            name = name.rpartition(".")[0]
+        if name:
+            found.add(name)
+    return found - {module}
+
+
+def tops(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(SOURCES[module], module)}
+
+
+def of(package: str) -> list[str]:
+    return [name for name in SOURCES if name.split(".")[0] == package]
+
+
+def test_imports_are_read_rightly(tmp_path: Path) -> None:
+    path = tmp_path / "m.py"
+    text = "import a.b\nfrom . import c\nfrom .d import e\ndef f():\n    from ..g import h\n"
+    path.write_text(text + "if TYPE_CHECKING:\n    import i\nelse:\n    import j\n")
+    assert set(imports(path, "p.q.m")) == {"a.b", "p.q.c", "p.q.d.e", "p.g.h", "j"}
+
+
+@pytest.mark.parametrize("module", of("sftmix_kernels"))
+def test_kernels_import_torch_and_only_fused_imports_triton(module: str) -> None:
+    stdlib_and_own = {name for name in tops(module) if name in _STDLIB or name == "sftmix_kernels"}
+    allowed = {"torch", "triton"} if ".fused" in module else {"torch"}
+    assert tops(module) - stdlib_and_own <= allowed
+
+
+@pytest.mark.parametrize("module", of("sftmix_kernels"))
+def test_kernels_are_layered(module: str) -> None:
+    def layer(name: str) -> str:
+        return name.removeprefix("sftmix_kernels").removeprefix(".").split(".")[0]
+
+    for other in modules_imported(module):
+        if layer(other) == layer(module) == "fused":
+            continue
+        assert KERNEL_RANKS[layer(other)] < KERNEL_RANKS[layer(module)], f"{module} imports {other}"
+
+
+def test_nothing_imports_bench_or_tests() -> None:
+    for module in [*of("sftmix"), *of("sftmix_kernels")]:
+        assert not tops(module) & {"bench", "tests"}, module
+    for module in of("bench"):
+        assert not tops(module) & {"sftmix", "tests"}, module
+
+
+def test_recipe_uses_public_names_of_the_kernels() -> None:
+    import sftmix_kernels
+
+    public = {f"sftmix_kernels.{name}" for name in [*sftmix_kernels.__all__, "__version__"]}
+    for module in of("sftmix"):
+        names = {name for name in imports(SOURCES[module], module) if name.startswith("sftmix_kernels")}
+        assert names <= public, module
+
+
+def test_only_the_command_line_and_its_stages_import_leaves() -> None:
+    for module in of("sftmix"):
+        if module.removeprefix("sftmix.").split(".")[0] in LEAF_USERS:
+            continue
+        leaves = {
+            name for name in modules_imported(module) if name.split(".")[1:2] and name.split(".")[1] in LEAVES
+        }
+        assert not leaves, f"{module} imports {leaves}"
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {module: modules_imported(module) for module in SOURCES}
+    graph["sftmix_kernels.fused"] = (
+        set()
+    )  # the package gathers its modules' names, which import it by being in it
+    graph = {module: others - {module.rpartition(".")[0]} for module, others in graph.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the modules
+    assert set(order) == set(SOURCES)
+
+
+def test_model_comes_before_trainer_before_command_line() -> None:
+    """DESIGN's direction in the recipe, including what is reached through other modules."""
+
+    def reaches(module: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            for other in modules_imported(todo.pop()) - seen:
+                seen.add(other)
+                todo.append(other)
+        return seen
+
+    assert "sftmix_kernels" in reaches("sftmix.model")
+    assert "sftmix.model" in reaches("sftmix.trainer")
+    assert "sftmix.trainer" in reaches("sftmix.cli")
+    assert not reaches("sftmix.model") & {"sftmix.trainer", "sftmix.stages", "sftmix.cli"}
+    assert not reaches("sftmix.trainer") & {"sftmix.stages", "sftmix.cli"}
+
+
+@pytest.mark.parametrize("module", list(SOURCES))
+def test_files_and_functions_stay_small(module: str) -> None:
+    """A file under about 300 lines, a function under about 60; 400 and 100 where Triton kernels live."""
+    file_limit, function_limit = (420, 105) if ".fused" in module else (320, 70)
+    text = SOURCES[module].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= file_limit
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            # Arguments and docstring document, they are not length.
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            length = (node.end_lineno or 0) - first.lineno + 1
+            assert length <= function_limit, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("module", list(SOURCES))
+def test_modules_say_what_they_are_and_leave_nothing_behind(module: str) -> None:
+    text = SOURCES[module].read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d)", text), "a TODO needs the number of an issue"
+
+
+# ---- the README's tree ----
+
+
+def files_of_the_project() -> set[str]:
+    """What git would have in a commit; in a copy without git, every file that .gitignore does not name."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode == 0:
+        return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    names = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()}
+    patterns = [pattern.rstrip("/") for pattern in ignored] + [".git"]
+    return {
+        name for name in names if not any(fnmatch(part, p) for part in Path(name).parts for p in patterns)
+    }
+
+
+def tree_of_the_readme() -> dict[str, str]:
+    """File → its line of text, from the indented tree under "Files"."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].partition("\n## ")[0]
+    (tree,) = re.findall(r"^```\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    described: dict[str, str] = {}
+    folders: list[str] = []
+    for line in tree.splitlines():
+        name, _, text = line.strip().partition("  ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            described["".join([*folders, name])] = text.strip()
+    return described
+
+
+def test_readme_tree_lists_every_file_and_no_other() -> None:
+    tree = tree_of_the_readme()
+    real = {name for name in files_of_the_project() if not fnmatch(name, "tests*/__init__.py")}
+    covered = {name for name in real for pattern in tree if fnmatch(name, pattern)}  # bench/results/*.jsonl
+    assert sorted(real - covered) == [], "files that the README does not list"
+    assert sorted(p for p in tree if "*" not in p and p not in real) == [], "files that are not there"
+
+
+def test_readme_tree_has_one_short_text_a_file() -> None:
+    for name, text in tree_of_the_readme().items():
+        assert 5 <= len(text) <= 90, name
+
+
+_STDLIB = frozenset(__import__("sys").stdlib_module_names)
