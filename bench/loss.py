@@ -102,9 +102,8 @@ class Group:
     def figure(self, entry: Entry, **facts: Any) -> Figure:
         """The entry as a figure; ``facts`` are the fields that say where it was measured."""
         shape, case = self.shape, entry.case
-        if case.error is None and not case.times_ms:
-            case.error = OUT_OF_TIME
-        good = case.error is None
+        error = case.error or (None if case.times_ms else OUT_OF_TIME)
+        good = error is None
         peak = case.peak_bytes if good else None
         has_gradients = entry.direction == "fwd_bwd" and entry.task != "gemm"
         itemsize = getattr(torch, self.dtype).itemsize
@@ -126,7 +125,7 @@ class Group:
             ms_min=round(min(case.times_ms), 4) if good else None,
             extra_peak_bytes=None if peak is None else max(0, peak - gradients),
             peak_bytes=peak,
-            error=case.error,
+            error=error,
         )
 
 

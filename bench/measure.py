@@ -107,7 +107,7 @@ def measure_peak(case: Case, device: str) -> None:
 def interleave(
     cases: Sequence[Case], *, rounds: int, warmup: int, device: str, deadline: float
 ) -> Iterator[int]:
-    """Time every case once per round, starting each round one case later; yields the number of rounds done.
+    """Time every case once per round, starting each round one case later; yields the round after each timed call.
 
     Stops early, after at least one timed round, when ``deadline`` (of ``time.monotonic``) has passed.
     """
@@ -121,10 +121,10 @@ def interleave(
                     case.times_ms.append(elapsed)
 
             _guarded(case, run, device)
-        if index >= warmup:
-            yield index - warmup + 1
-            if time.monotonic() > deadline:
-                return
+            if index >= warmup:
+                yield index - warmup + 1
+        if index >= warmup and time.monotonic() > deadline:
+            return
 
 
 def _guarded(case: Case, run: Callable[[], None], device: str) -> None:

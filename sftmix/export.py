@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sftmix.lora import is_lora, merged_weight
+from sftmix.lora import ADAPTER, is_lora
 from sftmix.parallel import is_main, whole
 
 if TYPE_CHECKING:
@@ -58,12 +58,20 @@ def _merged_lora_state(model: SFTMixModel) -> dict[str, Tensor]:
         owner, _, leaf = name.rpartition(".")
         layer = adapted.get(owner.removesuffix(".base_layer"))
         if layer is not None and leaf == "weight":
-            full = merged_weight(layer)
+            full = _merged_weight(layer)
         else:
             full = whole(tensor)
         if is_main():
             state[name.replace(".base_layer.", ".")] = full.cpu()
     return state
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """Weight of one adapted layer, unsharded, with its adapter added in float32, in the layer's own dtype."""
+    base = whole(layer.get_base_layer().weight)
+    down, up = (whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
+    delta = layer.scaling[ADAPTER] * (up @ down)
+    return (base.float() + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)
 
 
 def _write(model: SFTMixModel, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:

@@ -6,14 +6,14 @@ the loss. Blocks below the first adapted one record no graph, so training only u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sftmix.config import LoraConfig
-from sftmix.parallel import whole
 
 if TYPE_CHECKING:
     from sftmix.model import SFTMixModel
@@ -57,12 +57,18 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0) -> SFTMix
         # Conv1D (GPT-2) keeps its weight transposed.
         fan_in_fan_out=any(isinstance(model.base.get_submodule(name), Conv1D) for name in names),
     )
-    with torch.random.fork_rng(devices=[]):
-        # Drawn on the CPU, then moved: the same adapters on every device and process.
-        torch.manual_seed(seed)
-        device = model.device
-        model.model = get_peft_model(model.base.cpu(), peft_config, adapter_name=ADAPTER)
-        model.to(device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # whatever peft draws, our caller's generator stays put
+        model.model = get_peft_model(model.base, peft_config, adapter_name=ADAPTER)
+    # Drawn anew on the CPU, as peft does it: the same adapters on every device and process.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                drawn = nn.init.kaiming_uniform_(
+                    torch.empty(parameter.shape), a=math.sqrt(5), generator=generator
+                )
+                parameter.copy_(drawn)
     return model
 
 
@@ -118,11 +124,3 @@ def _layer_range(model: SFTMixModel, layers: str | None) -> tuple[int, int]:
 
 def is_lora(model: SFTMixModel) -> bool:
     return hasattr(model.model, "peft_config")
-
-
-def merged_weight(layer: Any) -> torch.Tensor:
-    """Weight of one adapted layer, unsharded, with its adapter added in float32, in the layer's own dtype."""
-    base = whole(layer.get_base_layer().weight)
-    down, up = (whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
-    delta = layer.scaling[ADAPTER] * (up @ down)
-    return (base.float() + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sftmix.lora import decoder_blocks, is_lora
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -78,8 +80,6 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
         return model
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    from sftmix.lora import decoder_blocks, is_lora
-
     if isinstance(model, FSDPModule):
         return model
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -108,8 +108,6 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _after_blocks(model: SFTMixModel) -> list[nn.Module]:
     """The decoder's children with parameters that stand after its blocks: the final norm."""
-    from sftmix.lora import decoder_blocks
-
     name = decoder_blocks(model)[0]
     parent = model.decoder.get_submodule(name.rpartition(".")[0])
     children = dict(parent.named_children())

@@ -38,7 +38,9 @@ class Tile:
                 raise ValueError(f"tile: expected a power of two for {name}, got {value}")
 
 
-# (operation, paired) -> tile, 16-bit inputs. "sm_90" also serves sm_120 and unknown newer NVIDIA chips.
+_BULK = {"use_descriptors": True}
+
+# arch -> (operation, paired) -> tile, for 16-bit inputs.
 _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
     "sm_80": {
         ("forward", True): Tile(64, 64, 64, num_warps=4, num_stages=3),
@@ -47,22 +49,34 @@ _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
         ("recompute", False): Tile(128, 64, 64, num_warps=4, num_stages=3),
     },
     "sm_90": {
-        ("forward", True): Tile(64, 128, 64, num_warps=4, num_stages=3, use_descriptors=True),
-        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
-        ("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, use_descriptors=True),
-        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
+        ("forward", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
+        ("forward", False): Tile(128, 256, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
+        # With 8 warps triton 3.6 serialises wgmma here (C7515).
+        ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
     },
     "sm_100": {
-        ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
-        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=4, use_descriptors=True),
-        ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True),
-        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=4, use_descriptors=True),
+        ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
+        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
+        ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
     },
     "gfx942": {
         ("forward", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
         ("forward", False): Tile(128, 128, 32, num_warps=8, num_stages=2),
         ("recompute", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
         ("recompute", False): Tile(128, 128, 32, num_warps=8, num_stages=2),
+    },
+}
+
+# With a softcap, tanh and its slope need registers beside the accumulators: the recomputing kernel takes half a tile.
+_TILES_16BIT_SOFTCAP: dict[str, dict[tuple[str, bool], Tile]] = {
+    "sm_90": {
+        ("recompute", True): Tile(64, 64, 64, num_warps=4, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 64, 64, num_warps=4, num_stages=3, **_BULK),
+    },
+    "sm_100": {
+        ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
     },
 }
 
@@ -89,7 +103,7 @@ def current_arch(device: torch.device | None = None) -> str:
 
 
 def table_arch(arch: str) -> str:
-    """The table's entry that serves ``arch``."""
+    """The table's entry that serves ``arch``: chips without wgmma or tcgen05 (sm_8x, sm_12x) take sm_80's."""
     if arch.startswith("gfx"):
         return "gfx942"
     if not arch.startswith("sm_"):
@@ -118,7 +132,7 @@ def choose_tile(
     if operation not in OPERATIONS:
         raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
     if arch == "interpreter":
-        # A program costs Python time whatever its size, so few and large ones; the reduction is kept in one piece.
+        # A program costs Python time whatever its size, so few and large ones.
         return Tile(
             block_n=_power_of_two(num_rows, 16, 256),
             block_v=_power_of_two(vocab_size, 16, 512),
@@ -126,7 +140,9 @@ def choose_tile(
         )
     if dtype == torch.float32:
         return _TILES_32BIT[operation, paired]
-    return _TILES_16BIT[table_arch(arch)][operation, paired]
+    family, kernel = table_arch(arch), (operation, paired)
+    default = _TILES_16BIT[family][kernel]
+    return _TILES_16BIT_SOFTCAP.get(family, {}).get(kernel, default) if softcap else default
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:
@@ -139,7 +155,8 @@ def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int)
     Minimises waves x tiles per program, where a wave is ``num_slots`` programs at once; the fewest splits win a tie.
     """
     best, best_cost = 1, math.inf
-    for tiles_per_split in sorted({-(-num_vocab_tiles // s) for s in range(1, num_vocab_tiles + 1)}, reverse=True):
+    distinct = {-(-num_vocab_tiles // splits) for splits in range(1, num_vocab_tiles + 1)}
+    for tiles_per_split in sorted(distinct, reverse=True):
         num_splits = -(-num_vocab_tiles // tiles_per_split)
         if num_splits > 4 * num_slots:
             break
@@ -152,17 +169,17 @@ def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int)
 def choose_slice_width(
     num_rows: int, vocab_size: int, itemsize: int, *, block_v: int, scratch_bytes: int | None
 ) -> int:
-    """Columns of one dlogits slice, a multiple of ``block_v``; at least one tile of columns.
+    """Columns of one dlogits slice, a multiple of ``block_v``: what ``scratch_bytes`` holds, at least one tile.
 
-    By default the slice takes 32 MiB (it is written once and read twice, so it should stay in L2), but at least 4096
-    columns, under which the products that follow lose speed, and never the whole vocabulary when it has two tiles.
+    By default 32 MiB (a slice is written once and read twice, so it should stay in L2), but at least 4096 columns,
+    under which the products that follow lose speed, and never the whole of a vocabulary of two tiles or more. Slices
+    are made equal, so that the last is not a sliver.
     """
-    if scratch_bytes is None:
-        width = max(32 * 2**20 // (num_rows * itemsize), 4096)
-        width = min(width, -(-vocab_size // 2))
-    else:
-        width = min(scratch_bytes // (num_rows * itemsize), vocab_size)
     num_tiles = -(-vocab_size // block_v)
-    tiles_in_slice = max(width // block_v, 1) if scratch_bytes is not None else max(-(-width // block_v), 1)
-    num_slices = -(-num_tiles // tiles_in_slice)
+    if scratch_bytes is None:
+        columns = max(32 * 2**20 // (num_rows * itemsize), 4096)
+        most = min(columns // block_v, -(-num_tiles // 2))
+    else:
+        most = scratch_bytes // (num_rows * itemsize) // block_v
+    num_slices = -(-num_tiles // max(most, 1))
     return -(-num_tiles // num_slices) * block_v

@@ -1,60 +1,49 @@
 """Statistics of a pair's two rows of logits and of their mixture, in one pass, with no logits stored.
 
     A = f(W h_c + b),  B = f(W h_u + b),  X = f(lam W h_c + (1 - lam) W h_u + b)
-    m = max_j z_j,  l = sum_j exp(z_j - m),  lse = m + log l                       z in A, B, X
-    entropy = -sum_j p_j log p_j = log l - (1/l) sum_j exp(z_j - m) (z_j - m)
-    nll = lse - z[y], taken at y_c in A, y_u in B, and at both in X
+    m = max_j z_j,  l = sum_j exp(z_j - m),  t = sum_j exp(z_j - m) (z_j - m)          z in A, B, X
+    target logits: A[y_c], B[y_u], X[y_c], X[y_u]
 
-A program owns BLOCK_N pairs and one split of the vocabulary: it walks the split's tiles and keeps (m, l) of A, B and X
-in registers. A second kernel folds the splits. ``lse_low`` is what rounding took from m + log l, so that probabilities
-are right where the logits are large. Target logits come from the accumulator that made m and l.
+A program owns BLOCK_N pairs and one split of the vocabulary: it walks the split's tiles, keeps (m, l) of A, B and X in
+registers (and t, for the entropy, when asked) and writes them once; stats.py folds the splits. Target logits come from
+the accumulator that m and l come from, so that a target at the top is at the top exactly.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import INTERPRETED, Tile, choose_num_splits, choose_tile, current_arch
+from .configs import Tile, choose_num_splits
+from .stats import FusedStats, empty_stats, fold_splits
 from .tiles import (
+    Problem,
     RowPart,
     any_inside,
-    check_launchable,
+    launch_arguments,
     load_target,
     logits_tile,
-    main_loop_arguments,
     on_device,
     row_parts,
     tanh,
     tile_coordinates,
-    unit_stride,
     with_bias,
 )
 
 
-class FusedStats(NamedTuple):
-    """What one forward pass knows of N rows and M mixtures; float32, natural logarithms."""
-
-    lse: Tensor  # (N,)
-    max_logit: Tensor  # (N,)
-    target_logit: Tensor  # (N,) 0 where the row has no target
-    lse_x: Tensor  # (M,)
-    target_logit_xc: Tensor  # (M,) mixed logit at the confident target; 0 where there is none
-    target_logit_xu: Tensor  # (M,) at the partner's
-    entropy: Tensor  # (N,), or (0,) when not wanted
-    nll: Tensor  # (N,) -log p of the target, right to float32 even where it is tiny; 0 without a target
-    nll_xc: Tensor  # (M,) the same of the mixture, at the confident target
-    nll_xu: Tensor  # (M,) at the partner's
-    row_carry: Tensor  # (3, N) for the backward: lse, the part of it lost in rounding, nll
-    pair_carry: Tensor  # (4, M) lse_x, the part lost, nll_xc, nll_xu
-
-
 @triton.jit
-def _logits(affine, bias, offs_v, vocab_size, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EVEN_V: tl.constexpr, EXACT: tl.constexpr):
+def _logits(
+    affine,  # (rows, columns) W h
+    bias,
+    offs_v,
+    vocab_size,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """f(affine + bias), -inf in the vocabulary's tail."""
     z = with_bias(affine, bias, offs_v, vocab_size)
     if LOGIT_SCALE != 1.0:
@@ -83,11 +72,15 @@ def _fold(stats, z, WANT_MOMENT: tl.constexpr):
 
 
 @triton.jit
-def _store_target_logit(out, rows, z, columns, label, STEP: tl.constexpr, OFFSET: tl.constexpr):
-    """out[row] = z[row, target] for the rows whose target z holds; label: (target's column in the tile, any in it)."""
+def _store_target_logit(out, rows, z, label, STEP: tl.constexpr, OFFSET: tl.constexpr):
+    """out[row] = z[row, target] where z holds the target. label: the targets' columns in the tile, any of them in it.
+
+    z is every STEP-th column of the tile from OFFSET. The branch skips the gathering in most tiles.
+    """
     target, hit = label
     if hit:
-        here = columns[None, :] == target[:, None]
+        here = (tl.arange(0, z.shape[1]) * STEP + OFFSET)[None, :] == target[:, None]
+        # Said by arithmetic: a second reduction over the columns costs 500 bytes of stack on sm_90.
         found = (target >= 0) & (target < STEP * z.shape[1]) & (target % STEP == OFFSET)
         tl.store(out + rows, tl.sum(tl.where(here, z, 0.0), axis=1), mask=found)
 
@@ -110,7 +103,6 @@ def _fold_pairs(
     labels,  # of the confident and of the partner
     outs,  # pointers to target logits: A at y_c, B at y_u, X at y_c and at y_u
     rows,
-    columns,  # (columns,) their places in the tile
     first_v,
     bias,
     vocab_size,
@@ -119,21 +111,23 @@ def _fold_pairs(
     EVEN_V: tl.constexpr,
     EXACT: tl.constexpr,
     WANT_MOMENT: tl.constexpr,
-    STEP: tl.constexpr, OFFSET: tl.constexpr,
+    STEP: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
+    """Fold every STEP-th column of a pair's tile, from OFFSET: one of the three sets of logits at a time."""
     stats_c, stats_u, stats_x = stats
     label_c, label_u = labels
-    offs_v = first_v + columns
+    offs_v = first_v + tl.arange(0, a.shape[1]) * STEP + OFFSET
     x = share[:, None] * a + (1.0 - share)[:, None] * b
     x = _logits(x, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[2], rows, x, columns, label_c, STEP, OFFSET)
-    _store_target_logit(outs[3], rows, x, columns, label_u, STEP, OFFSET)
+    _store_target_logit(outs[2], rows, x, label_c, STEP, OFFSET)
+    _store_target_logit(outs[3], rows, x, label_u, STEP, OFFSET)
     stats_x = _fold(stats_x, x, False)
     b = _logits(b, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[1], rows, b, columns, label_u, STEP, OFFSET)
+    _store_target_logit(outs[1], rows, b, label_u, STEP, OFFSET)
     stats_u = _fold(stats_u, b, WANT_MOMENT)
     a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[0], rows, a, columns, label_c, STEP, OFFSET)
+    _store_target_logit(outs[0], rows, a, label_c, STEP, OFFSET)
     stats_c = _fold(stats_c, a, WANT_MOMENT)
     return stats_c, stats_u, stats_x
 
@@ -206,13 +200,13 @@ def _sftmix_fwd_kernel(
             for half in tl.static_range(2):
                 stats_c, stats_u, stats_x = _fold_pairs(
                     halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (label_c, label_u), outs,
-                    rows, 2 * tl.arange(0, BLOCK_V // 2) + half, first_v, bias, vocab_size,
-                    SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, WANT_MOMENT, 2, half,
+                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, WANT_MOMENT,
+                    2, half,
                 )  # fmt: skip
         else:
-            columns = tl.arange(0, BLOCK_V)
-            a = _logits(a, bias, first_v + columns, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-            _store_target_logit(target_logit_c, rows, a, columns, label_c, 1, 0)
+            offs_v = first_v + tl.arange(0, BLOCK_V)
+            a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
+            _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
             stats_c = _fold(stats_c, a, WANT_MOMENT)
 
     plane = num_rows.to(tl.int64)
@@ -221,109 +215,6 @@ def _sftmix_fwd_kernel(
     if PAIRED:
         _store_stats(part_max, part_sum, part_moment, at + plane, row_mask, stats_u, WANT_MOMENT)
         _store_stats(part_max, part_sum, part_moment, at + 2 * plane, row_mask, stats_x, False)
-
-
-@triton.jit
-def _nll(target_ptrs, logit_ptrs, mask, lse, low, vocab_size):
-    """-log p at the target, 0 where there is none; lse - z first, which is exact when p is near 1."""
-    y = tl.load(target_ptrs, mask=mask, other=-1)
-    z = tl.load(logit_ptrs, mask=mask, other=0.0)
-    return tl.where((y >= 0) & (y < vocab_size), (lse - z) + low, 0.0)
-
-
-@triton.jit
-def _sftmix_fwd_combine_kernel(
-    part_max,  # (splits, rows + mixed): the rows' planes, then the mixtures'
-    part_sum,  # (splits, rows + mixed)
-    part_moment,  # (splits, rows + mixed)
-    target,  # (rows,) int64
-    target_logit,  # (rows,)
-    target_logit_xc,  # (mixed,)
-    target_logit_xu,  # (mixed,)
-    lse,  # (rows,)
-    max_logit,  # (rows,)
-    entropy,  # (rows,)
-    nll,  # (rows,)
-    row_carry,  # (3, N), from this part's first row
-    pair_carry,  # (4, mixed)
-    num_rows,
-    num_mixed,
-    stride_carry,
-    num_splits,
-    vocab_size,
-    WANT_MOMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = num_rows.to(tl.int64) + num_mixed
-    mask = offs < size
-    zero = tl.zeros([BLOCK], dtype=tl.float32)
-    top, total, moment = zero - float("inf"), zero, zero
-    for split in range(0, num_splits):
-        at = split * size + offs
-        m = tl.load(part_max + at, mask=mask, other=0.0)
-        new = tl.maximum(top, m)
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        down_old = tl.where(top == float("-inf"), 0.0, top - shift)
-        down_new = tl.where(m == float("-inf"), 0.0, m - shift)
-        fade_old, fade_new = tl.exp(down_old), tl.exp(down_new)
-        part = tl.load(part_sum + at, mask=mask, other=1.0)
-        if WANT_MOMENT:
-            part_t = tl.load(part_moment + at, mask=mask & (offs < num_rows), other=0.0)
-            moment = fade_old * (moment + total * down_old) + fade_new * (part_t + part * down_new)
-        total = fade_old * total + fade_new * part
-        top = new
-
-    log_total = tl.log(total)
-    log_sum_exp = top + log_total
-    # Knuth's exact sum: log_sum_exp + low is top + log_total without rounding.
-    shadow = log_sum_exp - top
-    low = (top - (log_sum_exp - shadow)) + (log_total - shadow)
-    low = tl.where(tl.abs(log_sum_exp) < float("inf"), low, 0.0)
-
-    is_row = offs < num_rows
-    row_nll = _nll(target + offs, target_logit + offs, is_row, log_sum_exp, low, vocab_size)
-    tl.store(lse + offs, log_sum_exp, mask=is_row)
-    tl.store(max_logit + offs, top, mask=is_row)
-    tl.store(nll + offs, row_nll, mask=is_row)
-    tl.store(row_carry + offs, log_sum_exp, mask=is_row)
-    tl.store(row_carry + stride_carry + offs, low, mask=is_row)
-    tl.store(row_carry + 2 * stride_carry + offs, row_nll, mask=is_row)
-    if WANT_MOMENT:
-        tl.store(entropy + offs, log_total - moment / total, mask=is_row)
-
-    is_mixed = mask & (offs >= num_rows)
-    pair = offs - num_rows
-    nll_xc = _nll(target + pair, target_logit_xc + pair, is_mixed, log_sum_exp, low, vocab_size)
-    nll_xu = _nll(target + num_mixed + pair, target_logit_xu + pair, is_mixed, log_sum_exp, low, vocab_size)
-    tl.store(pair_carry + pair, log_sum_exp, mask=is_mixed)
-    tl.store(pair_carry + num_mixed + pair, low, mask=is_mixed)
-    tl.store(pair_carry + 2 * num_mixed + pair, nll_xc, mask=is_mixed)
-    tl.store(pair_carry + 3 * num_mixed + pair, nll_xu, mask=is_mixed)
-
-
-def _empty_stats(hidden: Tensor, num_pairs: int, want_entropy: bool) -> FusedStats:
-    """Buffers for the results; the target logits are zero because rows without a target are not written."""
-    num_rows = hidden.shape[0]
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
-
-    pair_carry = floats(4, num_pairs)
-    return FusedStats(
-        lse=floats(num_rows),
-        max_logit=floats(num_rows),
-        target_logit=floats(num_rows).zero_(),
-        lse_x=pair_carry[0],
-        target_logit_xc=floats(num_pairs).zero_(),
-        target_logit_xu=floats(num_pairs).zero_(),
-        entropy=floats(num_rows if want_entropy else 0),
-        nll=floats(num_rows),
-        nll_xc=pair_carry[2],
-        nll_xu=pair_carry[3],
-        row_carry=floats(3, num_rows),
-        pair_carry=pair_carry,
-    )
 
 
 def _num_program_slots(device: torch.device, tile: Tile) -> int:
@@ -336,65 +227,38 @@ def _num_program_slots(device: torch.device, tile: Tile) -> int:
 
 def _forward_part(
     stats: FusedStats,
-    problem: dict[str, Any],
+    problem: Problem,
+    lam: Tensor,  # (M,)
     part: RowPart,
     *,
     tile: Tile,
     num_splits: int | None,
 ) -> None:
     """Both launches for one run of rows; results go to the part's places in ``stats``."""
-    hidden, weight, target = problem["hidden"], problem["weight"], problem["target"]
-    num_blocks_n, num_tiles = triton.cdiv(part.count, tile.block_n), triton.cdiv(weight.shape[0], tile.block_v)
-    wanted = num_splits or choose_num_splits(num_blocks_n, num_tiles, _num_program_slots(hidden.device, tile))
+    vocab_size = problem.weight.shape[0]
+    num_blocks_n, num_tiles = triton.cdiv(part.size, tile.block_n), triton.cdiv(vocab_size, tile.block_v)
+    wanted = num_splits or choose_num_splits(num_blocks_n, num_tiles, _num_program_slots(lam.device, tile))
     tiles_per_split = triton.cdiv(num_tiles, wanted)
     splits = triton.cdiv(num_tiles, tiles_per_split)
-    num_mixed = part.count if part.paired else 0
-    size, want_moment = part.num_rows + num_mixed, stats.entropy.numel() > 0
+    size, want_moment = part.num_rows + part.num_mixed, stats.entropy.numel() > 0
     buffers = {
-        name: torch.empty(splits * (size if kept else 0), dtype=torch.float32, device=hidden.device)
+        name: torch.empty(splits * (size if kept else 0), dtype=torch.float32, device=lam.device)
         for name, kept in (("part_max", True), ("part_sum", True), ("part_moment", want_moment))
     }
     _sftmix_fwd_kernel[(num_blocks_n * splits,)](
-        **main_loop_arguments(hidden, weight, part, tile=tile),
+        **launch_arguments(problem, part, tile),
         **buffers,
-        bias=problem["bias"],
-        target_c=target[part.first],
-        target_u=target[part.second],
-        lam=problem["lam"],
+        lam=lam,
         target_logit_c=stats.target_logit[part.first],
         target_logit_u=stats.target_logit[part.second],
         target_logit_xc=stats.target_logit_xc,
         target_logit_xu=stats.target_logit_xu,
-        num_blocks_n=num_blocks_n,
         num_splits=splits,
         tiles_per_split=tiles_per_split,
-        SOFTCAP=problem["softcap"],
-        LOGIT_SCALE=problem["logit_scale"],
         WANT_MOMENT=want_moment,
-        EVEN_V=weight.shape[0] % tile.block_v == 0,
+        EVEN_V=vocab_size % tile.block_v == 0,
     )
-    block = 4096 if INTERPRETED else 128
-    _sftmix_fwd_combine_kernel[(triton.cdiv(size, block),)](
-        **buffers,
-        target=target[part.rows],
-        target_logit=stats.target_logit[part.rows],
-        target_logit_xc=stats.target_logit_xc,
-        target_logit_xu=stats.target_logit_xu,
-        lse=stats.lse[part.rows],
-        max_logit=stats.max_logit[part.rows],
-        entropy=stats.entropy[part.rows] if want_moment else stats.entropy,
-        nll=stats.nll[part.rows],
-        row_carry=stats.row_carry[:, part.rows],
-        pair_carry=stats.pair_carry,
-        num_rows=part.num_rows,
-        num_mixed=num_mixed,
-        stride_carry=stats.row_carry.stride(0),
-        num_splits=splits,
-        vocab_size=weight.shape[0],
-        WANT_MOMENT=want_moment,
-        BLOCK=block,
-        num_warps=4,
-    )
+    fold_splits(stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size)
 
 
 def fused_forward(
@@ -415,17 +279,10 @@ def fused_forward(
     Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. ``tile`` and
     ``num_splits`` force the launch shape (tests). Raises ValueError on CPU tensors outside the interpreter.
     """
-    check_launchable(hidden)
-    stats = _empty_stats(hidden, lam.shape[0], want_entropy)
-    problem = dict(
-        hidden=unit_stride(hidden), weight=unit_stride(weight), target=target.contiguous(), lam=lam.contiguous(),
-        bias=None if bias is None else bias.contiguous(), softcap=float(softcap), logit_scale=float(logit_scale),
-    )  # fmt: skip
-    for part in row_parts(hidden.shape[0], lam.shape[0]):
-        chosen = tile or choose_tile(
-            "forward", num_rows=part.count, vocab_size=weight.shape[0], hidden_size=weight.shape[1],
-            dtype=hidden.dtype, arch=current_arch(hidden.device), paired=part.paired, softcap=softcap != 0.0,
-        )  # fmt: skip
-        with on_device(hidden):
-            _forward_part(stats, problem, part, tile=chosen, num_splits=num_splits)
+    problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    stats = empty_stats(hidden, lam.shape[0], want_entropy)
+    with on_device(hidden):
+        for part in row_parts(hidden.shape[0], lam.shape[0]):
+            chosen = tile or problem.choose_tile("forward", part)
+            _forward_part(stats, problem, lam.contiguous(), part, tile=chosen, num_splits=num_splits)
     return stats

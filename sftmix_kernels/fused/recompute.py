@@ -13,28 +13,27 @@ scales the row's coefficient. float16 divides all coefficients by their maximum,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Tile, choose_slice_width, choose_tile, current_arch
+from .configs import Tile, choose_slice_width
 from .tiles import (
+    Problem,
     RowPart,
     any_inside,
     can_describe,
-    check_launchable,
+    launch_arguments,
     load_target,
     logits_tile,
-    main_loop_arguments,
     on_device,
     operand,
     row_parts,
     tanh,
     tile_coordinates,
-    unit_stride,
     with_bias,
 )
 
@@ -48,7 +47,15 @@ class GradientTerms(NamedTuple):
 
 
 @triton.jit
-def _logits_and_slope(affine, bias, first_v, vocab_size, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr):
+def _logits_and_slope(
+    affine,  # (rows, columns) W h
+    bias,
+    first_v,
+    vocab_size,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """f(affine + bias) and f' over the scale: 1 without a cap, 1 - (z / cap)^2 with one."""
     z = with_bias(affine, bias, first_v + tl.arange(0, affine.shape[1]), vocab_size)
     if LOGIT_SCALE != 1.0:
@@ -155,7 +162,7 @@ def _sftmix_recompute_kernel(
 
 
 def _residual(nll: Tensor, mass: Tensor, rest: Tensor) -> Tensor:
-    """p - mass at a target whose -log p is ``nll``; ``rest`` is 1 - mass. Without cancellation where both are near 1."""
+    """p - mass at a target whose -log p is ``nll``, without cancellation near 1; ``rest`` is 1 - mass."""
     return torch.where(mass >= 0.5, torch.expm1(-nll) + rest, torch.exp(-nll) - mass)
 
 
@@ -225,34 +232,29 @@ def _write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | Non
 
 
 def _recompute_slice(
-    problem: dict[str, Any],
+    problem: Problem,  # weight (V_s, D), bias (V_s,)
+    terms: GradientTerms,
     part: RowPart,
     dlogits: Tensor,  # (N, V_s)
     *,
-    columns: slice,
+    first_column: int,
     tile: Tile,
 ) -> None:
     """Launch the kernel for one run of rows and one slice of the vocabulary."""
-    bias, terms = problem["bias"], problem["terms"]
     out_c, out_u = dlogits[part.first], dlogits[part.second]
     store_descriptors = tile.use_descriptors and can_describe(out_c) and can_describe(out_u)
-    num_blocks_n = triton.cdiv(part.count, tile.block_n)
-    _sftmix_recompute_kernel[(num_blocks_n * triton.cdiv(dlogits.shape[1], tile.block_v),)](
-        **main_loop_arguments(problem["hidden"], problem["weight"][columns], part, tile=tile),
-        bias=None if bias is None else bias[columns],
-        target_c=problem["target"][part.first],
-        target_u=problem["target"][part.second],
+    block = (tile.block_n, tile.block_v)
+    num_tiles = triton.cdiv(part.size, tile.block_n) * triton.cdiv(dlogits.shape[1], tile.block_v)
+    _sftmix_recompute_kernel[(num_tiles,)](
+        **launch_arguments(problem, part, tile),
         row_terms_c=terms.rows[:, part.first],
         row_terms_u=terms.rows[:, part.second],
         pair_terms=terms.pairs,
-        dlogits_c=operand(out_c, (tile.block_n, tile.block_v), store_descriptors),
-        dlogits_u=operand(out_u, (tile.block_n, tile.block_v), store_descriptors),
-        first_column=columns.start,
+        dlogits_c=operand(out_c, block, store_descriptors),
+        dlogits_u=operand(out_u, block, store_descriptors),
+        first_column=first_column,
         stride_on=dlogits.stride(0),
         stride_terms=terms.rows.stride(0),
-        num_blocks_n=num_blocks_n,
-        SOFTCAP=problem["softcap"],
-        LOGIT_SCALE=problem["logit_scale"],
         STORE_DESCRIPTORS=store_descriptors,
     )
 
@@ -282,51 +284,56 @@ def fused_backward(
     (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
     inputs dhidden's running sum is a float32 [N, D]. Raises ValueError on CPU tensors outside the interpreter.
     """
-    check_launchable(hidden)
+    problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
     _check_carries(hidden, lam, row_carry, pair_carry)
-    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    total = torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device)
-    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
-    dbias = weight.new_empty((vocab_size,) if need_dbias else (0,))
-    if num_rows == 0:
-        return total.to(hidden.dtype), dweight.zero_(), dbias.zero_()
-
+    gradients = (
+        torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device),
+        weight.new_empty(weight.shape if need_dweight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_dbias else (0,)),
+    )
+    if hidden.shape[0] == 0:
+        return gradients[0].to(hidden.dtype), gradients[1].zero_(), gradients[2].zero_()
     terms = _gradient_terms(
         target, lam, row_coef, pair_coef, row_carry, pair_carry,
         logit_scale=logit_scale, normalise=hidden.dtype == torch.float16,
     )  # fmt: skip
-    problem = dict(
-        hidden=unit_stride(hidden), weight=unit_stride(weight), target=target.contiguous(), terms=terms,
-        bias=None if bias is None else bias.contiguous(), softcap=float(softcap), logit_scale=float(logit_scale),
-    )  # fmt: skip
     tiles = {
-        part: tile or choose_tile(
-            "recompute", num_rows=part.count, vocab_size=vocab_size, hidden_size=hidden.shape[1], dtype=hidden.dtype,
-            arch=current_arch(hidden.device), paired=part.paired, softcap=softcap != 0.0,
-        )
-        for part in row_parts(num_rows, lam.shape[0])
-    }  # fmt: skip
-    width = choose_slice_width(
-        num_rows, vocab_size, hidden.element_size(), scratch_bytes=scratch_bytes,
-        block_v=max(t.block_v for t in tiles.values()),
-    )  # fmt: skip
-    scratch = hidden.new_empty(num_rows, width)
+        part: tile or problem.choose_tile("recompute", part)
+        for part in row_parts(hidden.shape[0], lam.shape[0])
+    }
+    with on_device(hidden):
+        _walk_slices(problem, terms, tiles, gradients, scratch_bytes=scratch_bytes)
+    total, dweight, dbias = gradients
+    return (total if terms.scale is None else total.mul_(terms.scale)).to(hidden.dtype), dweight, dbias
+
+
+def _walk_slices(
+    problem: Problem,
+    terms: GradientTerms,
+    tiles: dict[RowPart, Tile],
+    gradients: tuple[Tensor, Tensor, Tensor],  # (N, D) float32 zeros, (V, D), (V,); (0,) where not needed
+    *,
+    scratch_bytes: int | None,
+) -> None:
+    """Fill the gradients slice by slice: the kernel writes dlogits, library products consume them."""
+    dhidden, dweight, dbias = gradients
+    num_rows, vocab_size = problem.hidden.shape[0], problem.weight.shape[0]
+    block_v = max(tile.block_v for tile in tiles.values())
+    itemsize = problem.hidden.element_size()
+    width = choose_slice_width(num_rows, vocab_size, itemsize, block_v=block_v, scratch_bytes=scratch_bytes)
+    scratch = problem.hidden.new_empty(num_rows, width)
     for start in range(0, vocab_size, width):
         columns = slice(start, min(start + width, vocab_size))
-        dlogits = scratch[:, : columns.stop - start]
-        with on_device(hidden):
-            for part, part_tile in tiles.items():
-                _recompute_slice(problem, part, dlogits, columns=columns, tile=part_tile)
-        if need_dhidden:
-            _add_product(total, dlogits, problem["weight"][columns])
-        if need_dweight:
-            _write_product(dweight[columns], dlogits.T, problem["hidden"], terms.scale)
-        if need_dbias:
+        part_problem, dlogits = problem.columns(columns), scratch[:, : columns.stop - start]
+        for part, tile in tiles.items():
+            _recompute_slice(part_problem, terms, part, dlogits, first_column=start, tile=tile)
+        if dhidden.numel():
+            _add_product(dhidden, dlogits, part_problem.weight)
+        if dweight.numel():
+            _write_product(dweight[columns], dlogits.T, problem.hidden, terms.scale)
+        if dbias.numel():
             sums = dlogits.sum(dim=0, dtype=torch.float32)
             dbias[columns] = sums if terms.scale is None else sums * terms.scale
-    if terms.scale is not None:
-        total *= terms.scale
-    return total.to(hidden.dtype), dweight, dbias
 
 
 def _check_carries(hidden: Tensor, lam: Tensor, row_carry: Tensor, pair_carry: Tensor) -> None:
@@ -336,4 +343,6 @@ def _check_carries(hidden: Tensor, lam: Tensor, row_carry: Tensor, pair_carry: T
     ):
         if carry.dtype != torch.float32 or tuple(carry.shape) != shape:
             got = f"{str(carry.dtype).removeprefix('torch.')} {list(carry.shape)}"
-            raise ValueError(f"{name}: expected float32 {list(shape)}, FusedStats.{name} of the forward, got {got}")
+            raise ValueError(
+                f"{name}: expected float32 {list(shape)}, FusedStats.{name} of the forward, got {got}"
+            )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETED, Tile
+from .configs import INTERPRETED, Tile, choose_tile, current_arch
 
 
 @triton.jit
@@ -73,7 +73,8 @@ def logits_tile(
         ptrs_w = weight + offs_v[None, :] * stride_wv + offs_d[:, None]
         for d in range(0, hidden_size, BLOCK_D):
             w = _load_along_d(ptrs_w, offs_d[:, None], hidden_size - d, EVEN_D)
-            acc_c = tl.dot(_load_along_d(ptrs_c, offs_d[None, :], hidden_size - d, EVEN_D), w, acc_c, PRECISION)
+            c = _load_along_d(ptrs_c, offs_d[None, :], hidden_size - d, EVEN_D)
+            acc_c = tl.dot(c, w, acc_c, input_precision=PRECISION)
             if PAIRED:
                 u = _load_along_d(ptrs_u, offs_d[None, :], hidden_size - d, EVEN_D)
                 acc_u = tl.dot(u, w, acc_u, input_precision=PRECISION)
@@ -127,15 +128,19 @@ def any_inside(column, BLOCK_V: tl.constexpr):
 
 
 class RowPart(NamedTuple):
-    """A run of rows that one launch serves: ``count`` pairs from row 0, or ``count`` plain rows from ``start``."""
+    """A run of rows that one launch serves: ``size`` pairs from row 0, or ``size`` plain rows from ``start``."""
 
     start: int
-    count: int
+    size: int
     paired: bool
 
     @property
     def num_rows(self) -> int:
-        return 2 * self.count if self.paired else self.count
+        return 2 * self.size if self.paired else self.size
+
+    @property
+    def num_mixed(self) -> int:
+        return self.size if self.paired else 0
 
     @property
     def rows(self) -> slice:
@@ -145,28 +150,19 @@ class RowPart(NamedTuple):
     @property
     def first(self) -> slice:
         """The confident rows of pairs; plain rows all."""
-        return slice(self.start, self.start + self.count)
+        return slice(self.start, self.start + self.size)
 
     @property
     def second(self) -> slice:
         """The partners; of plain rows, which have none, the rows themselves: a pointer that is not read."""
-        return slice(self.count, 2 * self.count) if self.paired else self.first
+        return slice(self.size, 2 * self.size) if self.paired else self.first
 
 
 def row_parts(num_rows: int, num_pairs: int) -> list[RowPart]:
     """Pairs first, then the rows beside them."""
     pairs = RowPart(0, num_pairs, True)
     plain = RowPart(2 * num_pairs, num_rows - 2 * num_pairs, False)
-    return [part for part in (pairs, plain) if part.count]
-
-
-def check_launchable(hidden: Tensor) -> None:
-    """Raise unless Triton can run on ``hidden``'s device."""
-    if hidden.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
-            "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
-        )
+    return [part for part in (pairs, plain) if part.size]
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -196,36 +192,81 @@ def operand(tensor: Tensor, block: tuple[int, int], use_descriptors: bool) -> An
     return TensorDescriptor.from_tensor(tensor, list(block)) if use_descriptors else tensor
 
 
-def main_loop_arguments(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    part: RowPart,
-    *,
-    tile: Tile,
-) -> dict[str, Any]:
-    """The keyword arguments of :func:`logits_tile` that come from the host, and the launch options of ``tile``."""
+class Problem(NamedTuple):
+    """The tensors and numbers that every launch needs, laid out as the kernels want them."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+    softcap: float
+    logit_scale: float
+
+    @classmethod
+    def prepare(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        *,
+        bias: Tensor | None,
+        softcap: float,
+        logit_scale: float,
+    ) -> Problem:
+        """Raises ValueError where Triton cannot run on ``hidden``'s device."""
+        if hidden.device.type == "cpu" and not INTERPRETED:
+            raise ValueError(
+                "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
+                "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
+            )
+        bias = None if bias is None else bias.contiguous()
+        target = target.contiguous()
+        return cls(unit_stride(hidden), unit_stride(weight), target, bias, float(softcap), float(logit_scale))
+
+    def columns(self, columns: slice) -> Problem:
+        """The same with a slice of the vocabulary; targets still count from the vocabulary's start."""
+        bias = None if self.bias is None else self.bias[columns]
+        return self._replace(weight=self.weight[columns], bias=bias)
+
+    def choose_tile(self, operation: str, part: RowPart) -> Tile:
+        return choose_tile(
+            operation, num_rows=part.size, vocab_size=self.weight.shape[0], hidden_size=self.weight.shape[1],
+            dtype=self.hidden.dtype, arch=current_arch(self.hidden.device), paired=part.paired,
+            softcap=self.softcap != 0.0,
+        )  # fmt: skip
+
+
+def launch_arguments(problem: Problem, part: RowPart, tile: Tile) -> dict[str, Any]:
+    """The keyword arguments and launch options that both kernels share."""
+    hidden, weight = problem.hidden, problem.weight
     rows_c, rows_u = hidden[part.first], hidden[part.second]
     use_descriptors = tile.use_descriptors and all(map(can_describe, (rows_c, rows_u, weight)))
     options = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
-    return dict(
-        hidden_c=operand(rows_c, (tile.block_n, tile.block_d), use_descriptors),
-        hidden_u=operand(rows_u, (tile.block_n, tile.block_d), use_descriptors),
-        weight=operand(weight, (tile.block_v, tile.block_d), use_descriptors),
-        num_rows=part.count,
-        vocab_size=weight.shape[0],
-        hidden_size=weight.shape[1],
-        stride_hn=hidden.stride(0),
-        stride_wv=weight.stride(0),
-        PAIRED=part.paired,
-        USE_DESCRIPTORS=use_descriptors,
-        EVEN_D=weight.shape[1] % tile.block_d == 0,
-        PRECISION=dot_precision(hidden.dtype),
-        EXACT=hidden.dtype == torch.float32,
-        BLOCK_N=tile.block_n,
-        BLOCK_V=tile.block_v,
-        BLOCK_D=tile.block_d,
-        GROUP_N=tile.group_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    return {
+        "hidden_c": operand(rows_c, (tile.block_n, tile.block_d), use_descriptors),
+        "hidden_u": operand(rows_u, (tile.block_n, tile.block_d), use_descriptors),
+        "weight": operand(weight, (tile.block_v, tile.block_d), use_descriptors),
+        "bias": problem.bias,
+        "target_c": problem.target[part.first],
+        "target_u": problem.target[part.second],
+        "num_rows": part.size,
+        "vocab_size": weight.shape[0],
+        "hidden_size": weight.shape[1],
+        "stride_hn": hidden.stride(0),
+        "stride_wv": weight.stride(0),
+        "num_blocks_n": triton.cdiv(part.size, tile.block_n),
+        "SOFTCAP": problem.softcap,
+        "LOGIT_SCALE": problem.logit_scale,
+        "PAIRED": part.paired,
+        "USE_DESCRIPTORS": use_descriptors,
+        "EVEN_D": weight.shape[1] % tile.block_d == 0,
+        "PRECISION": dot_precision(hidden.dtype),
+        "EXACT": hidden.dtype == torch.float32,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP_N": tile.group_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         **options,
-    )
+    }

@@ -188,6 +188,15 @@ def test_reference_of_another_model_scores_for_the_target(material: tuple[Path, 
     assert (tmp_path / "r" / "train-sftmix" / "model" / "config.json").exists()
 
 
+def test_alpaca_file_of_a_user(material: tuple[Path, Path], shared_data: Path, tmp_path: Path) -> None:
+    """``sftmix run --data alpaca_en_demo.json.xz --model ID``: real instructions through every stage."""
+    data = shared_data / "alpaca_en_demo.json.xz"
+    limits = ["--data.limit=40", "--data.max_length=512", "--train.epochs=1", "--reference.epochs=1"]
+    run((material[0], data), tmp_path / "r", "--no-baseline", *limits)
+    results = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert results["sftmix"]["nll"] < results["base"]["nll"] and results["base"]["num_examples"] == 8
+
+
 BROKEN: list[tuple[str, bytes | None, Sequence[str], str]] = [
     ("dynamics.parquet", b"PAR1 cut", ["split"], "dynamics.parquet: "),
     ("split.parquet", b"PAR1 cut", ["train"], "split.parquet: "),

@@ -1,0 +1,393 @@
+"""The Triton kernels cut into many small tiles, splits and slices; test_parity.py runs them at their default sizes.
+
+In the interpreter where there is no GPU: float32 and float16. Every uninitialised buffer is NaN (conftest.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parity import Case, assert_parity, assert_within_contract, make_case, run
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
+
+from sftmix_kernels.fused import Tile, configs, forward, fused_backward, fused_forward, tiles
+
+F32, F16 = torch.float32, torch.float16
+POINTERS = Tile(16, 32, 16, group_n=2)
+DESCRIPTORS = Tile(16, 32, 16, group_n=2, use_descriptors=True)
+both_paths = pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    """Make the public function use ``tile`` in three splits; scratch_bytes=1 then makes slices of one tile."""
+    monkeypatch.setattr(tiles, "choose_tile", lambda *_, **__: tile)
+    monkeypatch.setattr(forward, "choose_num_splits", lambda *_: 3)
+
+
+# N, V, D, M, options, and why. D = 40: a tail in K, and rows that descriptors can address in both dtypes.
+CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
+    (32, 96, 32, 16, {}, "every size a multiple of its block, 2M = N"),
+    (53, 101, 40, 19, {"bias": True}, "every size ragged, 15 unpaired rows"),
+    (37, 65, 40, 0, {}, "M = 0, one column in the last tile"),
+    (35, 70, 40, 17, {"softcap": 3.0, "logit_scale": 0.7, "bias": True}, "softcap after scale after bias"),
+    (35, 70, 40, 17, {"lam": 0.0}, "lam 0"),
+    (35, 70, 40, 17, {"lam": 0.5}, "lam 1/2"),
+    (35, 70, 40, 17, {"lam": 1.0, "softcap": 30.0}, "lam 1"),
+    (35, 70, 40, 17, {"ignored": (0, 18, 2, 19, 34)}, "ignored: a confident row, a partner, both, an unpaired row"),
+    (35, 70, 40, 17, {"logit_std": 1e4}, "logits of 10^4"),
+    (35, 70, 40, 17, {"upstream": 2.0**16}, "an upstream gradient of 2^16"),
+    (3, 1, 1, 1, {"bias": True}, "one class"),
+]
+
+
+@both_paths
+@both_dtypes
+@pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
+def test_parity_in_small_tiles(
+    monkeypatch: pytest.MonkeyPatch, tile: Tile, dtype: torch.dtype, shape: tuple[Any, ...]
+) -> None:
+    cut_small(monkeypatch, tile)
+    num_rows, vocab_size, width, num_pairs, options, _ = shape
+    case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, **options)
+    assert_parity(case, impl="fused", scratch_bytes=1)
+
+
+@both_dtypes
+@pytest.mark.parametrize("labels", ["equal in a pair", "in the last column", "peaked"])
+def test_parity_of_special_targets(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, labels: str) -> None:
+    cut_small(monkeypatch, DESCRIPTORS)
+    case = make_case(40, 97, 40, num_pairs=18, dtype=dtype)
+    if labels == "equal in a pair":
+        case.target[18:36] = case.target[:18]
+    elif labels == "in the last column":
+        case.target[:] = 96
+    else:  # logits 18 on the diagonal and 0 elsewhere: p = 1 - 1e-6 for both members of most pairs, and for X
+        case.hidden = (18 * torch.eye(40)[torch.arange(40) % 3]).to(dtype)
+        case.weight = torch.eye(97, 40).to(dtype)
+        case.target = torch.arange(40) % 3
+        case.target[1] = 50
+    assert_parity(case, impl="fused", scratch_bytes=1)
+
+
+@both_dtypes
+def test_both_load_paths_and_two_runs_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    case = make_case(53, 101, 40, num_pairs=19, dtype=dtype, bias=True)
+    results = []
+    for tile in (POINTERS, DESCRIPTORS, DESCRIPTORS):
+        cut_small(monkeypatch, tile)
+        results.append(run(case, impl="fused", scratch_bytes=1))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+def exact_stats(case: Case) -> dict[str, Tensor]:
+    """FusedStats' fields in float64 from the logits."""
+    size = case.lam.numel()
+    logits = case.hidden.double() @ case.weight.double().T
+    lam = case.lam.double()[:, None]
+    mixed = lam * logits[:size] + (1 - lam) * logits[size : 2 * size]
+
+    def at(z: Tensor, target: Tensor) -> Tensor:
+        return torch.where(target >= 0, z.gather(1, target.clamp(min=0)[:, None])[:, 0], 0)
+
+    log_p, target = logits.log_softmax(1), case.target
+    return {
+        "lse": logits.logsumexp(1), "max_logit": logits.amax(1), "target_logit": at(logits, target),
+        "lse_x": mixed.logsumexp(1), "target_logit_xc": at(mixed, target[:size]),
+        "target_logit_xu": at(mixed, target[size : 2 * size]), "entropy": -(log_p.exp() * log_p).sum(1),
+        "nll": -at(log_p, target), "nll_xc": -at(mixed.log_softmax(1), target[:size]),
+        "nll_xu": -at(mixed.log_softmax(1), target[size : 2 * size]),
+    }  # fmt: skip
+
+
+@both_paths
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+def test_every_statistic_of_the_forward(tile: Tile, num_splits: int) -> None:
+    case = make_case(53, 219, 40, num_pairs=19, logit_std=3.0, ignored=(1, 20, 52), ignore_index=-1)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    stats = fused_forward(*arguments, want_entropy=True, tile=tile, num_splits=num_splits)
+    for name, truth in exact_stats(case).items():
+        torch.testing.assert_close(getattr(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
+    assert torch.equal(stats.row_carry[0], stats.lse) and torch.equal(stats.row_carry[2], stats.nll)
+    assert torch.equal(stats.pair_carry[0], stats.lse_x) and not stats.row_carry.isnan().any()
+    assert fused_forward(*arguments).entropy.shape == (0,)
+
+
+@both_paths
+def test_a_target_at_the_top_equals_the_maximum_bit_for_bit(tile: Tile) -> None:
+    case = make_case(48, 130, 40, num_pairs=16)
+    case.target = (case.hidden @ case.weight.T).argmax(1)
+    stats = fused_forward(case.hidden, case.weight, case.target, case.lam, tile=tile, num_splits=3)
+    assert torch.equal(stats.target_logit, stats.max_logit)
+
+
+def test_the_carry_holds_what_rounding_took_from_lse() -> None:
+    """Logits 9999 and 10000, exact in float32, whose ulp there is 1e-3."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[9999.0], [10000.0], [9997.5]])
+    stats = fused_forward(hidden, weight, torch.tensor([0]), torch.empty(0), tile=POINTERS)
+    truth = (hidden.double() @ weight.double().T).logsumexp(1)
+    assert (stats.lse.double() - truth).abs() > 1e-5
+    assert (stats.row_carry[0].double() + stats.row_carry[1].double() - truth).abs() < 2e-7
+    gradients = fused_backward(
+        hidden, weight, torch.tensor([0]), torch.empty(0), torch.ones(1), torch.empty(0), *stats[-2:], tile=POINTERS
+    )
+    probability = weight[:, 0].double().softmax(0)
+    probability[0] -= 1
+    torch.testing.assert_close(gradients[1][:, 0].double(), probability, rtol=1e-6, atol=0)
+
+
+@both_paths
+def test_targets_outside_the_vocabulary_count_as_none(tile: Tile) -> None:
+    case = make_case(40, 70, 40, num_pairs=16)
+    wild, none = case.target.clone(), case.target.clone()
+    wild[torch.tensor([0, 3, 17, 39])] = torch.tensor([70, 2**40 + 5, -7, 95])
+    none[torch.tensor([0, 3, 17, 39])] = -1
+    left, right = (
+        fused_forward(case.hidden, case.weight, target, case.lam, tile=tile, num_splits=2) for target in (wild, none)
+    )
+    for name, value in left._asdict().items():
+        assert torch.equal(value, getattr(right, name)), name
+    assert left.nll[0] == 0 and left.target_logit[39] == 0 and left.nll_xu[1] == 0
+
+
+@both_paths
+def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
+    """Whole tiles of -inf, the first among them: no NaN, probability and gradient 0 there."""
+    case = make_case(40, 101, 40, num_pairs=16)
+    allowed = torch.arange(70, 101)
+    bias = torch.full((101,), float("-inf"))
+    bias[allowed] = 0.0
+    case.target = allowed[torch.arange(40) % 31]
+    stats = fused_forward(case.hidden, case.weight, case.target, case.lam, bias=bias, tile=tile, want_entropy=True)
+    kept = Case(case.hidden, case.weight[allowed], case.target - 70, case.lam)
+    for name, truth in exact_stats(kept).items():
+        torch.testing.assert_close(getattr(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
+    dweight = fused_backward(
+        case.hidden, case.weight, case.target, case.lam, torch.ones(40), torch.ones(16), *stats[-2:],
+        bias=bias, tile=tile, scratch_bytes=1,
+    )[1]  # fmt: skip
+    assert not dweight[:70].any() and dweight[70:].isfinite().all() and dweight[70:].any()
+
+
+def strided(kind: str, case: Case) -> Case:
+    """The same numbers in another layout; descriptors cannot address the last two."""
+    hidden, weight = case.hidden, case.weight
+    if kind == "padded rows":
+        hidden, weight = (torch.nn.functional.pad(t, (0, 8))[:, : t.shape[1]] for t in (hidden, weight))
+    elif kind == "transposed":
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
+    elif kind == "base off by one":
+        hidden, weight = (torch.nn.functional.pad(t.flatten(), (1, 0))[1:].view_as(t) for t in (hidden, weight))
+    elif kind == "odd row stride":
+        hidden, weight = (torch.nn.functional.pad(t, (0, 1))[:, : t.shape[1]] for t in (hidden, weight))
+    return Case(hidden, weight, case.target.repeat_interleave(2)[::2], case.lam.repeat_interleave(2)[::2])
+
+
+@pytest.mark.parametrize("kind", ["padded rows", "transposed", "base off by one", "odd row stride"])
+def test_layout_changes_nothing(kind: str) -> None:
+    case = make_case(40, 70, 40, num_pairs=16)
+    results = []
+    for c in (case, strided(kind, case)):
+        arguments = (c.hidden, c.weight, c.target, c.lam)
+        stats = fused_forward(*arguments, tile=DESCRIPTORS, num_splits=2)
+        coefs = (torch.ones(40), torch.ones(16), stats.row_carry, stats.pair_carry)
+        gradients = fused_backward(*arguments, *coefs, tile=DESCRIPTORS, scratch_bytes=1)
+        results.append((*stats[:6], *gradients[:2]))
+        assert all(g.is_contiguous() for g in gradients)
+    for left, right in zip(*results):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_share_memory() -> None:
+    """An expanded hidden (row stride 0) with the descriptors' tile."""
+    case = make_case(1, 70, 40)
+    target, lam = torch.arange(20), torch.rand(8)
+    shared, copied = (
+        fused_forward(hidden, case.weight, target, lam, tile=DESCRIPTORS)
+        for hidden in (case.hidden.expand(20, 40), case.hidden.repeat(20, 1))
+    )
+    assert all(torch.equal(left, right) for left, right in zip(shared, copied))
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """Rows 2^30 elements apart, in memory of which only the rows are ever touched; 32 bits would wrap at row 2."""
+
+    def spread(rows: Tensor) -> Tensor:
+        far = torch.from_numpy(np.empty(2 * 2**30 + rows.shape[1], dtype=np.float16))
+        far = far.as_strided(rows.shape, (2**30, 1))
+        return far.copy_(rows)
+
+    case = make_case(3, 3, 16, num_pairs=1, dtype=F16)
+    results = []
+    for hidden, weight in ((case.hidden, case.weight), (spread(case.hidden), spread(case.weight))):
+        stats = fused_forward(hidden, weight, case.target, case.lam)
+        coefs = (torch.ones(3), torch.ones(1), stats.row_carry, stats.pair_carry)
+        gradients = fused_backward(hidden, weight, case.target, case.lam, *coefs)
+        results.append((*stats, *gradients))
+    assert all(torch.equal(left, right) for left, right in zip(*results))
+
+
+@both_dtypes
+def test_what_is_not_needed_is_empty_and_changes_nothing(dtype: torch.dtype) -> None:
+    case = make_case(21, 70, 40, num_pairs=8, dtype=dtype, bias=True)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    stats = fused_forward(*arguments, bias=case.bias)
+    coefs = (torch.ones(21), torch.ones(8), stats.row_carry, stats.pair_carry)
+
+    def backward(*needs: bool) -> tuple[Tensor, ...]:
+        names = ("need_dhidden", "need_dweight", "need_dbias")
+        return fused_backward(*arguments, *coefs, bias=case.bias, **dict(zip(names, needs)))
+
+    everything = backward(True, True, True)
+    assert [g.dtype for g in everything] == [dtype] * 3
+    for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        for gradient, full, needed in zip(backward(*needs), everything, needs):
+            assert torch.equal(gradient, full) if needed else gradient.shape == (0,)
+
+
+def test_no_rows_give_empty_statistics_and_zero_gradients() -> None:
+    hidden, weight = torch.empty(0, 8), torch.randn(5, 8)
+    target, lam = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    stats = fused_forward(hidden, weight, target, lam, want_entropy=True)
+    assert all(t.numel() == 0 for t in stats)
+    dhidden, dweight, dbias = fused_backward(
+        hidden, weight, target, lam, torch.empty(0), torch.empty(0), *stats[-2:], need_dbias=True
+    )
+    assert dhidden.shape == (0, 8) and not dweight.any() and not dbias.any() and dbias.shape == (5,)
+
+
+@pytest.mark.parametrize("num_pairs", [0, 8])
+def test_gradients_keep_their_digits_where_p_is_near_one(num_pairs: int) -> None:
+    """dlogits against float64 element by element, p = 1 - 1e-6: no rounding of p or of lse may eat 1 - p."""
+    num_rows, vocab_size = 16, 40
+    weight = torch.eye(vocab_size)
+    target = torch.arange(num_rows) % 4
+    hidden = 17.5 * torch.nn.functional.one_hot(target, vocab_size).float()
+    lam = torch.linspace(0, 1, num_pairs)
+    stats = fused_forward(hidden, weight, target, lam, tile=POINTERS, num_splits=2)
+    dhidden = fused_backward(
+        hidden, weight, target, lam, torch.ones(num_rows), torch.zeros(num_pairs), *stats[-2:], tile=POINTERS
+    )[0]
+    truth = hidden.double().softmax(1)
+    rest = -truth.clone().scatter(1, target[:, None], 0).sum(1)
+    got = dhidden.double().gather(1, target[:, None])[:, 0]
+    # log(1 + 1e-6) in float32 is known to half an ulp of 1.
+    assert (rest + 1e-6).abs().max() < 3e-7 and (got - rest).abs().max() <= 6e-8
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any torch operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("scratch_bytes", [None, 1, 64 * 4 * 64])
+def test_no_logits_are_held(scratch_bytes: int | None) -> None:
+    num_rows, vocab_size, width = 64, 1024, 4
+    case = make_case(num_rows, vocab_size, width, num_pairs=24)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    with LargestTensor() as seen:
+        stats = fused_forward(*arguments)
+    assert seen.numel <= vocab_size * width
+    coefs = (torch.ones(num_rows), torch.ones(24), stats.row_carry, stats.pair_carry)
+    with LargestTensor() as seen:
+        fused_backward(*arguments, *coefs, scratch_bytes=scratch_bytes, tile=POINTERS)
+    bound = {None: num_rows * vocab_size // 2, 1: num_rows * 32}.get(scratch_bytes, num_rows * 64)
+    assert seen.numel <= max(bound, vocab_size * width)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the grid of its launch."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda **_: None
+
+
+def test_the_grid_of_millions_of_rows_stays_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything on axis 0: the others end at 65535."""
+    from sftmix_kernels.fused import recompute, stats
+
+    recorder = Recorder()
+    monkeypatch.setattr(forward, "_sftmix_fwd_kernel", recorder)
+    monkeypatch.setattr(recompute, "_sftmix_recompute_kernel", recorder)
+    monkeypatch.setattr(stats, "_sftmix_fwd_combine_kernel", recorder)
+    monkeypatch.setattr(tiles, "current_arch", lambda _: "sm_90")
+    num_rows, num_pairs = 5_000_000, 1_000_000
+
+    def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    arguments = (meta(num_rows, 64, dtype=F16), meta(1000, 64, dtype=F16), meta(num_rows, dtype=torch.int64))
+    result = fused_forward(*arguments, meta(num_pairs))
+    fused_backward(*arguments, meta(num_pairs), meta(num_rows), meta(num_pairs), *result[-2:])
+    assert len(recorder.grids) >= 6
+    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in recorder.grids)
+
+
+def test_bad_calls_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(4, 5, 6)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    with pytest.raises(ValueError, match=r"row_carry: expected float32 \[3, 4\], .*, got float32 \[4\]"):
+        fused_backward(*arguments, torch.ones(4), torch.empty(0), torch.ones(4), torch.empty(4, 0))
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="impl: expected 'chunked' or 'reference' for tensors on the CPU"):
+        fused_forward(*arguments)
+    with pytest.raises(ValueError, match="power of two for block_v, got 96"):
+        Tile(64, 96, 64)
+
+
+def choose(operation: str = "forward", arch: str = "sm_90", dtype: torch.dtype = F16, **changes: Any) -> Tile:
+    sizes = {"num_rows": 4096, "vocab_size": 128256, "hidden_size": 4096, "paired": True, **changes}
+    return configs.choose_tile(operation, arch=arch, dtype=dtype, **sizes)
+
+
+def test_tiles_are_chosen_by_arch_dtype_and_softcap() -> None:
+    assert choose().use_descriptors and not choose(arch="sm_80").use_descriptors
+    assert choose(arch="gfx950") == choose(arch="gfx942") and not choose(arch="gfx942").use_descriptors
+    assert choose(arch="sm_103") == choose(arch="sm_100")
+    assert choose(arch="sm_89") == choose(arch="sm_120") == choose(arch="sm_80")
+    assert choose(dtype=F32) == choose(dtype=F32, arch="sm_80") != choose()
+    assert choose("recompute", softcap=True) != choose("recompute") and choose(softcap=True) == choose()
+    assert configs.current_arch() == "interpreter"
+    for bad in ({"operation": "sideways"}, {"arch": "cpu"}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
+            choose(**bad)
+
+
+@pytest.mark.parametrize("num_rows", [1, 100, 8192, 3_000_000])
+@pytest.mark.parametrize("vocab_size", [1, 128, 129, 50257, 128256])
+def test_slices_and_splits_cover_the_vocabulary(num_rows: int, vocab_size: int) -> None:
+    num_tiles = -(-vocab_size // 128)
+    for scratch_bytes in (None, 1, 2**20, 2**30, 2**60):
+        width = configs.choose_slice_width(num_rows, vocab_size, 2, block_v=128, scratch_bytes=scratch_bytes)
+        assert width % 128 == 0 and 0 < width < vocab_size + 128
+        if scratch_bytes is None:
+            assert width < vocab_size or num_tiles == 1
+        else:
+            assert width * num_rows * 2 <= scratch_bytes or width == 128
+    num_splits = configs.choose_num_splits(-(-num_rows // 64), num_tiles, 264)
+    assert 1 <= num_splits <= num_tiles
+    assert num_rows > 64 or num_tiles < 264 or num_splits > 132  # few rows: the vocabulary fills the chip
