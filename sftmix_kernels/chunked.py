@@ -72,7 +72,9 @@ def _affine(head: _Head, hidden: Tensor, out: Tensor) -> Tensor:
     if head.bias is None:
         product = torch.mm(hidden, head.weight.t(), out=out if hidden.dtype == out.dtype else None)
     else:
-        product = torch.addmm(head.bias, hidden, head.weight.t(), out=out if hidden.dtype == out.dtype else None)
+        product = torch.addmm(
+            head.bias, hidden, head.weight.t(), out=out if hidden.dtype == out.dtype else None
+        )
     return out if product is out else out.copy_(product)
 
 
@@ -173,64 +175,80 @@ def _single_rows(state: _Chunks, rows: slice, row_coef: Tensor, buffer: Tensor) 
     state.products(hidden, logits, [rows])
 
 
+class _Pairs(NamedTuple):
+    """A chunk of n pairs after its softmaxes; each tuple holds the confident side, then the partners'."""
+
+    target: tuple[Tensor, Tensor]  # [n] each
+    share: tuple[Tensor, Tensor]  # lam and 1 - lam
+    probs: tuple[Tensor, Tensor]  # softmax A and B, [n, V]: two halves of one buffer
+    probs_x: Tensor  # softmax X, [n, V]
+    at_labels: tuple[tuple[Tensor, Tensor], ...]  # logits of A, B and X at both targets, [n] each
+    lse: tuple[Tensor, Tensor]
+    logprob_x: tuple[Tensor, Tensor]  # of the mixture at both targets
+
+
 def _pair_rows(
     state: _Chunks, pairs: slice, num_pairs: int, lam: Tensor, coefs: tuple[Tensor, Tensor], buffer: Tensor
 ) -> Tensor:
     """One chunk of pairs; returns their mixup cross-entropies [n]."""
-    head, count = state.head, pairs.stop - pairs.start
+    head, n = state.head, pairs.stop - pairs.start
     partners = slice(num_pairs + pairs.start, num_pairs + pairs.stop)
-    target_c, target_u = state.target[pairs], state.target[partners]
+    target = (state.target[pairs], state.target[partners])
     hidden = torch.cat([state.hidden[pairs], state.hidden[partners]])
     share = lam[pairs].to(state.dtype)
-    both = _affine(head, hidden, buffer[: 2 * count])
-    logits_a, logits_b, logits_x = both[:count], both[count:], buffer[2 * count : 3 * count]
-    torch.lerp(logits_b, logits_a, share[:, None], out=logits_x)
+    both, mixed = _affine(head, hidden, buffer[: 2 * n]), buffer[2 * n : 3 * n]
+    torch.lerp(both[n:], both[:n], share[:, None], out=mixed)
     _finish_logits(head, both)
-    _finish_logits(head, logits_x)
+    _finish_logits(head, mixed)
 
-    at = {name: (_at(t, target_c), _at(t, target_u)) for name, t in zip("abx", (logits_a, logits_b, logits_x))}
+    at_labels = tuple((_at(t, target[0]), _at(t, target[1])) for t in (both[:n], both[n:], mixed))
     capped = bool(head.softcap) and state.needs_gradient
-    slopes = (_cap_slope(head, both), _cap_slope(head, logits_x)) if capped else (head.logit_scale,) * 2
+    slopes = (_cap_slope(head, both), _cap_slope(head, mixed)) if capped else (1.0, 1.0)
     row_max, lse = _softmax_(both)
-    _, lse_x = _softmax_(logits_x)
-    state.write_stats(pairs, at["a"][0], row_max[:count], lse[:count])
-    state.write_stats(partners, at["b"][1], row_max[count:], lse[count:])
-    logprob_x = (at["x"][0] - lse_x, at["x"][1] - lse_x)
-    valid = (target_c >= 0) & (target_u >= 0)
-    mixup_nll = torch.where(valid, -(share * logprob_x[0] + (1 - share) * logprob_x[1]), torch.zeros_like(lse_x))
-    if not state.needs_gradient:
-        return mixup_nll
+    _, lse_x = _softmax_(mixed)
+    state.write_stats(pairs, at_labels[0][0], row_max[:n], lse[:n])
+    state.write_stats(partners, at_labels[1][1], row_max[n:], lse[n:])
+    logprob_x = (at_labels[2][0] - lse_x, at_labels[2][1] - lse_x)
+    valid = (target[0] >= 0) & (target[1] >= 0)
+    cross_entropy = -(share * logprob_x[0] + (1 - share) * logprob_x[1])
+    if state.needs_gradient:
+        if capped:
+            both.mul_(slopes[0])
+            mixed.mul_(slopes[1])
+        chunk = _Pairs(
+            target, (share, 1 - share), (both[:n], both[n:]), mixed, at_labels, (lse[:n], lse[n:]), logprob_x
+        )
+        _pair_gradients(head, chunk, (coefs[0][pairs], coefs[0][partners]), coefs[1][pairs])
+        if not capped and head.logit_scale != 1.0:
+            both.mul_(head.logit_scale)
+        state.products(hidden, both, [pairs, partners])
+    return torch.where(valid, cross_entropy, torch.zeros_like(lse_x))
 
-    # Label columns are recomputed from log-probabilities on [n, 2] values and written over the bulk result.
-    row_coef, pair_coef = coefs
-    same = target_c == target_u
-    mass_c, mass_u = torch.where(same, 1.0, share), torch.where(same, 1.0, 1 - share)
-    residual_x = (label_residual(logprob_x[0], mass_c), label_residual(logprob_x[1], mass_u))
-    one = torch.ones_like(share)
-    own_a, own_b = label_residual(at["a"][0] - lse[:count], one), label_residual(at["b"][1] - lse[count:], one)
-    other_a, other_b = (at["a"][1] - lse[:count]).exp(), (at["b"][0] - lse[count:]).exp()
-    b_c, b_u = share * pair_coef[pairs], (1 - share) * pair_coef[pairs]
-    own = (row_coef[pairs], own_a, other_a, b_c), (row_coef[partners], own_b, other_b, b_u)
-    if capped:
-        both.mul_(slopes[0])
-        logits_x.mul_(slopes[1])
-    for side, (probs, (a, own_residual, other_prob, b)) in enumerate(zip((logits_a, logits_b), own)):
-        name, mine, theirs = "ab"[side], (target_c, target_u)[side], (target_u, target_c)[side]
-        probs.mul_(a[:, None]).addcmul_(logits_x, b[:, None])
-        other, slope = 1 - side, head if capped else None
-        value = a * other_prob * _slope_at(slope, at[name][other]) + b * residual_x[other] * _slope_at(slope, at["x"][other])
-        probs.scatter_(1, theirs.clamp(min=0)[:, None], value[:, None])
+
+def _pair_gradients(head: _Head, chunk: _Pairs, row_coef: tuple[Tensor, Tensor], pair_coef: Tensor) -> None:
+    """Turn softmax A and B into G_c and G_u in place; a logit scale without a cap is left to the caller.
+
+    The two label columns are computed from log-probabilities on [n] values and written over the bulk result.
+    """
+    same = chunk.target[0] == chunk.target[1]
+    residual_x = tuple(
+        label_residual(logprob, torch.where(same, 1.0, share))
+        for logprob, share in zip(chunk.logprob_x, chunk.share, strict=True)
+    )
+
+    def slope(logit: Tensor) -> Tensor | float:
+        return _cap_slope(head, logit) if head.softcap else 1.0
+
+    for side in (0, 1):
+        other, a, b = 1 - side, row_coef[side], chunk.share[side] * pair_coef
+        chunk.probs[side].mul_(a[:, None]).addcmul_(chunk.probs_x, b[:, None])
         # The row's own label is written last: when both labels are one column, its residual holds both parts.
-        value = a * own_residual * _slope_at(slope, at[name][side]) + b * residual_x[side] * _slope_at(slope, at["x"][side])
-        probs.scatter_(1, mine.clamp(min=0)[:, None], value[:, None])
-    if not capped and head.logit_scale != 1.0:
-        both.mul_(head.logit_scale)
-    state.products(hidden, both, [pairs, partners])
-    return mixup_nll
-
-
-def _slope_at(head: _Head | None, logit: Tensor) -> Tensor | float:
-    return 1.0 if head is None else _cap_slope(head, logit)
+        for label in (other, side):
+            logit = chunk.at_labels[side][label]
+            logprob = logit - chunk.lse[side]
+            part = torch.expm1(logprob) if label == side else logprob.exp()
+            value = a * part * slope(logit) + b * residual_x[label] * slope(chunk.at_labels[2][label])
+            chunk.probs[side].scatter_(1, chunk.target[label].clamp(min=0)[:, None], value[:, None])
 
 
 def chunked_loss(
@@ -268,5 +286,13 @@ def chunked_loss(
     for start in range(2 * num_pairs, num_rows, max(size_rows, 1)):
         _single_rows(state, slice(start, min(start + size_rows, num_rows)), coefs[0], buffer)
     return ChunkedResult(
-        state.nll, state.lse, state.is_top1, mixup_nll, state.entropy, scale, state.dhidden, state.dweight, state.dbias
+        state.nll,
+        state.lse,
+        state.is_top1,
+        mixup_nll,
+        state.entropy,
+        scale,
+        state.dhidden,
+        state.dweight,
+        state.dbias,
     )

@@ -26,7 +26,9 @@ def _choose(impl: str | None, hidden: Tensor, fused_reason: str | None) -> str:
     if impl is None:
         return "chunked" if hidden.device.type == "cpu" or fused_reason else "fused"
     if impl == "fused" and fused_reason:
-        raise ValueError(f"impl: expected one that can serve this input ('chunked' can), got 'fused': {fused_reason}")
+        raise ValueError(
+            f"impl: expected one that can serve this input ('chunked' can), got 'fused': {fused_reason}"
+        )
     return impl
 
 
@@ -155,7 +157,9 @@ def sftmix_loss(
             softcap or 0.0, float(logit_scale), scratch,
         )  # fmt: skip
     if plain:
-        return result._replace(mixup_nll=torch.full((num_pairs,), float("nan"), device=hidden.device, dtype=result.nll.dtype))
+        return result._replace(
+            mixup_nll=torch.full((num_pairs,), float("nan"), device=hidden.device, dtype=result.nll.dtype)
+        )
     return result
 
 
@@ -197,7 +201,9 @@ def linear_cross_entropy(
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if not isinstance(hidden, Tensor) or hidden.ndim < 1:
         raise ValueError(f"hidden: expected a floating tensor [..., D], got {checks.describe(hidden)}")
-    checks.check_tensor("target", target, {f"N{i}": n for i, n in enumerate(hidden.shape[:-1])}, (torch.int64,))
+    checks.check_tensor(
+        "target", target, {f"N{i}": n for i, n in enumerate(hidden.shape[:-1])}, (torch.int64,)
+    )
     rows = hidden.reshape(-1, hidden.shape[-1])
     lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
     return sftmix_loss(
@@ -231,7 +237,13 @@ def token_stats(
     scratch = _scratch(scratch_bytes, impl)
     if impl == "reference":
         return reference.token_stats(
-            hidden, weight, target, bias=bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
         )
     op = ops.chunked_stats if impl == "chunked" else ops.fused_stats
     nll, lse, entropy, is_top1 = op(

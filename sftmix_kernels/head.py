@@ -34,13 +34,20 @@ class LossHead(nn.Linear):
         self.logit_scale = logit_scale
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0) -> LossHead:
+    def from_linear(
+        cls, linear: nn.Linear, *, softcap: float | None = None, logit_scale: float = 1.0
+    ) -> LossHead:
         """A head that shares ``linear``'s parameters (the same objects, so tied weights stay tied).
 
         Raises: ValueError if ``linear`` is not an ``nn.Linear`` or is a subclass with a forward of its own.
         """
-        if not isinstance(linear, nn.Linear) or type(linear).forward not in (nn.Linear.forward, LossHead.forward):
-            raise ValueError(f"linear: expected an nn.Linear with its own forward, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear) or type(linear).forward not in (
+            nn.Linear.forward,
+            LossHead.forward,
+        ):
+            raise ValueError(
+                f"linear: expected an nn.Linear with its own forward, got {type(linear).__name__}"
+            )
         head = cls(
             linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap,
             logit_scale=logit_scale, device="meta",
@@ -66,7 +73,7 @@ class LossHead(nn.Linear):
             if lam is not None or stats or options:
                 raise ValueError("target: expected int64 [N] beside lam, stats or loss options, got None")
             return super().forward(hidden)
-        shared = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        shared: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if stats:
             if lam is not None:
                 raise ValueError("lam: expected None with stats=True, got a tensor")

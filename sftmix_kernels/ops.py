@@ -16,9 +16,7 @@ from torch import Tensor
 from .chunked import chunked_loss
 from .reference import sum_dtype
 
-
-def _empty_like_if(needed: bool, like: Tensor) -> Tensor:
-    return like.new_empty(like.shape if needed else (0,))
+Tensors = tuple[Tensor, ...]
 
 
 def _loss(nll: Tensor, mixup_nll: Tensor, row_coef: Tensor, pair_coef: Tensor) -> Tensor:
@@ -60,9 +58,9 @@ def chunked_fwd(
 
 @chunked_fwd.register_fake
 def _(
-    hidden, weight, bias, target, lam, row_coef, pair_coef, softcap, logit_scale,
-    need_dhidden, need_dweight, need_dbias, scratch_bytes,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
+) -> Tensors:
+    need_dhidden, need_dweight, need_dbias = rest[4:7]
     dtype = sum_dtype(hidden.dtype)
     rows, pairs, scalar = ((hidden.shape[0],), (lam.shape[0],), ())
     new = hidden.new_empty
@@ -85,8 +83,12 @@ def chunked_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward's gradients times ``scale * grad_loss``, multiplied in float32 and rounded once."""
     factor = (scale * grad_loss).to(dweight.dtype)
-    outputs = (torch.empty_like(dhidden),) + tuple(torch.empty_like(t, dtype=weight_dtype) for t in (dweight, dbias))
-    for gradient, output in zip((dhidden, dweight, dbias), outputs):
+    outputs = (
+        torch.empty_like(dhidden),
+        torch.empty_like(dweight, dtype=weight_dtype),
+        torch.empty_like(dbias, dtype=weight_dtype),
+    )
+    for gradient, output in zip((dhidden, dweight, dbias), outputs, strict=True):
         _scale_into(gradient, factor, output)
     return outputs
 
@@ -103,7 +105,9 @@ def _scale_into(gradient: Tensor, factor: Tensor, output: Tensor) -> None:
 
 
 @chunked_bwd.register_fake
-def _(grad_loss, scale, dhidden, dweight, dbias, weight_dtype):
+def _(
+    grad_loss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, weight_dtype: torch.dtype
+) -> Tensors:  # fmt: skip
     outputs = tuple(torch.empty_like(t, dtype=weight_dtype) for t in (dweight, dbias))
     return (torch.empty_like(dhidden), *outputs)
 
@@ -117,8 +121,8 @@ def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _chunked_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = chunked_bwd(grad_loss, *ctx.saved_tensors, ctx.weight_dtype)
-    dhidden, dweight, dbias = (g if needed else None for g, needed in zip(gradients, ctx.needs))
-    return (dhidden, dweight, dbias) + (None,) * 10
+    wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)]
+    return (*wanted, *(None,) * 10)
 
 
 chunked_fwd.register_autograd(_chunked_autograd, setup_context=_chunked_setup)
@@ -145,7 +149,7 @@ def chunked_stats(
 
 
 @chunked_stats.register_fake
-def _(hidden, weight, bias, target, softcap, logit_scale, scratch_bytes):
+def _(hidden: Tensor, *rest: Any) -> Tensors:
     return _fake_stats(hidden)
 
 
@@ -192,9 +196,8 @@ def fused_fwd(
 
 @fused_fwd.register_fake
 def _(
-    hidden, weight, bias, target, lam, row_coef, pair_coef, softcap, logit_scale,
-    need_dhidden, need_dweight, need_dbias, scratch_bytes,
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
+) -> Tensors:
     nll, lse, _, is_top1 = _fake_stats(hidden)
     num_rows, num_pairs = hidden.shape[0], lam.shape[0]
     mixup_nll, pair_carry = nll.new_empty(num_pairs), nll.new_empty(4, num_pairs)
@@ -223,19 +226,18 @@ def fused_bwd(
     """Gradients for hidden, weight and bias by the ``recompute`` schedule; empty where not needed."""
     from .fused import fused_backward
 
+    a, b = (row_coef * grad_loss).float(), (pair_coef * grad_loss).float()
     gradients = fused_backward(
-        hidden, weight, target, lam, (row_coef * grad_loss).float(), (pair_coef * grad_loss).float(), row_carry,
-        pair_carry, bias=bias, softcap=softcap, logit_scale=logit_scale, need_dhidden=need_dhidden, need_dweight=need_dweight,
-        need_dbias=need_dbias, scratch_bytes=scratch_bytes or None,
+        hidden, weight, target, lam, a, b, row_carry, pair_carry, bias=bias, softcap=softcap, logit_scale=logit_scale,
+        need_dhidden=need_dhidden, need_dweight=need_dweight, need_dbias=need_dbias,
+        scratch_bytes=scratch_bytes or None,
     )  # fmt: skip
     return gradients
 
 
 @fused_bwd.register_fake
-def _(
-    grad_loss, hidden, weight, bias, target, lam, row_coef, pair_coef, row_carry, pair_carry, softcap, logit_scale,
-    need_dhidden, need_dweight, need_dbias, scratch_bytes,
-):  # fmt: skip
+def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensors:
+    need_dhidden, need_dweight, need_dbias = rest[8:11]
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
     return dhidden, dweight, weight.new_empty((weight.shape[0],) if need_dbias else (0,))
@@ -248,8 +250,8 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _fused_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = fused_bwd(grad_loss, *ctx.saved_tensors, *ctx.options)
-    dhidden, dweight, dbias = (g if needed else None for g, needed in zip(gradients, ctx.options[2:5]))
-    return (dhidden, dweight, dbias) + (None,) * 10
+    wanted = [g if needed else None for g, needed in zip(gradients, ctx.options[2:5], strict=True)]
+    return (*wanted, *(None,) * 10)
 
 
 fused_fwd.register_autograd(_fused_autograd, setup_context=_fused_setup)
@@ -278,5 +280,5 @@ def fused_stats(
 
 
 @fused_stats.register_fake
-def _(hidden, weight, bias, target, softcap, logit_scale, scratch_bytes):
+def _(hidden: Tensor, *rest: Any) -> Tensors:
     return _fake_stats(hidden)

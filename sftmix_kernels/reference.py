@@ -101,7 +101,9 @@ def sftmix_loss(
     nll = torch.where(valid, lse - target_logit, zero)
     is_top1 = (target_logit >= logits.amax(dim=1)) & valid
     row_weight = torch.ones_like(nll) if row_weight is None else row_weight.to(dtype)
-    ntp = (row_weight * nll).sum() / (valid.sum().clamp(min=1) if ntp_denominator is None else ntp_denominator)
+    ntp = (row_weight * nll).sum() / (
+        valid.sum().clamp(min=1) if ntp_denominator is None else ntp_denominator
+    )
 
     lam = lam.to(dtype)
     target_c, target_u = target[:num_pairs], target[num_pairs : 2 * num_pairs]
@@ -109,8 +111,12 @@ def sftmix_loss(
     share = lam[:, None].to(hidden.dtype)
     mixed = share * hidden[:num_pairs] + (1 - share) * hidden[num_pairs : 2 * num_pairs]
     logits_x = project(mixed, weight, bias, softcap, logit_scale)
-    logprob_c = _target_logit(logits_x, torch.where(pair_valid, target_c, 0)) - torch.logsumexp(logits_x, dim=1)
-    logprob_u = _target_logit(logits_x, torch.where(pair_valid, target_u, 0)) - torch.logsumexp(logits_x, dim=1)
+    logprob_c = _target_logit(logits_x, torch.where(pair_valid, target_c, 0)) - torch.logsumexp(
+        logits_x, dim=1
+    )
+    logprob_u = _target_logit(logits_x, torch.where(pair_valid, target_u, 0)) - torch.logsumexp(
+        logits_x, dim=1
+    )
     mixup_nll = torch.where(pair_valid, -(lam * logprob_c + (1 - lam) * logprob_u), zero)
     pair_weight = torch.ones_like(mixup_nll) if pair_weight is None else pair_weight.to(dtype)
     pair_count = pair_valid.sum().clamp(min=1) if mixup_denominator is None else mixup_denominator

@@ -50,7 +50,9 @@ def make_case(
     return Case(hidden.to(dtype), weight.to(dtype), target, shares, b, options, upstream)
 
 
-def run(case: Case, *, impl: str, dtype: torch.dtype | None = None, device: str = "cpu", **extra: Any) -> dict[str, Tensor]:
+def run(
+    case: Case, *, impl: str, dtype: torch.dtype | None = None, device: str = "cpu", **extra: Any
+) -> dict[str, Tensor]:
     """The loss's value, statistics and gradients as a dict of CPU tensors."""
 
     def leaf(t: Tensor | None) -> Tensor | None:
@@ -61,7 +63,9 @@ def run(case: Case, *, impl: str, dtype: torch.dtype | None = None, device: str 
 
     hidden, weight, bias = leaf(case.hidden), leaf(case.weight), leaf(case.bias)
     options = {k: to_device(v) for k, v in {**case.options, **extra}.items()}
-    out = sftmix_loss(hidden, weight, case.target.to(device), case.lam.to(device), bias=bias, impl=impl, **options)
+    out = sftmix_loss(
+        hidden, weight, case.target.to(device), case.lam.to(device), bias=bias, impl=impl, **options
+    )
     out.loss.backward(torch.full_like(out.loss, case.upstream))
     result = {**out._asdict(), "dhidden": hidden.grad, "dweight": weight.grad}
     if bias is not None:
@@ -91,7 +95,7 @@ def assert_within_contract(name: str, ours: Tensor, same_dtype: Tensor, truth: T
 def expected_loss_error(same_dtype: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     """The larger of torch's error in the scalar and the one its rows' errors lead to expect, float64 []."""
     rows = [(same_dtype[k].double() - truth[k], truth[k]) for k in ("nll", "mixup_nll")]
-    error, value = (torch.cat(t) for t in zip(*rows))
+    error, value = (torch.cat(t) for t in zip(*rows, strict=True))
     keep = value != 0
     keep &= ~value.isnan()
     drawn = (same_dtype["loss"].double() - truth["loss"]).abs()

@@ -52,7 +52,6 @@ _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
         ("forward", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 256, 64, num_warps=8, num_stages=3, **_BULK),
         ("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
-        # With 8 warps triton 3.6 serialises wgmma here (C7515).
         ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
     },
     "sm_100": {

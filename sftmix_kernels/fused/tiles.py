@@ -54,6 +54,8 @@ def logits_tile(
     BLOCK_D: tl.constexpr,
 ):
     """A = h_c W^T and B = h_u W^T of one tile, float32, without bias."""
+    # Without it a loop that may not run at all makes triton 3.6 serialise wgmma with 8 warps (ptxas: C7515).
+    tl.assume(hidden_size > 0)
     acc_c = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     acc_u = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     if USE_DESCRIPTORS:

@@ -87,20 +87,20 @@ def test_the_other_entry_points_check_too() -> None:
         linear_cross_entropy(hidden, weight, target, reduction="median")
     with pytest.raises(ValueError, match="target: expected int64"):
         linear_cross_entropy(hidden.view(2, 3, 4), weight, target)
-    with pytest.raises(ValueError, match="target: .* got 9 at row 0"):
+    with pytest.raises(ValueError, match=r"target: .* got 9 at row 0"):
         token_stats(hidden, weight, target + 9)
     head = LossHead(4, 5)
     with pytest.raises(ValueError, match="target: expected int64"):
         head(hidden, lam=lam)
-    with pytest.raises(ValueError, match="lam: expected None with stats=True"):
+    with pytest.raises(ValueError, match=r"lam: expected None with stats=True"):
         head(hidden, target, lam, stats=True)
-    with pytest.raises(ValueError, match="linear: expected an nn.Linear"):
+    with pytest.raises(ValueError, match=r"linear: expected an nn.Linear"):
         LossHead.from_linear(torch.nn.Identity())  # type: ignore[arg-type]
 
 
 def test_named_impl_that_cannot_serve_is_refused() -> None:
     (hidden, weight, target, lam), _ = arguments()
-    with pytest.raises(ValueError, match="impl: .* got 'fused': its kernels have no float64"):
+    with pytest.raises(ValueError, match=r"impl: .* got 'fused': its kernels have no float64"):
         sftmix_loss(hidden.double(), weight.double(), target, lam, impl="fused")
 
 
@@ -109,7 +109,7 @@ def test_fused_on_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.M
 
     monkeypatch.setattr(functional, "_INTERPRETING", False)
     positional, options = arguments(impl="fused")
-    with pytest.raises(ValueError, match="impl: .* TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"impl: .* TRITON_INTERPRET=1"):
         sftmix_loss(*positional, **options)
 
 
@@ -117,7 +117,9 @@ def test_under_compile_bad_values_are_device_assertions() -> None:
     """No host read: the check is torch._assert_async in the graph, which on a CPU raises when it runs."""
     (hidden, weight, target, lam), _ = arguments()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t, s: sftmix_loss(hidden, weight, t, s).loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t, s: sftmix_loss(hidden, weight, t, s).loss, fullgraph=True, backend="aot_eager"
+    )
     assert compiled(target, lam).isfinite()
     with pytest.raises(RuntimeError, match="target: expected class indices"):
         compiled(target + 7, lam)
@@ -133,7 +135,7 @@ def test_a_dtensor_weight_is_refused_and_the_head_named(tmp_path: Any) -> None:
     try:
         (hidden, weight, target, lam), _ = arguments()
         sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match="weight: expected a local tensor; .*LossHead.*got a DTensor"):
+        with pytest.raises(ValueError, match=r"weight: expected a local tensor; .*LossHead.*got a DTensor"):
             sftmix_loss(hidden, sharded, target, lam)
     finally:
         dist.destroy_process_group()

@@ -45,7 +45,9 @@ def test_a_compiled_model_contains_it() -> None:
     head = LossHead(6, 11)
     body = nn.Linear(6, 6)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda h: head(body(h), case.target, case.lam).loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda h: head(body(h), case.target, case.lam).loss, fullgraph=True, backend="aot_eager"
+    )
     loss = compiled(case.hidden)
     assert torch.equal(loss, head(body(case.hidden), case.target, case.lam).loss)
     loss.backward()

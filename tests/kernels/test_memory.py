@@ -22,7 +22,11 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        sizes = [
+            t.untyped_storage().nbytes() // t.element_size()
+            for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor)
+        ]
         self.numel = max([self.numel, *sizes])
         return out
 
@@ -30,7 +34,9 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("num_pairs", [0, 100, 128])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_holds_no_more_logits_than_its_scratch(num_pairs: int, softcap: float, dtype: torch.dtype) -> None:
+def test_chunked_holds_no_more_logits_than_its_scratch(
+    num_pairs: int, softcap: float, dtype: torch.dtype
+) -> None:
     num_rows, vocab_size, scratch_bytes = 256, 600, 600 * 4 * 24
     case = make_case(num_rows, vocab_size, 8, num_pairs=num_pairs, dtype=dtype)
     coefs = torch.ones(num_rows), torch.ones(num_pairs)

@@ -63,7 +63,9 @@ def test_row_and_pair_weights_and_denominators(impl: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("ignore_index", [-100, 0, 69])
 def test_ignored_on_either_side_of_a_pair(impl: str, dtype: torch.dtype, ignore_index: int) -> None:
     """Rows 0 (confident), 16 (a partner), 2 and 17 (both members of one pair) and 36 (unpaired)."""
-    case = make_case(37, 70, 20, num_pairs=15, dtype=dtype, ignored=(0, 16, 2, 17, 36), ignore_index=ignore_index)
+    case = make_case(
+        37, 70, 20, num_pairs=15, dtype=dtype, ignored=(0, 16, 2, 17, 36), ignore_index=ignore_index
+    )
     out = assert_parity(case, impl=impl)
     assert out["mixup_nll"][0] == 0 and out["mixup_nll"][1] == 0 and out["mixup_nll"][2] == 0
     assert out["nll"][0] == 0 and out["nll"][1] > 0 and not out["dhidden"][2].any()
@@ -113,7 +115,9 @@ def test_target_gradient_at_high_confidence(impl: str, dtype: torch.dtype, num_p
     picked = case.target[:, None]
     got, want = (t["dhidden"].double().gather(1, picked) for t in (ours, truth))
     # p itself is known to float32 relative precision through logprob, whose absolute error is an ulp of the logit.
-    torch.testing.assert_close(got, want, rtol=0, atol=float(4e-6 / 24 + torch.finfo(dtype).eps * want.abs().max()))
+    torch.testing.assert_close(
+        got, want, rtol=0, atol=float(4e-6 / 24 + torch.finfo(dtype).eps * want.abs().max())
+    )
     if dtype is F32:
         assert_within_contract("dhidden", *(r["dhidden"] for r in (ours, run(case, impl="reference"), truth)))
 
@@ -170,7 +174,13 @@ def test_top1_and_token_stats(impl: str, dtype: torch.dtype) -> None:
     truth = token_stats(case.hidden.double(), case.weight.double(), case.target, impl="reference", **wide)
     for name in ("logprob", "lse", "entropy"):
         assert_within_contract(name, *(getattr(r, name) for r in (ours, torch_, truth)))
-    margin = (case.hidden.double() @ case.weight.double().T + wide["bias"]).topk(2, dim=1).values.diff().abs().squeeze()
+    margin = (
+        (case.hidden.double() @ case.weight.double().T + wide["bias"])
+        .topk(2, dim=1)
+        .values.diff()
+        .abs()
+        .squeeze()
+    )
     clear = margin > 0.1  # elsewhere a 16-bit logit may tip it
     assert clear.sum() > 20 and torch.equal(ours.is_top1[clear], truth.is_top1[clear])
 

@@ -28,13 +28,17 @@ def test_one_pair_computed_by_hand(impl: str) -> None:
     r = math.sqrt(3.0)
     assert out.nll.tolist() == pytest.approx([math.log(4 / 3), math.log(4)], rel=1e-14)
     assert out.mixup_nll.tolist() == pytest.approx([math.log((1 + r) / r)], rel=1e-14)
-    assert out.loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2 + 0.2 * math.log((1 + r) / r), rel=1e-14)
+    assert out.loss.item() == pytest.approx(
+        (math.log(4 / 3) + math.log(4)) / 2 + 0.2 * math.log((1 + r) / r), rel=1e-14
+    )
     assert out.is_top1.tolist() == [True, False]
     out.loss.backward()
     # dx = p - y; the next-token part is halved by its two rows, the mixture's is shared 3/4 : 1/4.
     mixed = 0.2 * (r / (1 + r) - 1)
     assert hidden.grad is not None
-    assert hidden.grad[:, 0].tolist() == pytest.approx([-1 / 8 + 0.75 * mixed, -3 / 8 + 0.25 * mixed], rel=1e-14)
+    assert hidden.grad[:, 0].tolist() == pytest.approx(
+        [-1 / 8 + 0.75 * mixed, -3 / 8 + 0.25 * mixed], rel=1e-14
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
@@ -50,7 +54,9 @@ def test_gradients_agree_with_finite_differences(impl: str, softcap: float | Non
         ).loss  # fmt: skip
 
     assert case.bias is not None
-    assert torch.autograd.gradcheck(loss, tuple(t.requires_grad_() for t in (case.hidden, case.weight, case.bias)))
+    assert torch.autograd.gradcheck(
+        loss, tuple(t.requires_grad_() for t in (case.hidden, case.weight, case.bias))
+    )
 
 
 def test_equals_next_token_plus_soft_label_cross_entropy() -> None:
@@ -72,6 +78,8 @@ def test_token_stats_are_those_of_the_full_distribution(impl: str) -> None:
     full = torch.distributions.Categorical(logits=case.hidden @ case.weight.T)
     keep = case.target >= 0
     torch.testing.assert_close(stats.entropy, full.entropy(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(stats.logprob[keep], full.log_prob(case.target.clamp(min=0))[keep], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        stats.logprob[keep], full.log_prob(case.target.clamp(min=0))[keep], rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(stats.is_top1[keep], (full.logits.argmax(1) == case.target)[keep])
     assert stats.logprob[2] == 0 and not stats.is_top1[2]

@@ -36,7 +36,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_trains_smollm2_and_lowers_the_held_out_loss(finished: Path) -> None:
     results = json.loads((finished / "evaluation.json").read_text())
     assert list(results) == ["base", "ntp", "sftmix"]
-    assert results["sftmix"]["nll"] < results["base"]["nll"] and results["ntp"]["nll"] < results["base"]["nll"]
+    assert (
+        results["sftmix"]["nll"] < results["base"]["nll"] and results["ntp"]["nll"] < results["base"]["nll"]
+    )
     assert len(list((finished / "plots").glob("*.png"))) == 3
 
 
@@ -52,7 +54,9 @@ def test_the_trained_model_answers_with_plain_transformers(finished: Path) -> No
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
     messages = [{"role": "user", "content": "What does the Python function `os.listdir` do?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert answer.shape[1] > prompt["input_ids"].shape[1]
 
@@ -96,7 +100,10 @@ def test_a_resumed_demo_keeps_its_data_and_size(monkeypatch: pytest.MonkeyPatch,
 
 def test_no_pair_is_on_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     train, heldout = demo._write_pairs(tmp_path)
-    answers = [{json.loads(line)["messages"][-1]["content"] for line in p.read_text().splitlines()} for p in (train, heldout)]
+    answers = [
+        {json.loads(line)["messages"][-1]["content"] for line in p.read_text().splitlines()}
+        for p in (train, heldout)
+    ]
     assert len(answers[1]) == demo.NUM_HELDOUT and not answers[0] & answers[1]
 
 

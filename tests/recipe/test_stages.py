@@ -80,7 +80,9 @@ def test_run_leaves_every_file_of_the_run_folder(finished: Path) -> None:
     assert [d.num_checkpoints for d in both] == [2, 2] and both[0].examples == both[1].examples
 
 
-def test_trained_model_loads_with_plain_transformers_and_moved(finished: Path, material: tuple[Path, Path]) -> None:
+def test_trained_model_loads_with_plain_transformers_and_moved(
+    finished: Path, material: tuple[Path, Path]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished / "train-sftmix" / "model")
     base = AutoModelForCausalLM.from_pretrained(material[0])
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
@@ -115,7 +117,9 @@ def test_stages_one_by_one_give_the_same_bits_as_run(
     for name in ("dynamics.parquet", "split.parquet"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
     assert same(trained(folder), trained(finished)) and same(trained(folder, "ntp"), trained(finished, "ntp"))
-    assert json.loads((folder / "evaluation.json").read_text()) == json.loads((finished / "evaluation.json").read_text())
+    assert json.loads((folder / "evaluation.json").read_text()) == json.loads(
+        (finished / "evaluation.json").read_text()
+    )
 
 
 class Stop(Exception):
@@ -124,7 +128,12 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stage,call", [("reference", 3), ("train ntp", 5), ("train sftmix", 6)])
 def test_a_run_stopped_in_any_training_goes_on_to_the_same_bits(
-    finished: Path, material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, call: int
+    finished: Path,
+    material: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    call: int,
 ) -> None:
     folder = tmp_path / "stopped"
 
@@ -166,25 +175,44 @@ def test_a_second_run_does_nothing_again(
     run(material, finished)
 
 
-def test_ready_scores_replace_the_reference(finished: Path, material: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ready_scores_replace_the_reference(
+    finished: Path, material: tuple[Path, Path], tmp_path: Path
+) -> None:
     run(material, tmp_path / "r", "--no-baseline", f"--reference.scores={finished / 'dynamics.parquet'}")
     assert same(trained(tmp_path / "r"), trained(finished))
     assert not (tmp_path / "r" / "reference").exists() and not (tmp_path / "r" / "train-ntp").exists()
 
 
 def test_lora_merges_into_a_plain_model(material: tuple[Path, Path], tmp_path: Path) -> None:
-    run(material, tmp_path / "r", "--no-baseline", "--train.tuning", "lora", "--train.epochs=1", "--reference.epochs=1")
+    run(
+        material,
+        tmp_path / "r",
+        "--no-baseline",
+        "--train.tuning",
+        "lora",
+        "--train.epochs=1",
+        "--reference.epochs=1",
+    )
     results = json.loads((tmp_path / "r" / "evaluation.json").read_text())
     assert results["sftmix"]["nll"] < results["base"]["nll"]
     assert not any("lora" in name for name in trained(tmp_path / "r"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "train-sftmix" / "model") is not None
 
 
-def test_reference_of_another_model_scores_for_the_target(material: tuple[Path, Path], tmp_path: Path) -> None:
+def test_reference_of_another_model_scores_for_the_target(
+    material: tuple[Path, Path], tmp_path: Path
+) -> None:
     """A weaker reference's split transfers to the trained model (the paper's Gemma-2B reference)."""
     tiny.causal_lm("gpt2", seed=3).save_pretrained(tmp_path / "gpt2")
     tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
-    run(material, tmp_path / "r", "--no-baseline", "--reference.model", str(tmp_path / "gpt2"), "--train.epochs=1")
+    run(
+        material,
+        tmp_path / "r",
+        "--no-baseline",
+        "--reference.model",
+        str(tmp_path / "gpt2"),
+        "--train.epochs=1",
+    )
     assert (tmp_path / "r" / "train-sftmix" / "model" / "config.json").exists()
 
 
@@ -203,7 +231,12 @@ BROKEN: list[tuple[str, bytes | None, Sequence[str], str]] = [
     ("split.parquet", None, ["train"], "split.parquet: "),
     ("stages.json", b'{"score": ', ["score"], "stages.json: expected JSON"),
     ("config.yaml", b"model: [", ["split"], "config.yaml: expected a YAML file"),
-    ("train-sftmix/model", None, ["train", "--optim.lr", "0.5"], "checkpoint: .* belongs to another run: optim.lr"),
+    (
+        "train-sftmix/model",
+        None,
+        ["train", "--optim.lr", "0.5"],
+        "checkpoint: .* belongs to another run: optim.lr",
+    ),
 ]
 
 
@@ -235,7 +268,9 @@ def test_changed_data_is_noticed(finished: Path, material: tuple[Path, Path], tm
     shutil.copytree(finished, folder)
     lines = material[1].read_text().splitlines(keepends=True)
     data.write_text("".join(lines[2:]))
-    with pytest.raises(ValueError, match=r"dynamics.parquet: expected exactly the examples of data.train, got 0"):
+    with pytest.raises(
+        ValueError, match=r"dynamics.parquet: expected exactly the examples of data.train, got 0"
+    ):
         sftmix("split", folder, "--data.train", data)
 
 
@@ -243,7 +278,7 @@ def test_flags_in_all_their_forms() -> None:
     assert knob_flags(["--a.b", "1", "--c=2", "d.e=3"]) == ["a.b=1", "c=2", "d.e=3"]
     with pytest.raises(ValueError, match="flag: expected --knob value or knob=value, got 'stray'"):
         knob_flags(["stray"])
-    with pytest.raises(ValueError, match="--a.b: expected a value after it, got nothing"):
+    with pytest.raises(ValueError, match=r"--a.b: expected a value after it, got nothing"):
         knob_flags(["--a.b"])
     assert default_run_dir("data/alpaca_en.json.xz", "org/SmolLM2-135M") == "runs/alpaca_en-SmolLM2-135M"
 
@@ -258,12 +293,18 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_bad_input_is_one_line_and_exit_code_2(material: tuple[Path, Path], tmp_path: Path) -> None:
     cases = {
         "data.train: ": ["run", "--model", str(material[0]), "--run-dir", str(tmp_path / "a")],
-        "train.epoch: unknown knob; did you mean train.epochs?": ["split", str(tmp_path / "b"), "--train.epoch=1"],
+        "train.epoch: unknown knob; did you mean train.epochs?": [
+            "split",
+            str(tmp_path / "b"),
+            "--train.epoch=1",
+        ],
     }
     for message, arguments in cases.items():
         done = command(*arguments)
         assert done.returncode == 2 and done.stdout == "", done.stderr
-        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"sftmix: {message}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"sftmix: {message}"), (
+            done.stderr
+        )
 
 
 def test_torchrun_trains_as_one_process_does(finished: Path, tmp_path: Path) -> None:

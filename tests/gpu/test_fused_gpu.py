@@ -1,0 +1,174 @@
+"""The compiled kernels on a GPU: the same parity as in the interpreter, bfloat16 included, and what only a GPU shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity import Case, assert_parity, make_case, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+dtypes = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bfloat16", "float16", "float32"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers() -> Iterator[None]:
+    """torch.empty returns NaN, so that an unwritten element shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# N, V, D, M, options, and why.
+CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
+    (512, 2048, 256, 256, {}, "every size a multiple of its block, 2M = N"),
+    (301, 1009, 136, 110, {"bias": True}, "ragged N, V, D; rows that descriptors can address"),
+    (301, 1009, 131, 110, {"bias": True}, "an odd D: pointers"),
+    (300, 1000, 136, 0, {}, "M = 0"),
+    (3, 300, 64, 1, {}, "one pair and an unpaired row"),
+    (5, 1, 1, 2, {}, "one class"),
+    (
+        301,
+        1009,
+        136,
+        110,
+        {"softcap": 5.0, "logit_scale": 0.7, "bias": True},
+        "softcap after scale after bias",
+    ),
+    (300, 1009, 136, 0, {"softcap": 5.0, "bias": True}, "softcap, M = 0"),
+    (301, 1009, 136, 150, {"lam": 0.0}, "lam 0"),
+    (301, 1009, 136, 150, {"lam": 0.5}, "lam 1/2"),
+    (301, 1009, 136, 150, {"lam": 1.0}, "lam 1"),
+    (301, 1009, 136, 150, {"ignored": (0, 151, 2, 152, 300)}, "ignored on either side of a pair"),
+    (301, 1009, 136, 110, {"logit_std": 1e4}, "logits of 10^4"),
+    (301, 1009, 136, 110, {"upstream": 2.0**16}, "an upstream gradient of 2^16"),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("scratch_bytes", [None, 1], ids=["two slices", "slices of one tile"])
+@pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
+def test_parity(dtype: torch.dtype, scratch_bytes: int | None, shape: tuple[Any, ...]) -> None:
+    num_rows, vocab_size, width, num_pairs, options, _ = shape
+    case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, **options)
+    assert_parity(case, impl="fused", device="cuda", scratch_bytes=scratch_bytes)
+
+
+@dtypes
+@pytest.mark.parametrize("labels", ["equal in a pair", "in the last column", "peaked"])
+def test_parity_of_special_targets(dtype: torch.dtype, labels: str) -> None:
+    case = make_case(200, 1009, 136, num_pairs=80, dtype=dtype)
+    if labels == "equal in a pair":
+        case.target[80:160] = case.target[:80]
+    elif labels == "in the last column":
+        case.target[:] = 1008
+    else:
+        case.hidden = (21 * torch.eye(136)[torch.arange(200) % 3]).to(dtype)
+        case.weight = torch.eye(1009, 136).to(dtype)
+        case.target = torch.arange(200) % 3
+        case.target[1] = 50
+    assert_parity(case, impl="fused", device="cuda")
+
+
+@dtypes
+def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+    case = make_case(700, 5003, 264, num_pairs=300, dtype=dtype, bias=True)
+    first, second = (run(case, impl="fused", device="cuda") for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def on_gpu(case: Case) -> tuple[Tensor, ...]:
+    return tuple(t.cuda() for t in (case.hidden, case.weight, case.target, case.lam))
+
+
+def forward_and_backward(arguments: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
+    from sftmix_kernels.fused import fused_backward, fused_forward
+
+    stats = fused_forward(*arguments, want_entropy=True)
+    coefs = (torch.ones_like(arguments[2], dtype=F32), torch.ones_like(arguments[3]))
+    return (*stats, *fused_backward(*arguments, *coefs, stats.row_carry, stats.pair_carry, **options))
+
+
+@dtypes
+def test_descriptors_and_pointers_agree_bitwise(dtype: torch.dtype) -> None:
+    """The same products by either load path; a base off by one element turns descriptors off."""
+    arguments = on_gpu(make_case(301, 1009, 136, num_pairs=110, dtype=dtype))
+    shifted = tuple(torch.nn.functional.pad(t.flatten(), (1, 0))[1:].view_as(t) for t in arguments[:2])
+    for left, right in zip(
+        forward_and_backward(arguments), forward_and_backward((*shifted, *arguments[2:])), strict=True
+    ):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@dtypes
+def test_the_host_never_waits_and_a_graph_replays(dtype: torch.dtype) -> None:
+    arguments = on_gpu(make_case(301, 1009, 136, num_pairs=110, dtype=dtype))
+    eager = forward_and_backward(arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_backward(arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward(arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(left, right) for left, right in zip(eager, captured, strict=True))
+
+
+def test_memory_stays_far_below_the_logits() -> None:
+    """Extra memory of forward and backward, beside the results, at a size where the logits take 1 GiB."""
+    from sftmix_kernels.fused import fused_backward, fused_forward
+
+    num_rows, vocab_size, width = 4096, 131072, 512
+    hidden = torch.randn(num_rows, width, device="cuda", dtype=BF16)
+    weight = torch.randn(vocab_size, width, device="cuda", dtype=BF16)
+    target, lam = torch.randint(0, vocab_size, (num_rows,), device="cuda"), torch.rand(2048, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stats = fused_forward(hidden, weight, target, lam)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+    coefs = (torch.ones(num_rows, device="cuda"), torch.ones_like(lam), stats.row_carry, stats.pair_carry)
+    dweight = fused_backward(hidden, weight, target, lam, *coefs)[1]
+    assert torch.cuda.max_memory_allocated() - before - dweight.nbytes < 128 * 2**20
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """A weight of 2.1e9 elements (4.3 GB): the last rows lie past what 32 bits address."""
+    from sftmix_kernels.fused import fused_forward
+
+    width = 8192
+    vocab_size = 2**31 // width + 1000
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    weight = torch.zeros(vocab_size, width, device="cuda", dtype=BF16)
+    weight[-1000:] = torch.randn(1000, width, device="cuda", dtype=BF16) / width**0.5
+    hidden = torch.randn(128, width, device="cuda", dtype=BF16)
+    target = torch.arange(vocab_size - 128, vocab_size, device="cuda")
+    truth = (hidden.double() @ weight[target].double().T).diagonal()
+    for tile_weight in (weight, weight[:, :-1]):  # descriptors, then pointers
+        got = fused_forward(
+            hidden[:, : tile_weight.shape[1]], tile_weight, target, torch.empty(0, device="cuda")
+        )
+        torch.testing.assert_close(got.target_logit.double(), truth, rtol=1e-2, atol=3e-2)
+
+
+def test_a_second_gpu_is_launched_on() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = tuple(t.to("cuda:1") for t in on_gpu(make_case(64, 100, 64, num_pairs=20)))
+    for left, right in zip(
+        forward_and_backward(arguments),
+        forward_and_backward(tuple(t.to("cuda:0") for t in arguments)),
+        strict=True,
+    ):
+        assert torch.equal(left.cpu(), right.cpu())

@@ -1,0 +1,219 @@
+"""Compile every kernel ahead of time, as the launcher would, on a machine without a GPU; print what came out.
+
+    python -m tests.kernels.aot [--part I/N]        one JSON line per kernel; must run without TRITON_INTERPRET
+
+The public functions are called on meta tensors with the launch replaced by a recorder, so that the kernels see the
+very arguments of a real launch: constants, divisibility, descriptors. Then Triton compiles for a target, and the
+tools inside its wheel read the result: cuobjdump the registers and the stack, ptxas its notes on serialised wgmma.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, tiles
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+COUNTED = {
+    "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync", "mfma": "v_mfma",
+    "bulk loads": r"cp\.async\.bulk\.tensor\.2d\.shared", "tf32": "tf32", "xf32": "xf32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the public functions: Llama-3's head by default."""
+
+    operation: str
+    arch: str
+    dtype: str
+    paired: bool
+    variant: str = "plain"
+    options: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    aligned: bool = True
+    tf32: bool = False
+    tile: Tile | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join(
+            (self.operation, "pairs" if self.paired else "rows", self.arch, self.dtype, self.variant)
+        )
+
+
+def cases() -> Iterator[Case]:
+    """Default tiles for every arch and dtype; on sm_90 also every compile-time variant; a control for each check."""
+    for arch in ARCHS:
+        for operation in ("forward", "recompute"):
+            for paired in (True, False):
+                for dtype in ("bfloat16", "float16", "float32"):
+                    yield Case(operation, arch, dtype, paired)
+                yield Case(
+                    operation, arch, "bfloat16", paired, "softcap", {"softcap": 30.0, "logit_scale": 0.5}
+                )
+    for operation in ("forward", "recompute"):
+        for paired in (True, False):
+            base = (operation, "sm_90", "bfloat16", paired)
+            yield Case(*base, "bias", {"bias": True})
+            yield Case(*base, "ragged", vocab_size=50257, hidden_size=2056)
+            yield Case(*base, "misaligned", aligned=False)
+    for paired in (True, False):
+        yield Case("forward", "sm_90", "bfloat16", paired, "entropy", {"want_entropy": True})
+    wide = Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True)
+    for operation in ("forward", "recompute"):
+        yield Case(operation, "sm_90", "bfloat16", True, "128x128", tile=wide)
+    # Controls: a tile known to spill and serialise, one known to lose wgmma, and float32 with TF32 allowed.
+    yield Case(
+        "forward", "sm_90", "bfloat16", True, "control-128x128-w4", tile=Tile(128, 128, 64, num_warps=4)
+    )
+    yield Case("forward", "sm_90", "bfloat16", True, "control-32x256", tile=Tile(32, 256, 64, num_warps=8))
+    yield Case("forward", "sm_90", "float32", True, "control-tf32", tf32=True)
+
+
+def launches(case: Case) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """The kernels that ``case`` launches, with their arguments."""
+    recorded: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def record(kernel: JITFunction, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        recorded.append((kernel, arguments))
+
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(tiles, "current_arch", lambda _: case.arch),
+        patch.object(tiles, "can_describe", lambda _: case.aligned),
+        patch.object(tiles, "dot_precision", lambda _: "tf32" if case.tf32 else "ieee"),
+        patch.object(forward, "choose_num_splits", lambda *_: 16),
+    ):
+        call(case)
+    kernels = {kernel.__name__: (kernel, arguments) for kernel, arguments in reversed(recorded)}
+    return list(kernels.values())
+
+
+def call(case: Case) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    num_rows, num_pairs = 8192, 4096 if case.paired else 0
+    dtype = getattr(torch, case.dtype)
+    hidden, weight = (
+        meta(num_rows, case.hidden_size, dtype=dtype),
+        meta(case.vocab_size, case.hidden_size, dtype=dtype),
+    )
+    target, lam = meta(num_rows, dtype=torch.int64), meta(num_pairs)
+    options = {**case.options, "tile": case.tile}
+    if options.get("bias"):
+        options["bias"] = meta(case.vocab_size, dtype=dtype)
+    if case.operation == "forward":
+        fused_forward(hidden, weight, target, lam, **options)
+    else:
+        carries = (meta(num_rows), meta(num_pairs), meta(3, num_rows), meta(4, num_pairs))
+        fused_backward(hidden, weight, target, lam, *carries, **options)
+
+
+def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    """What Triton's launcher would compile for ``arguments``: types, constants and divisibility by 16."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            assert isinstance(value, int) and value < 2**31, f"{name}: expected an int32, got {value!r}"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: str) -> dict[str, Any]:
+    """Compile one launch for ``arch`` and read its resources and instructions."""
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    options = {k: arguments[k] for k in ("num_warps", "num_stages", "maxnreg") if k in arguments}
+    compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in COUNTED.items()}
+    resources = amd_resources(assembly) if amd else nvidia_resources(compiled.asm["cubin"], assembly, arch)
+    return {
+        **resources,
+        "shared": compiled.metadata.shared,
+        "warps": arguments.get("num_warps"),
+        "counts": counts,
+    }
+
+
+def amd_resources(assembly: str) -> dict[str, Any]:
+    def read(name: str) -> int:
+        found = re.search(rf"\.{name}:?\s+(\d+)", assembly)
+        assert found, f"no {name} in the assembly"
+        return int(found[1])
+
+    return {"registers": read("vgpr_count"), "stack": read("private_segment_fixed_size"), "notes": []}
+
+
+def nvidia_resources(cubin: bytes, ptx: str, arch: str) -> dict[str, Any]:
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target
+    ptxas = TOOLS / ("ptxas-blackwell" if arch == "sm_100" else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "k.cubin").write_bytes(cubin)
+        (path / "k.ptx").write_text(ptx)
+        dump = [TOOLS / "cuobjdump", "--dump-resource-usage", path / "k.cubin"]
+        usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        notes = ""
+        if "wgmma" in ptx:  # the notes are about wgmma alone, and a second ptxas costs as much as the first
+            assemble = [ptxas, "-v", f"--gpu-name={target[1]}", path / "k.ptx", "-o", path / "o"]
+            notes = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    serialised = sorted(set(re.findall(r"C75\d\d", notes)))
+    return {"registers": int(found[1]), "stack": int(found[2]), "notes": serialised}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
+    part, parts = map(int, parser.parse_args().part.split("/"))
+    for case in list(cases())[part::parts]:
+        for kernel, arguments in launches(case):
+            if kernel is stats._sftmix_fwd_combine_kernel and case.variant not in ("plain", "entropy"):
+                continue  # it has no tile and no variants
+            shape = "x".join(str(arguments[k]) for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments)
+            line = {
+                "case": case.name, "kernel": kernel.__name__, "arch": case.arch, "dtype": case.dtype, "tile": shape,
+                "variant": case.variant, **compile_launch(kernel, arguments, case.arch),
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
