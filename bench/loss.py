@@ -79,7 +79,8 @@ class Group:
             name = f"{provider.spec} {task} {direction}"
             run = _with_backward(run) if run is call else run
             case = Case(name, run, self.clear_gradients, error=error)
-            measure_peak(case, self.device)
+            # Verification has run the backward once, but not the call without autograd, which compiles anew.
+            measure_peak(case, self.device, is_warm=direction == "fwd_bwd" and task != "gemm")
             self.entries.append(Entry(provider, task, direction, case))
 
     def _verify(self, provider: Provider, task: str, call: Call) -> None:
@@ -159,8 +160,9 @@ def run_group(
     half_way = time.monotonic() + (args.deadline - time.monotonic()) / 2
     for provider in providers:
         for task in (task for task in args.tasks if task in provider.tasks):
+            begin = time.monotonic()
             group.add(provider, task, half_way)
-            print(f"  ready: {provider.spec} {task}", file=sys.stderr)
+            print(f"  ready: {provider.spec} {task} ({time.monotonic() - begin:.1f} s)", file=sys.stderr)
     saved = time.monotonic()
     cases = [entry.case for entry in group.entries]
     for done in interleave(

@@ -92,12 +92,13 @@ def _stderr_silenced() -> Iterator[None]:
         os.close(kept)
 
 
-def measure_peak(case: Case, device: str) -> None:
-    """Fill ``case.peak_bytes``, after one call that pays for compilation and first-use caches."""
+def measure_peak(case: Case, device: str, *, is_warm: bool = False) -> None:
+    """Fill ``case.peak_bytes``; unless ``is_warm``, after a call that pays for compilation and first-use caches."""
 
     def run() -> None:
-        case.before()
-        case.call()
+        if not is_warm:
+            case.before()
+            case.call()
         case.before()
         case.peak_bytes = peak_bytes(case.call, device)
 

@@ -197,8 +197,8 @@ def test_an_interrupted_run_keeps_what_it_timed(tmp_path: Path, monkeypatch: Any
     calls = iter(range(100))
 
     def interrupt_late(p: problem.Problem) -> Tensor:
-        # One call checks, two each measure the memory of both directions, then there are two per round.
-        if next(calls) == 8:
+        # One call checks, three measure the memory of both directions, then there are two per round.
+        if next(calls) == 7:
             raise KeyboardInterrupt
         return providers.torch_ntp(p.hidden, p.weight, p.target)
 
