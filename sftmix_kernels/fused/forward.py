@@ -200,8 +200,7 @@ def _sftmix_fwd_kernel(
             for half in tl.static_range(2):
                 stats_c, stats_u, stats_x = _fold_pairs(
                     halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (label_c, label_u), outs,
-                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, WANT_MOMENT,
-                    2, half,
+                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, WANT_MOMENT, 2, half,
                 )  # fmt: skip
         else:
             offs_v = first_v + tl.arange(0, BLOCK_V)
@@ -209,12 +208,11 @@ def _sftmix_fwd_kernel(
             _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
             stats_c = _fold(stats_c, a, WANT_MOMENT)
 
-    plane = num_rows.to(tl.int64)
-    at = split * plane * (3 if PAIRED else 1) + rows
+    at = split * (3 if PAIRED else 1) * num_rows + rows
     _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, WANT_MOMENT)
     if PAIRED:
-        _store_stats(part_max, part_sum, part_moment, at + plane, row_mask, stats_u, WANT_MOMENT)
-        _store_stats(part_max, part_sum, part_moment, at + 2 * plane, row_mask, stats_x, False)
+        _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, WANT_MOMENT)
+        _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, False)
 
 
 def _num_program_slots(device: torch.device, tile: Tile) -> int:

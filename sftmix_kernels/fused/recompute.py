@@ -188,11 +188,10 @@ def _gradient_terms(
     lse, low, nll = row_carry
     rows = torch.stack((lse, row_coef * torch.exp(-low), row_coef * torch.expm1(-nll)))
     lse_x, low_x, nll_c, nll_u = pair_carry
+    # Where both labels are one column the partner's number, written last, stands for the whole label.
     same = target[:num_pairs] == target[num_pairs : 2 * num_pairs]
-    one, none = torch.ones_like(lam), torch.zeros_like(lam)
-    mass_c, mass_u = torch.where(same, one, lam), torch.where(same, one, 1 - lam)
-    rest_c, rest_u = torch.where(same, none, 1 - lam), torch.where(same, none, lam)
-    at_c, at_u = _residual(nll_c, mass_c, rest_c), _residual(nll_u, mass_u, rest_u)
+    mass_u, rest_u = torch.where(same, 1.0, 1 - lam), torch.where(same, 0.0, lam)
+    at_c, at_u = _residual(nll_c, lam, 1 - lam), _residual(nll_u, mass_u, rest_u)
     pairs = torch.stack((lse_x, pair_coef * torch.exp(-low_x), pair_coef * at_c, pair_coef * at_u, lam))
     return GradientTerms(rows, pairs, scale)
 

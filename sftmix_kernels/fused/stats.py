@@ -70,12 +70,12 @@ def _sftmix_fwd_combine_kernel(
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = num_rows.to(tl.int64) + num_mixed
+    size = num_rows + num_mixed
     mask = offs < size
+    at = offs
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     top, total, moment = zero - float("inf"), zero, zero
-    for split in range(num_splits):
-        at = split * size + offs
+    for _ in range(num_splits):
         m = tl.load(part_max + at, mask=mask, other=0.0)
         new = tl.maximum(top, m)
         shift = tl.where(new == float("-inf"), 0.0, new)
@@ -88,6 +88,7 @@ def _sftmix_fwd_combine_kernel(
             moment = fade_old * (moment + total * down_old) + fade_new * (part_t + part * down_new)
         total = fade_old * total + fade_new * part
         top = new
+        at += size
 
     log_total = tl.log(total)
     log_sum_exp = top + log_total

@@ -49,6 +49,7 @@ class Case:
     paired: bool
     variant: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
+    num_rows: int = 8192
     vocab_size: int = 128256
     hidden_size: int = 4096
     aligned: bool = True
@@ -78,6 +79,8 @@ def cases() -> Iterator[Case]:
             yield Case(*base, "bias", {"bias": True})
             yield Case(*base, "ragged", vocab_size=50257, hidden_size=2056)
             yield Case(*base, "misaligned", aligned=False)
+            # Triton turns an integer 1 into a constant, which must not break what expects a variable.
+            yield Case(*base, "ones", num_rows=1 + paired, vocab_size=1, hidden_size=1, aligned=False)
     for paired in (True, False):
         yield Case("forward", "sm_90", "bfloat16", paired, "entropy", {"want_entropy": True})
     wide = Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True)
@@ -114,7 +117,7 @@ def call(case: Case) -> None:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    num_rows, num_pairs = 8192, 4096 if case.paired else 0
+    num_rows, num_pairs = case.num_rows, case.num_rows // 2 if case.paired else 0
     dtype = getattr(torch, case.dtype)
     hidden, weight = (
         meta(num_rows, case.hidden_size, dtype=dtype),
@@ -205,7 +208,11 @@ def main() -> None:
     part, parts = map(int, parser.parse_args().part.split("/"))
     for case in list(cases())[part::parts]:
         for kernel, arguments in launches(case):
-            if kernel is stats._sftmix_fwd_combine_kernel and case.variant not in ("plain", "entropy"):
+            if kernel is stats._sftmix_fwd_combine_kernel and case.variant not in (
+                "plain",
+                "entropy",
+                "ones",
+            ):
                 continue  # it has no tile and no variants
             shape = "x".join(str(arguments[k]) for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments)
             line = {

@@ -103,7 +103,7 @@ def test_sixteen_bit_inputs_use_the_matrix_units(matrix: list[Line]) -> None:
 def test_bulk_copies_where_operands_are_aligned(matrix: list[Line]) -> None:
     for arch in ("sm_90", "sm_100"):
         for line in main_kernels(matrix, arch=arch, dtype="bfloat16"):
-            assert (line["counts"]["bulk loads"] > 0) == (line["variant"] != "misaligned"), line
+            assert (line["counts"]["bulk loads"] > 0) == (line["variant"] not in ("misaligned", "ones")), line
 
 
 def test_float32_products_stay_ieee(matrix: list[Line]) -> None:

@@ -141,26 +141,43 @@ def test_a_target_at_the_top_equals_the_maximum_bit_for_bit(tile: Tile) -> None:
     assert torch.equal(stats.target_logit, stats.max_logit)
 
 
-def test_the_carry_holds_what_rounding_took_from_lse() -> None:
-    """Logits 9999 and 10000, exact in float32, whose ulp there is 1e-3."""
-    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[9999.0], [10000.0], [9997.5]])
-    stats = fused_forward(hidden, weight, torch.tensor([0]), torch.empty(0), tile=POINTERS)
-    truth = (hidden.double() @ weight.double().T).logsumexp(1)
-    assert (stats.lse.double() - truth).abs() > 1e-5
-    assert (stats.row_carry[0].double() + stats.row_carry[1].double() - truth).abs() < 2e-7
-    gradients = fused_backward(
-        hidden,
-        weight,
-        torch.tensor([0]),
-        torch.empty(0),
-        torch.ones(1),
-        torch.empty(0),
-        *stats[-2:],
-        tile=POINTERS,
+@pytest.mark.parametrize("num_pairs", [0, 1])
+def test_the_carry_holds_what_rounding_took_from_lse(num_pairs: int) -> None:
+    """Logits 9999, 10000, 9997.5, exact in float32, whose ulp there is 1e-3; both rows of the pair are the same."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[9999.0], [10000.0], [9997.5]])
+    target, lam = torch.zeros(2, dtype=torch.int64), torch.full((num_pairs,), 0.5)
+    stats = fused_forward(hidden, weight, target, lam, tile=POINTERS)
+    truth = weight[:, 0].double().logsumexp(0)
+    assert (stats.lse.double() - truth).abs().min() > 1e-5
+    for carry in (stats.row_carry, stats.pair_carry):
+        assert ((carry[0].double() + carry[1].double() - truth).abs() < 2e-7).all()
+    coefs = (torch.full((2,), 1.0 - num_pairs), torch.ones(num_pairs))
+    dweight = fused_backward(hidden, weight, target, lam, *coefs, *stats[-2:], tile=POINTERS)[1][:, 0]
+    gradient = weight[:, 0].double().softmax(0) - torch.tensor([1.0, 0.0, 0.0])
+    torch.testing.assert_close(dweight.double(), gradient * (2 - num_pairs), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("coef", [2.0**16, 2.0**-20, 0.0])
+def test_float16_coefficients_of_any_size(coef: float) -> None:
+    """dlogits are rounded at unit scale: neither past 65504 nor flushed to zero. The gradients fit float16."""
+    case = make_case(35, 70, 40, num_pairs=16, dtype=F16)
+    size = 2.0**-7 if coef > 1 else 1.0
+    arguments = (case.hidden * size, case.weight * size, case.target, case.lam)
+    stats = fused_forward(*arguments, tile=POINTERS)
+    one, scaled = (
+        fused_backward(
+            *arguments,
+            torch.full((35,), c),
+            torch.full((16,), c),
+            *stats[-2:],
+            need_dbias=True,
+            tile=POINTERS,
+        )
+        for c in (1.0, coef)
     )
-    probability = weight[:, 0].double().softmax(0)
-    probability[0] -= 1
-    torch.testing.assert_close(gradients[1][:, 0].double(), probability, rtol=1e-6, atol=0)
+    for unit, gradient in zip(one[:2], scaled[:2], strict=True):
+        torch.testing.assert_close(gradient.double(), unit.double() * coef, rtol=1e-3, atol=2.0**-24 * max(coef, 1.0))
+    assert scaled[0].any() == (coef != 0)
 
 
 @both_paths
@@ -249,11 +266,11 @@ def test_offsets_past_two_to_the_31() -> None:
         far = far.as_strided(rows.shape, (2**30, 1))
         return far.copy_(rows)
 
-    case = make_case(3, 3, 16, num_pairs=1, dtype=F16)
+    case = make_case(3, 3, 16, dtype=F16)
     results = []
     for hidden, weight in ((case.hidden, case.weight), (spread(case.hidden), spread(case.weight))):
         stats = fused_forward(hidden, weight, case.target, case.lam)
-        coefs = (torch.ones(3), torch.ones(1), stats.row_carry, stats.pair_carry)
+        coefs = (torch.ones(3), torch.empty(0), stats.row_carry, stats.pair_carry)
         gradients = fused_backward(hidden, weight, case.target, case.lam, *coefs)
         results.append((*stats, *gradients))
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
