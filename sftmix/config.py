@@ -120,7 +120,9 @@ class LoraConfig:
     rank: int = knob("rank of each adapter", 16, at_least=1)
     alpha: int = knob("adapters are scaled by alpha / rank", 32, at_least=1)
     dropout: float = knob("dropout before each adapter", 0.0, at_least=0, below=1)
-    target_modules: str = knob("all-linear, or module names separated by commas", "all-linear")
+    target_modules: str = knob(
+        "all-linear (the head excepted), module names, or both, separated by commas", "all-linear"
+    )
     layers: str | None = knob("adapt only layers start:stop, e.g. 20:30; null: all", None)
 
 
@@ -161,10 +163,10 @@ class Config:
                     f"lora.layers: expected start:stop with start < stop, got {self.lora.layers!r}"
                 )
         names = [name.strip() for name in self.lora.target_modules.split(",")]
-        if "" in names or any(name.split(".")[-1] == "lm_head" for name in names):
+        if "" in names:
             raise ValueError(
-                "lora.target_modules: expected all-linear or module names other than lm_head, separated by "
-                f"commas, got {self.lora.target_modules!r}"
+                "lora.target_modules: expected all-linear or module names, separated by commas, got "
+                f"{self.lora.target_modules!r}"
             )
 
 

@@ -1,7 +1,8 @@
-"""LoRA adapters (peft) on the linear layers of the decoder's blocks.
+"""LoRA adapters (peft) on the linear layers of the decoder's blocks and, where it is named, on the head.
 
-The frozen base keeps its dtype, the adapters are float32, and the head is never adapted: its forward is
-the loss. Blocks below the first adapted one record no graph, so training only upper layers is cheaper.
+The frozen base keeps its dtype, the adapters are float32. The head's forward is the loss, so its adapter goes
+into the loss as two factors; all-linear leaves it out. Blocks below the first adapted one record no graph, so
+training only upper layers is cheaper.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sftmix.config import LoraConfig
+from sftmix_kernels import adapt_head
 
 if TYPE_CHECKING:
     from sftmix.model import SFTMixModel
@@ -41,8 +43,8 @@ def decoder_blocks(model: SFTMixModel) -> tuple[str, nn.ModuleList]:
 def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0) -> SFTMixModel:
     """Freeze the model, add float32 adapters in place, and return it; ``seed`` decides their first values.
 
-    Raises ``ValueError`` for the head as a target, a target that no chosen block has, and a layer range
-    outside the model.
+    Raises ``ValueError`` for a target that no chosen block has, a layer range outside the model, and a head
+    as a target that is tied to the embedding or would get dropout.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
@@ -63,6 +65,7 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0) -> SFTMix
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         model.model = get_peft_model(model.base, peft_config, adapter_name=ADAPTER)
+    adapt_head(model.head)
     # Drawn anew on the CPU, as peft does it: the same adapters on every device and process.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -79,12 +82,10 @@ def find_targets(model: SFTMixModel, lora: LoraConfig) -> list[str]:
     """Full names, inside the causal LM, of the linear layers that get an adapter."""
     wanted = [name.strip() for name in lora.target_modules.split(",")]
     head = next(name for name, module in model.base.named_modules() if module is model.head)
-    for name in wanted:
-        if name == head or head.endswith(f".{name}") or name.endswith(f".{head}"):
-            raise ValueError(
-                f"lora.target_modules: {name} is the head, whose forward is the loss; adapters on it are not "
-                "supported yet"
-            )
+    adapted_head = [name for name in wanted if f".{head}".endswith(f".{name}")]
+    if adapted_head:
+        _check_head(model, lora, adapted_head[0])
+        wanted = [name for name in wanted if name not in adapted_head]
     start, stop = _layer_range(model, lora.layers)
     blocks = decoder_blocks(model)[1]
     chosen = {id(module) for block in blocks[start:stop] for module in block.modules()}
@@ -107,9 +108,22 @@ def find_targets(model: SFTMixModel, lora: LoraConfig) -> list[str]:
                 f"got {', '.join(missing)}"
             )
         found = [name for name in linear if any(name in names for names in matches.values())]
+    if adapted_head:
+        found.append(head)
     if not found:
         raise ValueError(f"lora: expected {type(model.base).__name__} to have linear layers, found none")
     return found
+
+
+def _check_head(model: SFTMixModel, lora: LoraConfig, name: str) -> None:
+    """What an adapter on the head cannot be combined with."""
+    if model.is_tied:
+        raise ValueError(
+            f"lora.target_modules: expected modules with weights of their own, got {name}, the head, which "
+            f"{type(model.base).__name__} ties to the input embedding: the adapter would be merged into both"
+        )
+    if lora.dropout:
+        raise ValueError(f"lora.dropout: expected 0 with {name} (the head) as a target, got {lora.dropout}")
 
 
 def _layer_range(model: SFTMixModel, layers: str | None) -> tuple[int, int]:

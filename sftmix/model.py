@@ -19,21 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.config import ModelConfig
-from sftmix.export import merge_and_export
-from sftmix.lora import apply_lora, decoder_blocks
 from sftmix.parallel import cast_parameters
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
-
-__all__ = [
-    "SFTMixModel",
-    "apply_lora",
-    "decoder_blocks",
-    "evaluating",
-    "install_head",
-    "load_model",
-    "merge_and_export",
-    "verify_head",
-]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS = 12  # per sequence; two sequences are compared

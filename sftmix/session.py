@@ -17,7 +17,8 @@ from sftmix.chat import TokenizedExample, tokenize_examples, use_chat_template
 from sftmix.config import Config, ModelConfig
 from sftmix.data import Example, load_examples, split_heldout
 from sftmix.export import merge_and_export
-from sftmix.model import SFTMixModel, apply_lora, load_model
+from sftmix.lora import apply_lora
+from sftmix.model import SFTMixModel, load_model
 from sftmix.parallel import is_main, join_world, local_device
 from sftmix.progress import say
 from sftmix.run_folder import RunFolder, Settings

@@ -4,8 +4,16 @@
 """
 
 from .functional import linear_cross_entropy, sftmix_loss, token_stats
-from .head import LossHead
+from .head import LossHead, adapt_head
 from .reference import SFTMixLoss, TokenStats
 
 __version__ = "0.1.0"
-__all__ = ["LossHead", "SFTMixLoss", "TokenStats", "linear_cross_entropy", "sftmix_loss", "token_stats"]
+__all__ = [
+    "LossHead",
+    "SFTMixLoss",
+    "TokenStats",
+    "adapt_head",
+    "linear_cross_entropy",
+    "sftmix_loss",
+    "token_stats",
+]

@@ -32,11 +32,14 @@ def _fail(name: str, expected: str, got: object) -> None:
 
 def check_tensor(name: str, value: object, shape: dict[str, int], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise unless ``value`` is a tensor of the given dtypes whose dimensions are ``shape`` (name → size)."""
-    expected = f"{' or '.join(map(_name, dtypes))} [{', '.join(f'{k}={v}' for k, v in shape.items())}]"
-    if not isinstance(value, Tensor):
-        _fail(name, f"a tensor {expected}", value)
-    elif value.dtype not in dtypes or tuple(value.shape) != tuple(shape.values()):
-        _fail(name, expected, value)
+    # The text is made only when something is wrong: formatting a traced size would fix it at its present value.
+    wrong = not isinstance(value, Tensor)
+    if isinstance(value, Tensor):
+        wrong = value.dtype not in dtypes or tuple(value.shape) != tuple(shape.values())
+    if wrong:
+        sizes = ", ".join(f"{name}={size}" for name, size in shape.items())
+        kind = "" if isinstance(value, Tensor) else "a tensor "
+        _fail(name, f"{kind}{' or '.join(map(_name, dtypes))} [{sizes}]", value)
 
 
 def _check_values(name: str, ok: Tensor, expected: str, got: Callable[[], str]) -> None:
@@ -119,9 +122,17 @@ def check_weights(name: str, value: object, shape: dict[str, int]) -> None:
     check_no_grad(**{name: value})
 
 
-def check_scalar(name: str, value: object, *, positive: bool) -> None:
-    """A finite number or a 0-d tensor; a number must be > 0 (``positive``) or ≥ 0."""
+def check_share(name: str, value: object) -> None:
+    """label_smoothing: a Python number in [0, 1)."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        _fail(name, "a number in [0, 1)", value)
+
+
+def check_scalar(name: str, value: object, *, positive: bool, tensors: bool = True) -> None:
+    """A finite number or (``tensors``) a 0-d tensor; it must be > 0 (``positive``) or ≥ 0."""
     bound = "> 0" if positive else ">= 0"
+    if isinstance(value, Tensor) and not tensors:
+        _fail(name, f"a finite number {bound}", value)
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.dtype == torch.bool or value.dtype.is_complex:
             _fail(name, f"a number {bound} or a 0-d tensor", value)

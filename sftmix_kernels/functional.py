@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, fused_ops, ops, reference
+from .autocast import follows_autocast
+from .choice import check_schedule, choose, why_not_fused
 from .chunked import DEFAULT_SCRATCH_BYTES
+from .lora_head import LoRA, with_lora
 from .reference import SFTMixLoss, TokenStats
-
-IMPLEMENTATIONS = ("reference", "chunked", "fused")
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HAS_TRITON = find_spec("triton") is not None
-# Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _choose(impl: str | None, hidden: Tensor, fused_reason: str | None) -> str:
-    """The implementation to run: by device where ``impl`` is None; a named one that cannot serve raises."""
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
-    if impl is None:
-        return "chunked" if hidden.device.type == "cpu" or fused_reason else "fused"
-    if impl == "fused" and fused_reason:
-        raise ValueError(
-            f"impl: expected one that can serve this input ('chunked' can), got 'fused': {fused_reason}"
-        )
-    return impl
-
-
-def _why_not_fused(hidden: Tensor) -> str | None:
-    """Why the Triton kernels cannot take ``hidden``; None where they can."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if hidden.dtype not in FUSED_DTYPES:
-        return f"its kernels have no {str(hidden.dtype).removeprefix('torch.')}"
-    if hidden.device.type == "cpu" and not _INTERPRETING:
-        return "a CPU tensor needs TRITON_INTERPRET=1 set before the import"
-    return None
+from .vocab_parallel import vocab_parallel_fwd
+from .vocab_shard import check_implementation, check_target, resolve_shard
 
 
 def _coefficients(weights: Tensor | None, valid: Tensor, denominator: float | Tensor | None) -> Tensor:
@@ -61,18 +35,47 @@ def _scratch(scratch_bytes: int | None, impl: str) -> int:
     return scratch_bytes
 
 
+class _HeadOptions(NamedTuple):
+    """Numbers that belong to the head and the next-token terms; the reference's keywords."""
+
+    softcap: float | None
+    logit_scale: float
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def check(self) -> None:
+        checks.check_number("logit_scale", self.logit_scale)
+        if self.softcap is not None:
+            checks.check_number("softcap", self.softcap)
+        checks.check_share("label_smoothing", self.label_smoothing)
+        checks.check_scalar("z_loss", self.z_loss, positive=False, tensors=False)
+
+    def as_list(self) -> list[float]:
+        """As the operators take them."""
+        return [float(value or 0.0) for value in self]
+
+
 def _check_rows(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int,
-    softcap: float | None, logit_scale: float,
-) -> None:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    options: _HeadOptions,
+) -> None:
     checks.check_head(hidden, weight, bias)
     checks.check_target(target, hidden.shape[0], weight.shape[0], ignore_index)
     checks.check_devices(hidden.device, target=target)
-    checks.check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        checks.check_number("softcap", softcap)
+    options.check()
 
 
+def _needs(*inputs: Tensor | None) -> list[bool]:
+    """Which of hidden, weight and bias get a gradient from this call."""
+    grad = torch.is_grad_enabled()
+    return [grad and t is not None and t.requires_grad for t in inputs]
+
+
+@follows_autocast
 def sftmix_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -88,7 +91,12 @@ def sftmix_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    lora: LoRA | None = None,
+    vocab_parallel: Any = None,
     impl: str | None = None,
+    schedule: str | None = None,
     scratch_bytes: int | None = None,
 ) -> SFTMixLoss:
     """Next-token loss of all rows plus ``mixup_weight`` times the Mixup loss of the pairs among them.
@@ -110,9 +118,20 @@ def sftmix_loss(
             default the supervised rows and the valid pairs of this call (counts, not weights, at least 1).
         ignore_index: target value of rows that bear no loss.
         softcap: logits become ``softcap * tanh(logits / softcap)``, after mixing. logit_scale: factor before that.
+        label_smoothing, z_loss: e in [0, 1) and z ≥ 0; a row's next-token term becomes
+            (1 - e) nll + e (lse - mean logit) + z lse². The mixture has neither, and ``nll`` stays -log p.
+        lora: (A [r, D], B [V, r], scaling): the output layer is ``weight + scaling * B @ A``, which is not formed;
+            A and B get gradients. It costs a copy of the weight [V, D + r], kept until the backward (lora_head.py).
+        vocab_parallel: a ProcessGroup or a 1-D DeviceMesh over whose ranks the rows of ``weight`` (and ``bias``, and
+            B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
+            and the same rows. Every rank gets the same loss and the whole gradient of hidden (vocab_parallel.py).
         impl: "reference", "chunked", "fused"; None takes "fused" on a GPU (where triton is
             installed and has the dtype, otherwise "chunked") and "chunked" on a CPU.
-        scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice).
+        schedule: how "fused" makes gradients: "recompute" (None) keeps no logits and makes them again in the backward,
+            a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
+            one product less, and holds them with a float32 dweight [V, D] until the backward.
+        scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice, or
+            the stored schedule's chunk, by default 4096 rows and at most half of all).
 
     Returns:
         SFTMixLoss: ``loss`` is differentiable in hidden, weight and bias; everything else is detached. With no
@@ -124,7 +143,17 @@ def sftmix_loss(
 
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
-    _check_rows(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
+    options = _HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    if vocab_parallel is None:
+        shard = None
+        _check_rows(hidden, weight, target, bias, ignore_index, options)
+    else:
+        shard = resolve_shard(hidden, weight, bias, vocab_parallel)
+        weight, bias = shard.weight, shard.bias
+        check_target(target, hidden.shape[0], ignore_index, shard)
+        options.check()
+    if lora is not None:
+        hidden, weight = with_lora(hidden, weight, lora)
     checks.check_lam(lam, hidden.shape[0])
     num_pairs = lam.shape[0]
     checks.check_weights("row_weight", row_weight, {"N": hidden.shape[0]})
@@ -134,7 +163,10 @@ def sftmix_loss(
     for name, value in (("ntp_denominator", ntp_denominator), ("mixup_denominator", mixup_denominator)):
         if value is not None:
             checks.check_scalar(name, value, positive=True)
-    impl = _choose(impl, hidden, _why_not_fused(hidden))
+    impl = choose(impl, hidden, why_not_fused(hidden))
+    check_schedule(schedule, impl)
+    if shard is not None:
+        check_implementation(impl, schedule)
     scratch = _scratch(scratch_bytes, impl)
 
     plain = not isinstance(mixup_weight, Tensor) and mixup_weight == 0
@@ -144,7 +176,7 @@ def sftmix_loss(
         result = reference.sftmix_loss(
             hidden, weight, target, lam, bias=bias, mixup_weight=mixup_weight, row_weight=row_weight,
             pair_weight=pair_weight, ntp_denominator=ntp_denominator, mixup_denominator=mixup_denominator,
-            ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale,
+            ignore_index=ignore_index, **options._asdict(),
         )  # fmt: skip
     else:
         size = lam.shape[0]
@@ -152,10 +184,19 @@ def sftmix_loss(
         row_coef = _coefficients(row_weight, valid, ntp_denominator)
         pair_valid = valid[:size] & valid[size : 2 * size]
         pair_coef = mixup_weight * _coefficients(pair_weight, pair_valid, mixup_denominator)
-        result = _call_op(
-            impl, hidden, weight, bias, torch.where(valid, target, -1), lam, row_coef, pair_coef,
-            softcap or 0.0, float(logit_scale), scratch,
-        )  # fmt: skip
+        needs = _needs(hidden, weight, bias)
+        stored = schedule == "stored" and any(needs)  # without gradients the forward needs no logits at all
+        inputs = (torch.where(valid, target, -1), lam, row_coef, pair_coef)
+        if shard is None:
+            op = ops.chunked_fwd if impl == "chunked" else ops.stored_fwd if stored else fused_ops.fused_fwd
+            loss, *statistics = op(hidden, weight, bias, *inputs, options.as_list(), needs, scratch)[:5]
+        else:
+            found = vocab_parallel_fwd(
+                hidden, weight, bias, *inputs, shard.place, options.as_list(), needs, scratch, impl == "fused",
+                shard.group_name,
+            )  # fmt: skip
+            loss, *statistics = found[:5]
+        result = SFTMixLoss(loss, *(statistic.detach() for statistic in statistics))
     if plain:
         return result._replace(
             mixup_nll=torch.full((num_pairs,), float("nan"), device=hidden.device, dtype=result.nll.dtype)
@@ -163,19 +204,7 @@ def sftmix_loss(
     return result
 
 
-def _call_op(
-    impl: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, row_coef: Tensor,
-    pair_coef: Tensor, softcap: float, logit_scale: float, scratch: int,
-) -> SFTMixLoss:  # fmt: skip
-    grad = torch.is_grad_enabled()
-    needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    op = ops.chunked_fwd if impl == "chunked" else ops.fused_fwd
-    loss, nll, lse, is_top1, mixup_nll = op(
-        hidden, weight, bias, target, lam, row_coef, pair_coef, softcap, logit_scale, *needs, scratch
-    )[:5]
-    return SFTMixLoss(loss, nll.detach(), lse.detach(), is_top1.detach(), mixup_nll.detach())
-
-
+@follows_autocast
 def linear_cross_entropy(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)
@@ -186,33 +215,66 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     impl: str | None = None,
+    schedule: str | None = None,
     scratch_bytes: int | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``target``, without the logits: the case M = 0.
 
     Args as in :func:`sftmix_loss`; ``hidden`` may have any batch dimensions, or none, and ``target`` the same.
-    ``reduction`` is "mean" (over rows that are not ignored; 0, not NaN, when all are) or "sum".
+    ``reduction`` is "mean" (over rows that are not ignored; 0, not NaN, when all are), "sum" or "none". With "none"
+    any upstream gradient per row is right, so the backward recomputes the logits: 4 products instead of 3 where
+    ``chunked`` runs, no difference for ``fused``, whose ``schedule`` must then not be "stored".
 
-    Returns: a scalar, float32 (float64 for float64 inputs).
+    Returns: a scalar, or with "none" a tensor of target's shape; float32 (float64 for float64 inputs).
     Raises: ValueError naming the argument.
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if not isinstance(hidden, Tensor) or hidden.ndim < 1:
         raise ValueError(f"hidden: expected a floating tensor [..., D], got {checks.describe(hidden)}")
     checks.check_tensor(
         "target", target, {f"N{i}": n for i, n in enumerate(hidden.shape[:-1])}, (torch.int64,)
     )
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    options = _HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    if reduction == "none":
+        if schedule == "stored":
+            raise ValueError("schedule: expected 'recompute' or None with reduction='none', got 'stored'")
+        terms = _row_losses(
+            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, impl=impl,
+            schedule=schedule, scratch_bytes=scratch_bytes,
+        )  # fmt: skip
+        return terms.reshape(target.shape)
     lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
     return sftmix_loss(
-        rows, weight, target.reshape(-1), lam, bias=bias, ntp_denominator=1 if reduction == "sum" else None,
-        mixup_weight=0.0, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, impl=impl,
-        scratch_bytes=scratch_bytes,
+        rows, weight, targets, lam, bias=bias, ntp_denominator=1 if reduction == "sum" else None,
+        mixup_weight=0.0, ignore_index=ignore_index, impl=impl, schedule=schedule, scratch_bytes=scratch_bytes,
+        **options._asdict(),
     ).loss  # fmt: skip
 
 
+def _row_losses(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int,
+    options: _HeadOptions, impl: str | None, schedule: str | None, scratch_bytes: int | None,
+) -> Tensor:  # fmt: skip
+    """Each row's next-token term [N], 0 at ignored rows."""
+    _check_rows(hidden, weight, target, bias, ignore_index, options)
+    impl = choose(impl, hidden, why_not_fused(hidden))
+    check_schedule(schedule, impl)
+    scratch = _scratch(scratch_bytes, impl)
+    if impl == "reference":
+        return reference.row_losses(
+            hidden, weight, target, bias=bias, ignore_index=ignore_index, **options._asdict()
+        )
+    op = ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
+    target = torch.where(target != ignore_index, target, -1)
+    return op(hidden, weight, bias, target, options.as_list(), _needs(hidden, weight, bias), scratch)[0]
+
+
+@follows_autocast
 def token_stats(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -222,6 +284,7 @@ def token_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    lora: LoRA | None = None,
     impl: str | None = None,
     scratch_bytes: int | None = None,
 ) -> TokenStats:
@@ -232,22 +295,19 @@ def token_stats(
     Returns: TokenStats of [N] tensors, detached; log-probability 0 and no hit at ignored rows.
     Raises: ValueError naming the argument.
     """
-    _check_rows(hidden, weight, target, bias, ignore_index, softcap, logit_scale)
-    impl = _choose(impl, hidden, _why_not_fused(hidden))
+    options = _HeadOptions(softcap, logit_scale)
+    _check_rows(hidden, weight, target, bias, ignore_index, options)
+    if lora is not None:
+        hidden, weight = with_lora(hidden, weight, lora)
+    impl = choose(impl, hidden, why_not_fused(hidden))
     scratch = _scratch(scratch_bytes, impl)
     if impl == "reference":
         return reference.token_stats(
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
-    op = ops.chunked_stats if impl == "chunked" else ops.fused_stats
+            hidden, weight, target, bias=bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
+        )  # fmt: skip
+    op = ops.chunked_stats if impl == "chunked" else fused_ops.fused_stats
     nll, lse, entropy, is_top1 = op(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
-        torch.where(target != ignore_index, target, -1), softcap or 0.0, float(logit_scale), scratch,
+        torch.where(target != ignore_index, target, -1), options.as_list(), scratch,
     )  # fmt: skip
     return TokenStats(-nll, lse, entropy, is_top1)

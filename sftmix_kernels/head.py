@@ -1,4 +1,7 @@
-"""LossHead: an output layer whose forward is the loss, so that FSDP2 hands it the gathered weight."""
+"""LossHead: an output layer whose forward is the loss, so that FSDP2 hands it the gathered weight.
+
+A head inside a peft LoRA layer is still a head: :func:`adapt_head` makes the layer's forward take a target too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .functional import sftmix_loss, token_stats
+from .lora_head import is_lora_layer, lora_of
 from .reference import SFTMixLoss, TokenStats
 
 
@@ -81,3 +85,41 @@ class LossHead(nn.Linear):
         if lam is None:
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
         return sftmix_loss(hidden, self.weight, target, lam, **shared, **options)
+
+
+class LoraLossHead:
+    """What :func:`adapt_head` puts before the class of a peft LoRA layer around a LossHead."""
+
+    base_layer: LossHead
+
+    @property
+    def softcap(self) -> float | None:
+        return self.base_layer.softcap
+
+    @property
+    def logit_scale(self) -> float:
+        return self.base_layer.logit_scale
+
+    def forward(
+        self, hidden: Tensor, target: Tensor | None = None, lam: Tensor | None = None, **options: Any
+    ) -> Tensor | SFTMixLoss | TokenStats:
+        """As :meth:`LossHead.forward`, with the active adapter; without a target the layer's own logits."""
+        if target is None and lam is None:
+            return super().forward(hidden, **options)  # type: ignore[misc, no-any-return]
+        return self.base_layer(hidden, target, lam, lora=lora_of(self), **options)  # type: ignore[no-any-return]
+
+
+def adapt_head(layer: nn.Module) -> nn.Module:
+    """Let a peft LoRA layer around a LossHead be called like the head, in place; gradients reach A and B.
+
+    peft's own forward expects a tensor from the layer inside and fails on a loss. The layer's class is replaced by a
+    subclass of it, so names, merging and saving stay peft's. A LossHead, or a layer that is adapted, is returned as is.
+    Raises ValueError for another module,.
+    """
+    if isinstance(layer, LossHead | LoraLossHead):
+        return layer
+    if not is_lora_layer(layer) or not isinstance(layer.base_layer, LossHead):
+        raise ValueError(f"layer: expected a peft LoRA layer around a LossHead, got {type(layer).__name__}")
+    kind = type(layer)
+    layer.__class__ = type(f"LossHead{kind.__name__}", (LoraLossHead, kind), {})
+    return layer

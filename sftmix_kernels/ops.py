@@ -1,33 +1,42 @@
 """The custom operators ``sftmix_kernels::*``: schema, fake kernels and registered autograd.
 
-Two pairs. ``chunked_fwd`` makes gradients in the forward (its loss is a scalar), ``chunked_bwd`` scales them by the
-upstream gradient. ``fused_fwd`` keeps log-sum-exps only, ``fused_bwd`` recomputes logits slice by slice. In all of
-them ``target`` is -1 at ignored rows, ``softcap`` 0 means none, ``row_coef`` [N] and ``pair_coef`` [M] are float64 and
-hold weights, denominators and the mixup weight; the loss is their float64 sum, rounded once.
+Here are those that make gradients in the forward, for a scalar loss: ``chunked_fwd`` and ``stored_fwd``, whose
+``chunked_bwd`` scales them by the upstream gradient; and ``chunked_rows_fwd``, one term per row, whose backward
+recomputes because any upstream gradient may come. fused_ops.py has the operators that keep no logits. In all of them
+``target`` is -1 at ignored rows, ``row_coef`` [N] and ``pair_coef`` [M] are float64 and hold weights, denominators and
+the mixup weight (the loss is their float64 sum, rounded once), and ``options`` are softcap (0: none), logit_scale,
+label_smoothing, z_loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .chunked import chunked_loss
+from .chunked import ChunkedResult, Needs, chunked_loss
 from .reference import sum_dtype
+from .rows import Head, head_of, row_term
 
 Tensors = tuple[Tensor, ...]
 
 
-def _loss(nll: Tensor, mixup_nll: Tensor, row_coef: Tensor, pair_coef: Tensor) -> Tensor:
-    return ((nll * row_coef).sum() + (mixup_nll * pair_coef).sum()).to(nll.dtype)
+def total_loss(term: Tensor, mixup_nll: Tensor, row_coef: Tensor, pair_coef: Tensor) -> Tensor:
+    return ((term * row_coef).sum() + (mixup_nll * pair_coef).sum()).to(term.dtype)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError("sftmix_loss: double backward is not supported; use impl='reference' for it")
 
 
-# --- chunked -------------------------------------------------------------------------------------------------------
+def wanted(gradients: Tensors, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+# --- chunked and stored --------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("sftmix_kernels::chunked_fwd", mutates_args=())
@@ -39,28 +48,67 @@ def chunked_fwd(
     lam: Tensor,  # (M,)
     row_coef: Tensor,  # (N,)
     pair_coef: Tensor,  # (M,)
-    softcap: float,
-    logit_scale: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
+    options: list[float],
+    needs: list[bool],  # dhidden, dweight, dbias
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, lse, is_top1, mixup_nll, then scale and the gradients of loss / scale for the backward."""
-    result = chunked_loss(
-        hidden, weight, target, lam, bias=bias, row_coef=row_coef, pair_coef=pair_coef, softcap=softcap,
-        logit_scale=logit_scale, needs=(need_dhidden, need_dweight, need_dbias, False), scratch_bytes=scratch_bytes,
+    return _with_gradients(
+        chunked_loss, hidden, head_of(weight, bias, options), target, lam, row_coef=row_coef, pair_coef=pair_coef,
+        needs=Needs(*needs), scratch_bytes=scratch_bytes,
     )  # fmt: skip
-    loss = _loss(result.nll, result.mixup_nll, row_coef, pair_coef)
+
+
+@torch.library.custom_op("sftmix_kernels::stored_fwd", mutates_args=())
+def stored_fwd(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    lam: Tensor,  # (M,)
+    row_coef: Tensor,  # (N,)
+    pair_coef: Tensor,  # (M,)
+    options: list[float],
+    needs: list[bool],  # dhidden, dweight, dbias
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`chunked_fwd` with one Triton kernel a chunk; ``scratch_bytes`` 0 is its own default."""
+    from .fused import stored_loss
+
+    return _with_gradients(
+        stored_loss, hidden, head_of(weight, bias, options), target, lam, row_coef=row_coef, pair_coef=pair_coef,
+        needs=Needs(*needs), scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+
+
+def _with_gradients(
+    run: Callable[..., ChunkedResult], hidden: Tensor, head: Head, target: Tensor, lam: Tensor, *,
+    row_coef: Tensor, pair_coef: Tensor, needs: Needs, scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What both operators return, from ``run``: ``chunked_loss`` or ``stored_loss``."""
+    result = run(
+        hidden,
+        head,
+        target,
+        lam,
+        row_coef=row_coef,
+        pair_coef=pair_coef,
+        needs=needs,
+        scratch_bytes=scratch_bytes,
+    )
+    loss = total_loss(
+        row_term(head, result.nll, result.lse, result.mean_logit), result.mixup_nll, row_coef, pair_coef
+    )
     gradients = (result.scale, result.dhidden, result.dweight, result.dbias)
     return (loss, result.nll, result.lse, result.is_top1, result.mixup_nll, *gradients)
 
 
 @chunked_fwd.register_fake
+@stored_fwd.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
 ) -> Tensors:
-    need_dhidden, need_dweight, need_dbias = rest[4:7]
+    need_dhidden, need_dweight, need_dbias = rest[3]
     dtype = sum_dtype(hidden.dtype)
     rows, pairs, scalar = ((hidden.shape[0],), (lam.shape[0],), ())
     new = hidden.new_empty
@@ -113,20 +161,110 @@ def _(
 
 
 def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scale, dhidden, dweight, dbias = output[5:]
-    ctx.save_for_backward(scale, dhidden, dweight, dbias)
-    ctx.needs = inputs[9:12]
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[5:])
+    ctx.needs, ctx.weight_dtype = inputs[8], inputs[1].dtype
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether a CPU tensor, not traced, is 1: then float32 gradients are handed over without a second copy."""
+    traced = (
+        torch.compiler.is_compiling() or isinstance(grad_loss, FakeTensor) or type(grad_loss) is not Tensor
+    )
+    return not traced and grad_loss.device.type == "cpu" and bool(grad_loss == 1)
 
 
 def _chunked_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = chunked_bwd(grad_loss, *ctx.saved_tensors, ctx.weight_dtype)
-    wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)]
-    return (*wanted, *(None,) * 10)
+    scale, *gradients = ctx.saved_tensors
+    same_dtype = ctx.weight_dtype == gradients[1].dtype
+    if not (same_dtype and not torch.is_grad_enabled() and _is_one(grad_loss)):
+        gradients = chunked_bwd(grad_loss, scale, *gradients, ctx.weight_dtype)
+    return (*wanted(tuple(gradients), ctx.needs), *(None,) * 7)
 
 
 chunked_fwd.register_autograd(_chunked_autograd, setup_context=_chunked_setup)
-chunked_bwd.register_autograd(_refuse_double_backward)
+stored_fwd.register_autograd(_chunked_autograd, setup_context=_chunked_setup)
+chunked_bwd.register_autograd(refuse_double_backward)
+
+
+def _row_stats(
+    hidden: Tensor, head: Head, target: Tensor, *, scratch_bytes: int, needs: Needs, row_coef: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """:func:`chunked_loss` without pairs."""
+    none = hidden.new_empty(0, dtype=sum_dtype(hidden.dtype))
+    coef = none.new_zeros(hidden.shape[0]) if row_coef is None else row_coef
+    return chunked_loss(
+        hidden, head, target, none, row_coef=coef, pair_coef=none, needs=needs, scratch_bytes=scratch_bytes,
+        given=None if given is None else (given, none),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sftmix_kernels::chunked_rows_fwd", mutates_args=())
+def chunked_rows_fwd(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    options: list[float],
+    needs: list[bool],
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Each row's next-token term (0 at ignored rows) and log-sum-exp. ``needs`` serves the backward."""
+    head = head_of(weight, bias, options)
+    result = _row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs())
+    term = row_term(head, result.nll, result.lse, result.mean_logit)
+    return torch.where(target >= 0, term, torch.zeros_like(term)), result.lse
+
+
+@torch.library.custom_op("sftmix_kernels::chunked_rows_bwd", mutates_args=())
+def chunked_rows_bwd(
+    grad_rows: Tensor,  # (N,)
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    options: list[float],
+    needs: list[bool],
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dbias from logits made again; empty where not needed."""
+    coef = torch.where(target >= 0, grad_rows, torch.zeros_like(grad_rows))
+    result = _row_stats(
+        hidden, head_of(weight, bias, options), target, scratch_bytes=scratch_bytes, needs=Needs(*needs),
+        row_coef=coef, given=lse,
+    )  # fmt: skip
+    one = torch.ones_like(result.scale)
+    return chunked_bwd(one, result.scale, result.dhidden, result.dweight, result.dbias, weight.dtype)
+
+
+def _fake_rows(hidden: Tensor, *rest: Any) -> Tensors:
+    return fake_stats(hidden)[:2]
+
+
+def fake_gradients(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensors:
+    need_dhidden, need_dweight, need_dbias = rest[-2]
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
+    return dhidden, dweight, weight.new_empty((weight.shape[0],) if need_dbias else (0,))
+
+
+chunked_rows_fwd.register_fake(_fake_rows)
+chunked_rows_bwd.register_fake(fake_gradients)
+
+
+def rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.extra = inputs[4:]
+
+
+def _chunked_rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = chunked_rows_bwd(grad_rows, *ctx.saved_tensors, *ctx.extra)
+    return (*wanted(gradients, ctx.extra[1]), *(None,) * 4)
+
+
+chunked_rows_fwd.register_autograd(_chunked_rows_autograd, setup_context=rows_setup)
+chunked_rows_bwd.register_autograd(refuse_double_backward)
 
 
 @torch.library.custom_op("sftmix_kernels::chunked_stats", mutates_args=())
@@ -135,150 +273,21 @@ def chunked_stats(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
-    softcap: float,
-    logit_scale: float,
+    options: list[float],
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, lse, entropy and is_top1 of each row."""
-    none = hidden.new_empty(0, dtype=sum_dtype(hidden.dtype))
-    result = chunked_loss(
-        hidden, weight, target, none, bias=bias, row_coef=none.new_zeros(hidden.shape[0]), pair_coef=none,
-        softcap=softcap, logit_scale=logit_scale, needs=(False, False, False, True), scratch_bytes=scratch_bytes,
-    )  # fmt: skip
+    head = head_of(weight, bias, options)
+    result = _row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs(entropy=True))
     return result.nll, result.lse, result.entropy, result.is_top1
 
 
 @chunked_stats.register_fake
 def _(hidden: Tensor, *rest: Any) -> Tensors:
-    return _fake_stats(hidden)
+    return fake_stats(hidden)
 
 
-def _fake_stats(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_stats(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
     nll, lse, entropy = (hidden.new_empty(rows, dtype=dtype) for _ in range(3))
     return nll, lse, entropy, hidden.new_empty(rows, dtype=torch.bool)
-
-
-# --- fused ---------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("sftmix_kernels::fused_fwd", mutates_args=())
-def fused_fwd(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    target: Tensor,  # (N,)
-    lam: Tensor,  # (M,)
-    row_coef: Tensor,  # (N,)
-    pair_coef: Tensor,  # (M,)
-    softcap: float,
-    logit_scale: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, lse, is_top1, mixup_nll, then row_carry [3, N] and pair_carry [4, M] for the backward.
-
-    No logits are in memory. The need_* arguments and ``scratch_bytes`` serve the backward.
-    """
-    from .fused import fused_forward
-
-    stats = fused_forward(hidden, weight, target, lam, bias=bias, softcap=softcap, logit_scale=logit_scale)
-    num_pairs = lam.shape[0]
-    valid = (target[:num_pairs] >= 0) & (target[num_pairs : 2 * num_pairs] >= 0)
-    cross = lam * stats.nll_xc + (1 - lam) * stats.nll_xu
-    mixup_nll = torch.where(valid, cross, torch.zeros_like(cross))
-    is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
-    loss = _loss(stats.nll, mixup_nll, row_coef, pair_coef)
-    return loss, stats.nll, stats.lse, is_top1, mixup_nll, stats.row_carry, stats.pair_carry
-
-
-@fused_fwd.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
-) -> Tensors:
-    nll, lse, _, is_top1 = _fake_stats(hidden)
-    num_rows, num_pairs = hidden.shape[0], lam.shape[0]
-    mixup_nll, pair_carry = nll.new_empty(num_pairs), nll.new_empty(4, num_pairs)
-    return nll.new_empty(()), nll, lse, is_top1, mixup_nll, nll.new_empty(3, num_rows), pair_carry
-
-
-@torch.library.custom_op("sftmix_kernels::fused_bwd", mutates_args=())
-def fused_bwd(
-    grad_loss: Tensor,  # ()
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    target: Tensor,  # (N,)
-    lam: Tensor,  # (M,)
-    row_coef: Tensor,  # (N,)
-    pair_coef: Tensor,  # (M,)
-    row_carry: Tensor,  # (3, N)
-    pair_carry: Tensor,  # (4, M)
-    softcap: float,
-    logit_scale: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for hidden, weight and bias by the ``recompute`` schedule; empty where not needed."""
-    from .fused import fused_backward
-
-    a, b = (row_coef * grad_loss).float(), (pair_coef * grad_loss).float()
-    gradients = fused_backward(
-        hidden, weight, target, lam, a, b, row_carry, pair_carry, bias=bias, softcap=softcap, logit_scale=logit_scale,
-        need_dhidden=need_dhidden, need_dweight=need_dweight, need_dbias=need_dbias,
-        scratch_bytes=scratch_bytes or None,
-    )  # fmt: skip
-    return gradients
-
-
-@fused_bwd.register_fake
-def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensors:
-    need_dhidden, need_dweight, need_dbias = rest[8:11]
-    dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
-    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
-    return dhidden, dweight, weight.new_empty((weight.shape[0],) if need_dbias else (0,))
-
-
-def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output[5:])
-    ctx.options = inputs[7:]
-
-
-def _fused_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = fused_bwd(grad_loss, *ctx.saved_tensors, *ctx.options)
-    wanted = [g if needed else None for g, needed in zip(gradients, ctx.options[2:5], strict=True)]
-    return (*wanted, *(None,) * 10)
-
-
-fused_fwd.register_autograd(_fused_autograd, setup_context=_fused_setup)
-fused_bwd.register_autograd(_refuse_double_backward)
-
-
-@torch.library.custom_op("sftmix_kernels::fused_stats", mutates_args=())
-def fused_stats(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    target: Tensor,  # (N,)
-    softcap: float,
-    logit_scale: float,
-    scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, lse, entropy and is_top1 of each row; no logits in memory."""
-    from .fused import fused_forward
-
-    none = hidden.new_empty(0, dtype=torch.float32)
-    stats = fused_forward(
-        hidden, weight, target, none, bias=bias, softcap=softcap, logit_scale=logit_scale, want_entropy=True
-    )
-    is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
-    return stats.nll, stats.lse, stats.entropy, is_top1
-
-
-@fused_stats.register_fake
-def _(hidden: Tensor, *rest: Any) -> Tensors:
-    return _fake_stats(hidden)

@@ -4,10 +4,12 @@ Rows are the M confident rows c, their M partners u in the same order, then unpa
 
     f(h)        = cap * tanh(s * (W h + b) / cap)                       (cap absent: s * (W h + b))
     nll_i       = logsumexp f(h_i) - f(h_i)[y_i]
+    term_i      = (1 - e) nll_i + e (logsumexp f(h_i) - mean_v f(h_i)_v) + z (logsumexp f(h_i))^2
     z~_j        = lam_j h^c_j + (1 - lam_j) h^u_j
     mixup_nll_j = H(lam_j y^c_j + (1 - lam_j) y^u_j, softmax f(z~_j))
-    loss        = sum_i w_i nll_i / D_ntp + mu * sum_j v_j mixup_nll_j / D_mix
+    loss        = sum_i w_i term_i / D_ntp + mu * sum_j v_j mixup_nll_j / D_mix
 
+e is label smoothing, z the z-loss weight, both 0 unless given; they act on the next-token terms alone.
 Source: Xiao et al., SFTMix, arXiv 2410.05248, section 3. Every other implementation is tested against this one.
 """
 
@@ -74,6 +76,23 @@ def _target_logit(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
 
 
+def row_terms(
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """term (smoothed, with z-loss), nll, lse and is_top1 of each row; 0 and False at ignored rows, but for lse."""
+    valid = target != ignore_index
+    lse = torch.logsumexp(logits, dim=1)
+    target_logit = _target_logit(logits, torch.where(valid, target, 0))
+    nll = torch.where(valid, lse - target_logit, torch.zeros_like(lse))
+    term = (1 - label_smoothing) * nll + label_smoothing * (lse - logits.mean(dim=1)) + z_loss * lse.square()
+    is_top1 = (target_logit >= logits.amax(dim=1)) & valid
+    return torch.where(valid, term, torch.zeros_like(term)), nll, lse, is_top1
+
+
 def sftmix_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -89,6 +108,8 @@ def sftmix_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> SFTMixLoss:
     """The loss of :func:`sftmix_kernels.sftmix_loss`, differentiable by autograd, without argument checks."""
     num_pairs, dtype = lam.shape[0], sum_dtype(hidden.dtype)
@@ -96,12 +117,9 @@ def sftmix_loss(
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
 
     logits = project(hidden, weight, bias, softcap, logit_scale)
-    lse = torch.logsumexp(logits, dim=1)
-    target_logit = _target_logit(logits, torch.where(valid, target, 0))
-    nll = torch.where(valid, lse - target_logit, zero)
-    is_top1 = (target_logit >= logits.amax(dim=1)) & valid
+    term, nll, lse, is_top1 = row_terms(logits, target, ignore_index, label_smoothing, z_loss)
     row_weight = torch.ones_like(nll) if row_weight is None else row_weight.to(dtype)
-    ntp = (row_weight * nll).sum() / (
+    ntp = (row_weight * term).sum() / (
         valid.sum().clamp(min=1) if ntp_denominator is None else ntp_denominator
     )
 
@@ -124,6 +142,23 @@ def sftmix_loss(
 
     loss = ntp + mixup_weight * mixup
     return SFTMixLoss(loss, nll.detach(), lse.detach(), is_top1, mixup_nll.detach())
+
+
+def row_losses(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:  # (N,)
+    """The next-token term of each row, differentiable: ``linear_cross_entropy(reduction="none")``."""
+    logits = project(hidden, weight, bias, softcap, logit_scale)
+    return row_terms(logits, target, ignore_index, label_smoothing, z_loss)[0]
 
 
 def token_stats(

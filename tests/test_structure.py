@@ -21,7 +21,8 @@ SOURCES = {
 }
 # A module of the kernels may import those of a lower rank only.
 KERNEL_RANKS = {
-    "checks": 0, "reference": 0, "chunked": 1, "fused": 1, "ops": 2, "functional": 3, "head": 4, "": 5,
+    "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "rows": 1, "lora_head": 1, "vocab_shard": 1,
+    "chunked": 2, "fused": 3, "ops": 4, "fused_ops": 5, "vocab_parallel": 5, "functional": 6, "head": 7, "": 8,
 }  # fmt: skip
 LEAVES = {"plots", "report", "integrations"}
 LEAF_USERS = {"cli", "stages", "demo", "plots", "report"}

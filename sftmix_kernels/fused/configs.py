@@ -144,6 +144,14 @@ def choose_tile(
     return _TILES_16BIT_SOFTCAP.get(family, {}).get(kernel, default) if softcap else default
 
 
+def choose_row_block(vocab_size: int) -> int:
+    """Columns that the stored schedule's kernel has in registers at a time: 16 a thread of its 8 warps.
+
+    At least one for each of AMD's 512 threads: a column held twice could be overwritten before it is read again.
+    """
+    return _power_of_two(vocab_size, 512, 4096)
+
+
 def _power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 

@@ -5,8 +5,9 @@
     target logits: A[y_c], B[y_u], X[y_c], X[y_u]
 
 A program owns BLOCK_N pairs and one split of the vocabulary: it walks the split's tiles, keeps (m, l) of A, B and X in
-registers (and t, for the entropy, when asked) and writes them once; stats.py folds the splits. Target logits come from
-the accumulator that m and l come from, so that a target at the top is at the top exactly.
+registers (and t, for the entropy, or sum_j z_j, for the mean logit, when asked) and writes them once; stats.py folds
+the splits. Target logits come from the accumulator that m and l come from, so that a target at the top is at the top
+exactly.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Tile, choose_num_splits
-from .stats import FusedStats, empty_stats, fold_splits
+from .stats import FusedStats, empty_stats, fold, fold_splits
 from .tiles import (
     Problem,
     RowPart,
     any_inside,
+    capped,
     launch_arguments,
     load_target,
     logits_tile,
     on_device,
     row_parts,
-    tanh,
     tile_coordinates,
     with_bias,
 )
@@ -45,30 +46,10 @@ def _logits(
     EXACT: tl.constexpr,
 ):
     """f(affine + bias), -inf in the vocabulary's tail."""
-    z = with_bias(affine, bias, offs_v, vocab_size)
-    if LOGIT_SCALE != 1.0:
-        z = z * LOGIT_SCALE
-    if SOFTCAP != 0.0:
-        z = SOFTCAP * tanh(z * (1.0 / SOFTCAP), EXACT)
+    z, _ = capped(with_bias(affine, bias, offs_v, vocab_size), SOFTCAP, LOGIT_SCALE, EXACT)
     if not EVEN_V:
         z = tl.where((offs_v < vocab_size)[None, :], z, float("-inf"))
     return z
-
-
-@triton.jit
-def _fold(stats, z, WANT_MOMENT: tl.constexpr):
-    """Fold z (rows, columns) into stats: running max m, sum of exp(z - m), and sum of exp(z - m) (z - m)."""
-    top, total, moment = stats
-    new = tl.maximum(top, tl.max(z, axis=1))
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    z = z - shift[:, None]
-    e = tl.exp(z)
-    down = tl.where(top == float("-inf"), 0.0, top - shift)
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp(down))
-    if WANT_MOMENT:
-        finite = tl.where(e > 0.0, z, 0.0)
-        moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
-    return new, fade * total + tl.sum(e, axis=1), moment
 
 
 @triton.jit
@@ -86,11 +67,11 @@ def _store_target_logit(out, rows, z, label, STEP: tl.constexpr, OFFSET: tl.cons
 
 
 @triton.jit
-def _store_stats(part_max, part_sum, part_moment, at, mask, stats, WANT_MOMENT: tl.constexpr):
+def _store_stats(part_max, part_sum, part_moment, at, mask, stats, MOMENT: tl.constexpr):
     top, total, moment = stats
     tl.store(part_max + at, top, mask=mask)
     tl.store(part_sum + at, total, mask=mask)
-    if WANT_MOMENT:
+    if MOMENT != 0:
         tl.store(part_moment + at, moment, mask=mask)
 
 
@@ -110,7 +91,7 @@ def _fold_pairs(
     LOGIT_SCALE: tl.constexpr,
     EVEN_V: tl.constexpr,
     EXACT: tl.constexpr,
-    WANT_MOMENT: tl.constexpr,
+    MOMENT: tl.constexpr,
     STEP: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
@@ -122,13 +103,13 @@ def _fold_pairs(
     x = _logits(x, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[2], rows, x, label_c, STEP, OFFSET)
     _store_target_logit(outs[3], rows, x, label_u, STEP, OFFSET)
-    stats_x = _fold(stats_x, x, False)
+    stats_x = fold(stats_x, x, offs_v, vocab_size, 0)
     b = _logits(b, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[1], rows, b, label_u, STEP, OFFSET)
-    stats_u = _fold(stats_u, b, WANT_MOMENT)
+    stats_u = fold(stats_u, b, offs_v, vocab_size, MOMENT)
     a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[0], rows, a, label_c, STEP, OFFSET)
-    stats_c = _fold(stats_c, a, WANT_MOMENT)
+    stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT)
     return stats_c, stats_u, stats_x
 
 
@@ -158,7 +139,7 @@ def _sftmix_fwd_kernel(
     tiles_per_split,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
-    WANT_MOMENT: tl.constexpr,
+    MOMENT: tl.constexpr,
     PAIRED: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -200,19 +181,19 @@ def _sftmix_fwd_kernel(
             for half in tl.static_range(2):
                 stats_c, stats_u, stats_x = _fold_pairs(
                     halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (label_c, label_u), outs,
-                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, WANT_MOMENT, 2, half,
+                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, MOMENT, 2, half,
                 )  # fmt: skip
         else:
             offs_v = first_v + tl.arange(0, BLOCK_V)
             a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
             _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
-            stats_c = _fold(stats_c, a, WANT_MOMENT)
+            stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT)
 
     at = split * (3 if PAIRED else 1) * num_rows + rows
-    _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, WANT_MOMENT)
+    _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, MOMENT)
     if PAIRED:
-        _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, WANT_MOMENT)
-        _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, False)
+        _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, MOMENT)
+        _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, 0)
 
 
 def _num_program_slots(device: torch.device, tile: Tile) -> int:
@@ -238,10 +219,10 @@ def _forward_part(
     wanted = num_splits or choose_num_splits(num_blocks_n, num_tiles, _num_program_slots(lam.device, tile))
     tiles_per_split = triton.cdiv(num_tiles, wanted)
     splits = triton.cdiv(num_tiles, tiles_per_split)
-    size, want_moment = part.num_rows + part.num_mixed, stats.entropy.numel() > 0
+    size = part.num_rows + part.num_mixed
     buffers = {
         name: torch.empty(splits * (size if kept else 0), dtype=torch.float32, device=lam.device)
-        for name, kept in (("part_max", True), ("part_sum", True), ("part_moment", want_moment))
+        for name, kept in (("part_max", True), ("part_sum", True), ("part_moment", stats.moment != 0))
     }
     _sftmix_fwd_kernel[(num_blocks_n * splits,)](
         **launch_arguments(problem, part, tile),
@@ -253,7 +234,7 @@ def _forward_part(
         target_logit_xu=stats.target_logit_xu,
         num_splits=splits,
         tiles_per_split=tiles_per_split,
-        WANT_MOMENT=want_moment,
+        MOMENT=stats.moment,
         EVEN_V=vocab_size % tile.block_v == 0,
     )
     fold_splits(stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size)
@@ -269,16 +250,20 @@ def fused_forward(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     want_entropy: bool = False,
+    want_mean_logit: bool = False,
     tile: Tile | None = None,
     num_splits: int | None = None,
 ) -> FusedStats:
     """Log-sum-exps, maxima and target logits of N rows and M mixtures; O(N) memory, no host synchronisation.
 
     Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. ``tile`` and
-    ``num_splits`` force the launch shape (tests). Raises ValueError on CPU tensors outside the interpreter.
+    ``num_splits`` force the launch shape (tests). Raises ValueError on CPU tensors outside the interpreter, and where
+    both the entropy and the mean logit are wanted: one pass has room for one of them.
     """
+    if want_entropy and want_mean_logit:
+        raise ValueError("want_mean_logit: expected False beside want_entropy, got True")
     problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
-    stats = empty_stats(hidden, lam.shape[0], want_entropy)
+    stats = empty_stats(hidden, lam.shape[0], entropy=want_entropy, mean_logit=want_mean_logit)
     with on_device(hidden):
         for part in row_parts(hidden.shape[0], lam.shape[0]):
             chosen = tile or problem.choose_tile("forward", part)

@@ -1,14 +1,15 @@
 """Gradients by the ``recompute`` schedule: walk the vocabulary in slices, never more logits than one slice.
 
     P = softmax of A, B and X, recomputed as exp(z - lse); J = f'(affine) = s (1 - (z / cap)^2), or s without a cap
-    dA = a_c J_A (P_A - 1[y_c]),  dB = a_u J_B (P_B - 1[y_u])
+    dA = a_c J_A ((1 + 2 z lse_A) P_A - (1 - e) 1[y_c] - e / V),  dB = a_u J_B (the same of B and y_u)
     dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])
     G_c = dA + lam dX,  G_u = dB + (1 - lam) dX          dlogits = (G_c; G_u), one slice (N, V_s)
     dhidden = sum over slices G W_slice (float32),  dweight_slice = G^T hidden,  dbias_slice = sum over rows G
 
-At a target the residual comes from the forward's nll: w the label's mass there, expm1(-nll) + (1 - w) where w >= 1/2
-and exp(-nll) - w elsewhere, so that p = 0.999999 keeps its digits. The forward's lse was rounded; what rounding took
-scales the row's coefficient. float16 divides all coefficients by their maximum, which returns in float32 at the end.
+with label smoothing e and z-loss z. At a target the residual comes from the forward's nll: w the label's mass there,
+expm1(-nll) + (1 - w) where w >= 1/2 and exp(-nll) - w elsewhere, so that p = 0.999999 keeps its digits. The forward's
+lse was rounded; what rounding took scales the row's coefficient. float16 divides all coefficients by their maximum,
+which returns in float32 at the end.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Tile, choose_slice_width
+from .products import add_product, write_product
 from .tiles import (
     Problem,
     RowPart,
     any_inside,
     can_describe,
+    capped,
     launch_arguments,
     load_target,
     logits_tile,
     on_device,
     operand,
     row_parts,
-    tanh,
     tile_coordinates,
     with_bias,
 )
@@ -41,7 +43,7 @@ from .tiles import (
 class GradientTerms(NamedTuple):
     """Per-row numbers the kernel multiplies and substitutes; float32, coefficients folded in."""
 
-    rows: Tensor  # (3, N) lse, a exp(-low), a (p - 1) at the target
+    rows: Tensor  # (3, N) lse, a (1 + 2 z lse) exp(-low), g at the target; with smoothing (4, N): a e / V
     pairs: Tensor  # (5, M) lse_x, b exp(-low), b (p - w) at y_c, the same at y_u, lam
     scale: Tensor | None  # () what the products are multiplied by in float32, None for 1
 
@@ -56,21 +58,21 @@ def _logits_and_slope(
     LOGIT_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """f(affine + bias) and f' over the scale: 1 without a cap, 1 - (z / cap)^2 with one."""
+    """f(affine + bias) and f' over the scale."""
     z = with_bias(affine, bias, first_v + tl.arange(0, affine.shape[1]), vocab_size)
-    if LOGIT_SCALE != 1.0:
-        z = z * LOGIT_SCALE
-    if SOFTCAP == 0.0:
-        return z, 1.0
-    else:
-        t = tanh(z * (1.0 / SOFTCAP), EXACT)
-        return SOFTCAP * t, 1.0 - t * t
+    return capped(z, SOFTCAP, LOGIT_SCALE, EXACT)
 
 
 @triton.jit
-def _scaled_softmax(z, slope, terms, stride_terms):
-    """coefficient * exp(z - lse) * slope; terms: pointers to each row's lse, then its coefficient."""
-    return tl.exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None] * slope
+def _scaled_softmax(z, slope, terms, stride_terms, SMOOTHED: tl.constexpr):
+    """(coefficient * exp(z - lse) - uniform) * slope.
+
+    terms: pointers to each row's lse, then its coefficient, and in the fourth plane what smoothing subtracts.
+    """
+    g = tl.exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None]
+    if SMOOTHED:
+        g -= tl.load(terms + 3 * stride_terms)[:, None]
+    return g * slope
 
 
 @triton.jit
@@ -102,8 +104,8 @@ def _sftmix_recompute_kernel(
     bias,  # (V_s,) or None
     target_c,  # (rows,) int64
     target_u,  # (rows,)
-    row_terms_c,  # (3, N) from the confident rows
-    row_terms_u,  # (3, N) from the partners
+    row_terms_c,  # (3 or 4, N) from the confident rows
+    row_terms_u,  # (3 or 4, N) from the partners
     pair_terms,  # (5, rows)
     dlogits_c,  # (rows, V_s) pointer or descriptor
     dlogits_u,  # (rows, V_s)
@@ -118,6 +120,7 @@ def _sftmix_recompute_kernel(
     num_blocks_n,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     PAIRED: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
@@ -145,16 +148,16 @@ def _sftmix_recompute_kernel(
         share = tl.load(pair_terms + 4 * num_rows + rows)
         x = share[:, None] * a + (1.0 - share)[:, None] * b
         z, slope = _logits_and_slope(x, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-        g_x = _scaled_softmax(z, slope, pair_terms + rows, num_rows)
+        g_x = _scaled_softmax(z, slope, pair_terms + rows, num_rows, False)
         g_x = _at_target(g_x, slope, pair_terms + 2 * num_rows + rows, y_c, hit_c)
         g_x = _at_target(g_x, slope, pair_terms + 3 * num_rows + rows, y_u, hit_u)
         z, slope = _logits_and_slope(b, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-        g_u = _scaled_softmax(z, slope, row_terms_u + rows, stride_terms)
+        g_u = _scaled_softmax(z, slope, row_terms_u + rows, stride_terms, SMOOTHED)
         g_u = _at_target(g_u, slope, row_terms_u + 2 * stride_terms + rows, y_u, hit_u)
         g_u += (1.0 - share)[:, None] * g_x
         _store_tile(dlogits_u, g_u, first_n, first_v, num_rows, vocab_size, stride_on, STORE_DESCRIPTORS)
     z, slope = _logits_and_slope(a, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-    g_c = _scaled_softmax(z, slope, row_terms_c + rows, stride_terms)
+    g_c = _scaled_softmax(z, slope, row_terms_c + rows, stride_terms, SMOOTHED)
     g_c = _at_target(g_c, slope, row_terms_c + 2 * stride_terms + rows, y_c, hit_c)
     if PAIRED:
         g_c += share[:, None] * g_x
@@ -175,9 +178,14 @@ def _gradient_terms(
     pair_carry: Tensor,  # (4, M)
     *,
     logit_scale: float,
+    smoothing: tuple[float, float | Tensor],
+    z_loss: float,
     normalise: bool,
 ) -> GradientTerms:
-    """Fold coefficients, what the rounding of lse took, and the labels into the numbers the kernel needs."""
+    """Fold coefficients, what the rounding of lse took, and the labels into the numbers the kernel needs.
+
+    ``smoothing`` is e and e / V. Coefficients are normalised to at most 1 where dlogits are float16.
+    """
     num_pairs = lam.shape[0]
     row_coef, pair_coef = row_coef.float() * logit_scale, pair_coef.float() * logit_scale
     scale = None
@@ -186,7 +194,13 @@ def _gradient_terms(
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         row_coef, pair_coef = row_coef / scale, pair_coef / scale
     lse, low, nll = row_carry
-    rows = torch.stack((lse, row_coef * torch.exp(-low), row_coef * torch.expm1(-nll)))
+    bulk, own = row_coef * torch.exp(-low), torch.expm1(-nll)
+    if z_loss:
+        bulk, own = bulk * (1 + 2 * z_loss * lse), own + 2 * z_loss * lse * torch.exp(-nll)
+    mass, uniform = smoothing
+    if mass:
+        own = own + (mass - uniform)
+    rows = torch.stack((lse, bulk, row_coef * own, *((row_coef * uniform,) if mass else ())))
     lse_x, low_x, nll_c, nll_u = pair_carry
     # Where both labels are one column the partner's number, written last, stands for the whole label.
     same = target[:num_pairs] == target[num_pairs : 2 * num_pairs]
@@ -194,40 +208,6 @@ def _gradient_terms(
     at_c, at_u = _residual(nll_c, lam, 1 - lam), _residual(nll_u, mass_u, rest_u)
     pairs = torch.stack((lse_x, pair_coef * torch.exp(-low_x), pair_coef * at_c, pair_coef * at_u, lam))
     return GradientTerms(rows, pairs, scale)
-
-
-def multiplies_into_float32(tensor: Tensor) -> bool:
-    """Whether the library can multiply 16-bit matrices into a float32 result (``out_dtype=``).
-
-    torch 2.11 and later can on NVIDIA GPUs of capability 8.0 and above; elsewhere operands are upcast first.
-    """
-    if tensor.device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (float32) += left @ right, accumulated in float32 whatever the operands' dtype."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif multiplies_into_float32(left):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())
-
-
-def _write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None) -> None:
-    """out = left @ right * scale, accumulated in float32 and rounded once."""
-    if scale is None and (left.dtype == torch.float32 or multiplies_into_float32(left)):
-        torch.mm(left, right, out=out)
-        return
-    if left.dtype == torch.float32:
-        product = torch.mm(left, right)
-    elif multiplies_into_float32(left):
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    else:
-        product = torch.mm(left.float(), right.float())
-    out.copy_(product if scale is None else product.mul_(scale))
 
 
 def _recompute_slice(
@@ -254,6 +234,7 @@ def _recompute_slice(
         first_column=first_column,
         stride_on=dlogits.stride(0),
         stride_terms=terms.rows.stride(0),
+        SMOOTHED=terms.rows.shape[0] == 4,
         STORE_DESCRIPTORS=store_descriptors,
     )
 
@@ -271,6 +252,9 @@ def fused_backward(
     bias: Tensor | None = None,  # (V,)
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    total_vocab: int | Tensor | None = None,
     need_dhidden: bool = True,
     need_dweight: bool = True,
     need_dbias: bool = False,
@@ -281,7 +265,9 @@ def fused_backward(
 
     The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
     (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
-    inputs dhidden's running sum is a float32 [N, D]. Raises ValueError on CPU tensors outside the interpreter.
+    inputs dhidden's running sum is a float32 [N, D]. ``total_vocab`` is the V of label smoothing's e / V where
+    ``weight`` is a shard (an int or a 0-d tensor; None: its own columns). Raises ValueError on CPU tensors outside the
+    interpreter.
     """
     problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
     _check_carries(hidden, lam, row_carry, pair_carry)
@@ -292,9 +278,11 @@ def fused_backward(
     )
     if hidden.shape[0] == 0:
         return gradients[0].to(hidden.dtype), gradients[1].zero_(), gradients[2].zero_()
+    columns = weight.shape[0] if total_vocab is None else total_vocab
     terms = _gradient_terms(
-        target, lam, row_coef, pair_coef, row_carry, pair_carry,
-        logit_scale=logit_scale, normalise=hidden.dtype == torch.float16,
+        target, lam, row_coef, pair_coef, row_carry, pair_carry, logit_scale=logit_scale,
+        smoothing=(label_smoothing, label_smoothing / columns), z_loss=z_loss,
+        normalise=hidden.dtype == torch.float16,
     )  # fmt: skip
     tiles = {
         part: tile or problem.choose_tile("recompute", part)
@@ -327,9 +315,9 @@ def _walk_slices(
         for part, tile in tiles.items():
             _recompute_slice(part_problem, terms, part, dlogits, first_column=start, tile=tile)
         if dhidden.numel():
-            _add_product(dhidden, dlogits, part_problem.weight)
+            add_product(dhidden, dlogits, part_problem.weight)
         if dweight.numel():
-            _write_product(dweight[columns], dlogits.T, problem.hidden, terms.scale)
+            write_product(dweight[columns], dlogits.T, problem.hidden, terms.scale)
         if dbias.numel():
             sums = dlogits.sum(dim=0, dtype=torch.float32)
             dbias[columns] = sums if terms.scale is None else sums * terms.scale

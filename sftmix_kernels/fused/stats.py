@@ -2,6 +2,7 @@
 
     over splits s:  m = max_s m_s,  l = sum_s l_s exp(m_s - m),  lse = m + log l = fl(lse) + low
     entropy = log l - t / l,  t = sum_s exp(m_s - m) (t_s + l_s (m_s - m))       t_s = sum_j exp(z_j - m_s) (z_j - m_s)
+    mean logit = sum_s sum_j z_j / V
     nll = (fl(lse) - z[y]) + low
 
 ``low`` is what float32 rounds away from m + log l: 5e-7 at an lse of 10, 5e-4 at 10^4. With it exp(z - lse) and
@@ -31,11 +32,41 @@ class FusedStats(NamedTuple):
     target_logit_xc: Tensor  # (M,) mixed logit at the confident target; 0 where there is none
     target_logit_xu: Tensor  # (M,) at the partner's
     entropy: Tensor  # (N,), or (0,) when not wanted
+    mean_logit: Tensor  # (N,) over these V columns, or (0,) when not wanted
     nll: Tensor  # (N,) -log p of the target, right to float32 even where it is tiny; 0 without a target
     nll_xc: Tensor  # (M,) the same of the mixture, at the confident target
     nll_xu: Tensor  # (M,) at the partner's
     row_carry: Tensor  # (3, N) for the backward: lse, the part of it lost in rounding, nll
     pair_carry: Tensor  # (4, M) lse_x, the part lost, nll_xc, nll_xu
+
+    @property
+    def moment(self) -> int:
+        """Which sum beside l the kernels carry: 0 none, 1 what gives the entropy, 2 what gives the mean logit."""
+        return 1 if self.entropy.numel() else 2 if self.mean_logit.numel() else 0
+
+
+@triton.jit
+def fold(
+    stats,  # (rows,) each: running max m, sum of exp(z - m), and the moment
+    z,  # (rows, columns) -inf past the vocabulary's end
+    offs_v,  # (columns,)
+    vocab_size,
+    MOMENT: tl.constexpr,  # FusedStats.moment
+):
+    """Fold z into stats; the moment is the sum of exp(z - m) (z - m), or of z."""
+    top, total, moment = stats
+    if MOMENT == 2:
+        moment += tl.sum(tl.where((offs_v < vocab_size)[None, :], z, 0.0), axis=1)
+    new = tl.maximum(top, tl.max(z, axis=1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    z = z - shift[:, None]
+    e = tl.exp(z)
+    down = tl.where(top == float("-inf"), 0.0, top - shift)
+    fade = tl.where(top == float("-inf"), 0.0, tl.exp(down))
+    if MOMENT == 1:
+        finite = tl.where(e > 0.0, z, 0.0)
+        moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
+    return new, fade * total + tl.sum(e, axis=1), moment
 
 
 @triton.jit
@@ -57,7 +88,7 @@ def _sftmix_fwd_combine_kernel(
     target_logit_xu,  # (mixed,)
     lse,  # (rows,)
     max_logit,  # (rows,)
-    entropy,  # (rows,)
+    moment_out,  # (rows,) entropy or mean logit
     nll,  # (rows,)
     row_carry,  # (3, N), from this part's first row
     pair_carry,  # (4, mixed)
@@ -66,7 +97,7 @@ def _sftmix_fwd_combine_kernel(
     stride_carry,
     num_splits,
     vocab_size,
-    WANT_MOMENT: tl.constexpr,
+    MOMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -83,9 +114,12 @@ def _sftmix_fwd_combine_kernel(
         down_new = tl.where(m == float("-inf"), 0.0, m - shift)
         fade_old, fade_new = tl.exp(down_old), tl.exp(down_new)
         part = tl.load(part_sum + at, mask=mask, other=1.0)
-        if WANT_MOMENT:
+        if MOMENT != 0:
             part_t = tl.load(part_moment + at, mask=mask & (offs < num_rows), other=0.0)
+        if MOMENT == 1:
             moment = fade_old * (moment + total * down_old) + fade_new * (part_t + part * down_new)
+        if MOMENT == 2:
+            moment += part_t
         total = fade_old * total + fade_new * part
         top = new
         at += size
@@ -105,8 +139,10 @@ def _sftmix_fwd_combine_kernel(
     tl.store(row_carry + offs, log_sum_exp, mask=is_row)
     tl.store(row_carry + stride_carry + offs, low, mask=is_row)
     tl.store(row_carry + 2 * stride_carry + offs, row_nll, mask=is_row)
-    if WANT_MOMENT:
-        tl.store(entropy + offs, log_total - moment / total, mask=is_row)
+    if MOMENT == 1:
+        tl.store(moment_out + offs, log_total - moment / total, mask=is_row)
+    if MOMENT == 2:
+        tl.store(moment_out + offs, moment / vocab_size, mask=is_row)
 
     is_mixed = mask & (offs >= num_rows)
     pair = offs - num_rows
@@ -118,7 +154,7 @@ def _sftmix_fwd_combine_kernel(
     tl.store(pair_carry + 3 * num_mixed + pair, nll_xu, mask=is_mixed)
 
 
-def empty_stats(hidden: Tensor, num_pairs: int, want_entropy: bool) -> FusedStats:
+def empty_stats(hidden: Tensor, num_pairs: int, *, entropy: bool, mean_logit: bool) -> FusedStats:
     """Buffers for the results; the target logits are zero because rows without a target are not written."""
     num_rows = hidden.shape[0]
 
@@ -133,7 +169,8 @@ def empty_stats(hidden: Tensor, num_pairs: int, want_entropy: bool) -> FusedStat
         lse_x=pair_carry[0],
         target_logit_xc=floats(num_pairs).zero_(),
         target_logit_xu=floats(num_pairs).zero_(),
-        entropy=floats(num_rows if want_entropy else 0),
+        entropy=floats(num_rows if entropy else 0),
+        mean_logit=floats(num_rows if mean_logit else 0),
         nll=floats(num_rows),
         nll_xc=pair_carry[2],
         nll_xu=pair_carry[3],
@@ -153,7 +190,7 @@ def fold_splits(
 ) -> None:
     """Fold the splits of one run of rows into its places in ``stats``; its target logits are there already."""
     size = part.num_rows + part.num_mixed
-    want_moment = stats.entropy.numel() > 0
+    moment_out = stats.mean_logit if stats.moment == 2 else stats.entropy
     block = 4096 if INTERPRETED else 128
     _sftmix_fwd_combine_kernel[(triton.cdiv(size, block),)](
         **buffers,
@@ -163,7 +200,7 @@ def fold_splits(
         target_logit_xu=stats.target_logit_xu,
         lse=stats.lse[part.rows],
         max_logit=stats.max_logit[part.rows],
-        entropy=stats.entropy[part.rows] if want_moment else stats.entropy,
+        moment_out=moment_out[part.rows] if stats.moment else moment_out,
         nll=stats.nll[part.rows],
         row_carry=stats.row_carry[:, part.rows],
         pair_carry=stats.pair_carry,
@@ -172,7 +209,7 @@ def fold_splits(
         stride_carry=stats.row_carry.stride(0),
         num_splits=num_splits,
         vocab_size=vocab_size,
-        WANT_MOMENT=want_moment,
+        MOMENT=stats.moment,
         BLOCK=block,
         num_warps=4,
     )

@@ -108,6 +108,18 @@ def tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def capped(z, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr):
+    """f(z) of affine logits z, and f' over the scale: 1 without a cap, 1 - (f / cap)^2 with one."""
+    if LOGIT_SCALE != 1.0:
+        z = z * LOGIT_SCALE
+    if SOFTCAP == 0.0:
+        return z, 1.0
+    else:
+        t = tanh(z * (1.0 / SOFTCAP), EXACT)
+        return SOFTCAP * t, 1.0 - t * t
+
+
+@triton.jit
 def with_bias(affine, bias, offs_v, vocab_size):
     """affine (rows, columns) plus the bias of its columns offs_v; bias may be None."""
     if bias is None:

@@ -50,6 +50,14 @@ CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
     (301, 1009, 136, 150, {"ignored": (0, 151, 2, 152, 300)}, "ignored on either side of a pair"),
     (301, 1009, 136, 110, {"logit_std": 1e4}, "logits of 10^4"),
     (301, 1009, 136, 110, {"upstream": 2.0**16}, "an upstream gradient of 2^16"),
+    (
+        301,
+        1009,
+        136,
+        110,
+        {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0},
+        "label smoothing and z-loss",
+    ),
 ]
 
 
@@ -60,6 +68,17 @@ def test_parity(dtype: torch.dtype, scratch_bytes: int | None, shape: tuple[Any,
     num_rows, vocab_size, width, num_pairs, options, _ = shape
     case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, **options)
     assert_parity(case, impl="fused", device="cuda", scratch_bytes=scratch_bytes)
+
+
+@dtypes
+@pytest.mark.parametrize("scratch_bytes", [None, 40_000], ids=["two chunks", "chunks of a few rows"])
+@pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
+def test_parity_of_the_stored_schedule(
+    dtype: torch.dtype, scratch_bytes: int | None, shape: tuple[Any, ...]
+) -> None:
+    num_rows, vocab_size, width, num_pairs, options, _ = shape
+    case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, **options)
+    assert_parity(case, impl="fused", schedule="stored", device="cuda", scratch_bytes=scratch_bytes)
 
 
 @dtypes
@@ -75,13 +94,15 @@ def test_parity_of_special_targets(dtype: torch.dtype, labels: str) -> None:
         case.weight = torch.eye(1009, 136).to(dtype)
         case.target = torch.arange(200) % 3
         case.target[1] = 50
-    assert_parity(case, impl="fused", device="cuda")
+    for schedule in ("recompute", "stored"):
+        assert_parity(case, impl="fused", schedule=schedule, device="cuda")
 
 
 @dtypes
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("schedule", ["recompute", "stored"])
+def test_two_runs_are_bitwise_equal(dtype: torch.dtype, schedule: str) -> None:
     case = make_case(700, 5003, 264, num_pairs=300, dtype=dtype, bias=True)
-    first, second = (run(case, impl="fused", device="cuda") for _ in range(2))
+    first, second = (run(case, impl="fused", schedule=schedule, device="cuda") for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 

@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time, as the launcher would, on a machine without a GPU; print what came out.
 
     python -m tests.kernels.aot [--part I/N]        one JSON line per kernel; must run without TRITON_INTERPRET
+    python -m tests.kernels.aot --full              for every chip, into bench/results/compile_matrix.json: minutes
 
 The public functions are called on meta tensors with the launch replaced by a recorder, so that the kernels see the
 very arguments of a real launch: constants, divisibility, descriptors. Then Triton compiles for a target, and the
@@ -28,14 +29,28 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, tiles
+from sftmix_kernels.chunked import Needs
+from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, stored_loss, tiles
+from sftmix_kernels.rows import Head
 
+# One chip of each entry of configs.py's table, then those that take another's entry.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+OTHER_ARCHS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950")
+# What one program may have, in bytes: CUDA's programming guide, table of compute capabilities; AMD's LDS.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024, "gfx90a": 64 * 1024, "gfx942": 64 * 1024, "gfx950": 160 * 1024,
+}  # fmt: skip
+OPERATIONS = ("forward", "recompute", "stored")
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "results" / "compile_matrix.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 COUNTED = {
     "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync", "mfma": "v_mfma",
     "bulk loads": r"cp\.async\.bulk\.tensor\.2d\.shared", "tf32": "tf32", "xf32": "xf32",
+    "16-byte loads": r"ld\.global[\w.]*\.v4\.b32|global_load_dwordx4|buffer_load_dwordx4",
+    "16-byte stores": r"st\.global[\w.]*\.v4\.b32|global_store_dwordx4|buffer_store_dwordx4",
+    "2-byte stores": r"st\.global[\w.]*\.b16|global_store_short|buffer_store_short",
 }  # fmt: skip
 
 
@@ -63,17 +78,30 @@ class Case:
         )
 
 
-def cases() -> Iterator[Case]:
-    """Default tiles for every arch and dtype; on sm_90 also every compile-time variant; a control for each check."""
-    for arch in ARCHS:
-        for operation in ("forward", "recompute"):
+def full_cases() -> Iterator[Case]:
+    """Default tiles for every chip, dtype and operation, and with a softcap; the variants of sm_90."""
+    for arch in (*ARCHS, *OTHER_ARCHS):
+        for operation in OPERATIONS:
             for paired in (True, False):
                 for dtype in ("bfloat16", "float16", "float32"):
                     yield Case(operation, arch, dtype, paired)
                 yield Case(
                     operation, arch, "bfloat16", paired, "softcap", {"softcap": 30.0, "logit_scale": 0.5}
                 )
-    for operation in ("forward", "recompute"):
+    yield from variant_cases()
+
+
+def cases() -> Iterator[Case]:
+    """The part of the matrix that the tests compile: sm_90 whole, of other tile tables the pairs in bfloat16."""
+    for case in full_cases():
+        if case.arch == "sm_90" or (case.arch in ARCHS and case.paired and case.dtype == "bfloat16"):
+            yield case
+
+
+def variant_cases() -> Iterator[Case]:
+    """On sm_90 every compile-time variant; a control for each check."""
+    smoothed = {"label_smoothing": 0.1, "z_loss": 1e-4}
+    for operation in OPERATIONS:
         for paired in (True, False):
             base = (operation, "sm_90", "bfloat16", paired)
             yield Case(*base, "bias", {"bias": True})
@@ -81,8 +109,15 @@ def cases() -> Iterator[Case]:
             yield Case(*base, "misaligned", aligned=False)
             # Triton turns an integer 1 into a constant, which must not break what expects a variable.
             yield Case(*base, "ones", num_rows=1 + paired, vocab_size=1, hidden_size=1, aligned=False)
-    for paired in (True, False):
-        yield Case("forward", "sm_90", "bfloat16", paired, "entropy", {"want_entropy": True})
+            for name, extra in (
+                ("smoothed", {}),
+                ("smoothed-softcap", {"softcap": 30.0, "logit_scale": 0.5}),
+            ):
+                options = {"want_mean_logit": True} if operation == "forward" else smoothed
+                yield Case(*base, name, {**options, **extra})
+    for operation in ("forward", "stored"):
+        for paired in (True, False):
+            yield Case(operation, "sm_90", "bfloat16", paired, "entropy", {"want_entropy": True})
     wide = Tile(128, 128, 64, num_warps=8, num_stages=3, use_descriptors=True)
     for operation in ("forward", "recompute"):
         yield Case(operation, "sm_90", "bfloat16", True, "128x128", tile=wide)
@@ -129,6 +164,11 @@ def call(case: Case) -> None:
         options["bias"] = meta(case.vocab_size, dtype=dtype)
     if case.operation == "forward":
         fused_forward(hidden, weight, target, lam, **options)
+    elif case.operation == "stored":
+        del options["tile"]
+        needs = Needs(True, True, False, entropy=options.pop("want_entropy", False))
+        head, coefs = Head(weight, **options), {"row_coef": meta(num_rows), "pair_coef": meta(num_pairs)}
+        stored_loss(hidden, head, target, lam, **coefs, needs=needs, scratch_bytes=0)
     else:
         carries = (meta(num_rows), meta(num_pairs), meta(3, num_rows), meta(4, num_pairs))
         fused_backward(hidden, weight, target, lam, *carries, **options)
@@ -148,6 +188,8 @@ def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
         elif isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             assert isinstance(value, int) and value < 2**31, f"{name}: expected an int32, got {value!r}"
@@ -185,7 +227,7 @@ def amd_resources(assembly: str) -> dict[str, Any]:
 def nvidia_resources(cubin: bytes, ptx: str, arch: str) -> dict[str, Any]:
     target = re.search(r"\.target (\w+)", ptx)
     assert target
-    ptxas = TOOLS / ("ptxas-blackwell" if arch == "sm_100" else "ptxas")
+    ptxas = TOOLS / ("ptxas-blackwell" if int(arch.removeprefix("sm_")) >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "k.cubin").write_bytes(cubin)
@@ -202,24 +244,40 @@ def nvidia_resources(cubin: bytes, ptx: str, arch: str) -> dict[str, Any]:
     return {"registers": int(found[1]), "stack": int(found[2]), "notes": serialised}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
-    part, parts = map(int, parser.parse_args().part.split("/"))
-    for case in list(cases())[part::parts]:
+def lines(selected: list[Case]) -> Iterator[dict[str, Any]]:
+    """One dictionary per compiled kernel."""
+    for case in selected:
         for kernel, arguments in launches(case):
+            # It has no tile, and of the options only the moment is its own.
             if kernel is stats._sftmix_fwd_combine_kernel and case.variant not in (
-                "plain",
-                "entropy",
-                "ones",
-            ):
-                continue  # it has no tile and no variants
+                "plain", "entropy", "smoothed", "ones",
+            ):  # fmt: skip
+                continue
             shape = "x".join(str(arguments[k]) for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments)
-            line = {
+            yield {
                 "case": case.name, "kernel": kernel.__name__, "arch": case.arch, "dtype": case.dtype, "tile": shape,
                 "variant": case.variant, **compile_launch(kernel, arguments, case.arch),
             }  # fmt: skip
-            print(json.dumps(line), flush=True)
+
+
+def write_table(path: Path) -> None:
+    rows = [line for line in lines(list(full_cases())) if not line["variant"].startswith("control")]
+    text = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{text}\n]}}\n', encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
+    parser.add_argument("--full", action="store_true", help="every chip; writes the committed table")
+    arguments = parser.parse_args()
+    if arguments.full:
+        write_table(TABLE)
+        return
+    part, parts = map(int, arguments.part.split("/"))
+    for line in lines(list(cases())[part::parts]):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

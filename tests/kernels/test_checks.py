@@ -64,6 +64,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("softcap", 0.0, "softcap: expected a finite number > 0"),
     ("softcap", torch.tensor(3.0), "softcap: expected a finite number > 0"),
     ("logit_scale", -1.0, "logit_scale: expected a finite number > 0"),
+    ("label_smoothing", 1.0, r"label_smoothing: expected a number in \[0, 1\), got float 1.0"),
+    ("label_smoothing", torch.tensor(0.1), r"label_smoothing: expected a number in \[0, 1\)"),
+    ("z_loss", -1e-4, "z_loss: expected a finite number >= 0, got float -0.0001"),
+    ("z_loss", torch.tensor(0.1), "z_loss: expected a finite number >= 0, got float32"),
     ("impl", "triton", "impl: expected one of reference, chunked, fused or None, got 'triton'"),
     ("scratch_bytes", 0, "scratch_bytes: expected an int > 0 or None, got 0"),
 ]  # fmt: skip
@@ -83,7 +87,7 @@ def test_the_good_arguments_are_good() -> None:
 
 def test_the_other_entry_points_check_too() -> None:
     (hidden, weight, target, lam), _ = arguments()
-    with pytest.raises(ValueError, match="reduction: expected 'mean' or 'sum', got 'median'"):
+    with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'median'"):
         linear_cross_entropy(hidden, weight, target, reduction="median")
     with pytest.raises(ValueError, match="target: expected int64"):
         linear_cross_entropy(hidden.view(2, 3, 4), weight, target)
@@ -105,9 +109,9 @@ def test_named_impl_that_cannot_serve_is_refused() -> None:
 
 
 def test_fused_on_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sftmix_kernels import functional
+    from sftmix_kernels import choice
 
-    monkeypatch.setattr(functional, "_INTERPRETING", False)
+    monkeypatch.setattr(choice, "_INTERPRETING", False)
     positional, options = arguments(impl="fused")
     with pytest.raises(ValueError, match=r"impl: .* TRITON_INTERPRET=1"):
         sftmix_loss(*positional, **options)

@@ -54,6 +54,15 @@ CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
     (35, 70, 40, 17, {"logit_std": 1e4}, "logits of 10^4"),
     (35, 70, 40, 17, {"upstream": 2.0**16}, "an upstream gradient of 2^16"),
     (3, 1, 1, 1, {"bias": True}, "one class"),
+    (35, 70, 40, 17, {"label_smoothing": 0.1, "ignored": (3, 20)}, "label smoothing, a ragged last tile"),
+    (
+        35,
+        70,
+        40,
+        17,
+        {"z_loss": 1e-2, "softcap": 3.0, "label_smoothing": 0.2, "bias": True},
+        "z-loss beside it",
+    ),
 ]
 
 
@@ -130,6 +139,10 @@ def test_every_statistic_of_the_forward(tile: Tile, num_splits: int) -> None:
         torch.testing.assert_close(getattr(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
     assert torch.equal(stats.row_carry[0], stats.lse) and torch.equal(stats.row_carry[2], stats.nll)
     assert torch.equal(stats.pair_carry[0], stats.lse_x) and not stats.row_carry.isnan().any()
+    means = fused_forward(*arguments, want_mean_logit=True, tile=tile, num_splits=num_splits)
+    truth = (case.hidden.double() @ case.weight.double().T).mean(1)
+    torch.testing.assert_close(means.mean_logit.double(), truth, rtol=2e-6, atol=3e-6)
+    assert torch.equal(means.lse, stats.lse) and means.entropy.shape == stats.mean_logit.shape == (0,)
     assert fused_forward(*arguments).entropy.shape == (0,)
 
 
@@ -157,6 +170,21 @@ def test_the_carry_holds_what_rounding_took_from_lse(num_pairs: int) -> None:
     torch.testing.assert_close(dweight.double(), gradient * (2 - num_pairs), rtol=1e-6, atol=0)
 
 
+def test_smoothing_of_a_shard_divides_by_all_columns() -> None:
+    """e / V moves every column's gradient by a e (1/V - 1/V_all); V_all is an int or a tensor."""
+    case = make_case(20, 70, 40)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    stats = fused_forward(*arguments)
+    coefs = (torch.full((20,), 0.5), torch.empty(0), stats.row_carry, stats.pair_carry)
+    own, same, wide, tensor = (
+        fused_backward(*arguments, *coefs, label_smoothing=0.1, total_vocab=total, tile=POINTERS)[0]
+        for total in (None, 70, 140, torch.tensor(140))
+    )
+    assert torch.equal(own, same) and torch.equal(wide, tensor)
+    moved = 0.5 * 0.1 * (1 / 70 - 1 / 140) * case.weight.sum(0)
+    torch.testing.assert_close(wide - own, moved.expand(20, 40), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("coef", [2.0**16, 2.0**-20, 0.0])
 def test_float16_coefficients_of_any_size(coef: float) -> None:
     """dlogits are rounded at unit scale: neither past 65504 nor flushed to zero. The gradients fit float16."""
@@ -176,7 +204,9 @@ def test_float16_coefficients_of_any_size(coef: float) -> None:
         for c in (1.0, coef)
     )
     for unit, gradient in zip(one[:2], scaled[:2], strict=True):
-        torch.testing.assert_close(gradient.double(), unit.double() * coef, rtol=1e-3, atol=2.0**-24 * max(coef, 1.0))
+        torch.testing.assert_close(
+            gradient.double(), unit.double() * coef, rtol=1e-3, atol=2.0**-24 * max(coef, 1.0)
+        )
     assert scaled[0].any() == (coef != 0)
 
 
@@ -392,6 +422,8 @@ def test_bad_calls_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (case.hidden, case.weight, case.target, case.lam)
     with pytest.raises(ValueError, match=r"row_carry: expected float32 \[3, 4\], .*, got float32 \[4\]"):
         fused_backward(*arguments, torch.ones(4), torch.empty(0), torch.ones(4), torch.empty(4, 0))
+    with pytest.raises(ValueError, match="want_mean_logit: expected False beside want_entropy"):
+        fused_forward(*arguments, want_entropy=True, want_mean_logit=True)
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     with pytest.raises(ValueError, match="impl: expected 'chunked' or 'reference' for tensors on the CPU"):
         fused_forward(*arguments)

@@ -9,25 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sftmix_kernels.chunked import chunked_loss
+from sftmix_kernels.chunked import Needs, chunked_loss
+from sftmix_kernels.rows import Head
 from tests.parity import make_case
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements any operator's output had."""
+    """Remembers the size of the largest storage any operator returned, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = [
-            t.untyped_storage().nbytes() // t.element_size()
-            for t in tree_leaves(out)
-            if isinstance(t, torch.Tensor)
-        ]
-        self.numel = max([self.numel, *sizes])
+        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *sizes])
         return out
 
 
@@ -42,10 +39,10 @@ def test_chunked_holds_no_more_logits_than_its_scratch(
     coefs = torch.ones(num_rows), torch.ones(num_pairs)
     with LargestTensor() as seen:
         chunked_loss(
-            case.hidden, case.weight, case.target, case.lam, bias=None, row_coef=coefs[0], pair_coef=coefs[1],
-            softcap=softcap, logit_scale=1.0, needs=(True, True, False, False), scratch_bytes=scratch_bytes,
+            case.hidden, Head(case.weight, softcap=softcap), case.target, case.lam, row_coef=coefs[0],
+            pair_coef=coefs[1], needs=Needs(True, True), scratch_bytes=scratch_bytes,
         )  # fmt: skip
-    assert 600 * 12 <= seen.numel <= scratch_bytes // 4
+    assert scratch_bytes // 3 <= seen.nbytes <= scratch_bytes
 
 
 @pytest.mark.parametrize("num_pairs", [0, 8])
@@ -54,8 +51,7 @@ def test_chunked_never_holds_the_logits_of_all_rows_even_when_they_fit(num_pairs
     case = make_case(num_rows, vocab_size, 8, num_pairs=num_pairs)
     with LargestTensor() as seen:
         chunked_loss(
-            case.hidden, case.weight, case.target, case.lam, bias=None, row_coef=torch.ones(num_rows),
-            pair_coef=torch.ones(num_pairs), softcap=0.0, logit_scale=1.0, needs=(True, True, False, False),
-            scratch_bytes=2**30,
+            case.hidden, Head(case.weight), case.target, case.lam, row_coef=torch.ones(num_rows),
+            pair_coef=torch.ones(num_pairs), needs=Needs(True, True), scratch_bytes=2**30,
         )  # fmt: skip
-    assert seen.numel < num_rows * vocab_size
+    assert seen.nbytes < num_rows * vocab_size * 4

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from sftmix_kernels import ops, sftmix_loss, token_stats
+from sftmix_kernels import fused_ops, ops, sftmix_loss, token_stats
 from tests.parity import make_case
 
 # Inductor needs a C++ compiler for CPU code; without one the same graph runs through aot_eager.
+OPTIONS = [0.0, 1.0, 0.0, 0.0]  # softcap, logit_scale, label_smoothing, z_loss
 BACKENDS = ["aot_eager"] + (["inductor"] if shutil.which("g++") or shutil.which("clang++") else [])
 
 
@@ -28,14 +29,13 @@ def op_arguments(
         case.lam,
         torch.rand(20).double(),
         torch.rand(6).double(),
-        0.0,
-        1.0,
-        *needs,
+        OPTIONS,
+        list(needs),
         4096,
     )
 
 
-@pytest.mark.parametrize("op", [ops.chunked_fwd, ops.fused_fwd], ids=["chunked", "fused"])
+@pytest.mark.parametrize("op", [ops.chunked_fwd, fused_ops.fused_fwd], ids=["chunked", "fused"])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
 def test_opcheck_of_the_loss(op: Any, needs: tuple[bool, bool, bool]) -> None:
     torch.library.opcheck(op, op_arguments(needs=needs))
@@ -44,15 +44,19 @@ def test_opcheck_of_the_loss(op: Any, needs: tuple[bool, bool, bool]) -> None:
 def test_opcheck_of_the_backwards_and_statistics() -> None:
     *tensors, target, lam, row_coef, pair_coef = op_arguments(needs=(False, False, False))[:7]
     hidden, weight, bias = tensors
-    made = ops.chunked_fwd(
-        hidden, weight, bias, target, lam, row_coef, pair_coef, 0.0, 1.0, True, True, True, 4096
-    )
+    made = ops.chunked_fwd(hidden, weight, bias, target, lam, row_coef, pair_coef, OPTIONS, [True] * 3, 4096)
     torch.library.opcheck(ops.chunked_bwd, (torch.tensor(2.0), *made[5:], torch.float32))
     carries = torch.rand(3, 20), torch.rand(4, 6)
-    statistics = (lam, row_coef, pair_coef, *carries, 0.0, 1.0, True, True, True, 4096)
-    torch.library.opcheck(ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
-    for op in (ops.chunked_stats, ops.fused_stats):
-        torch.library.opcheck(op, (hidden, weight, bias, target, 0.0, 1.0, 4096))
+    statistics = (lam, row_coef, pair_coef, *carries, OPTIONS, [True] * 3, 4096)
+    torch.library.opcheck(fused_ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
+    for op in (ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
+        torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, [False] * 3, 4096))
+    lse = torch.rand(20)
+    torch.library.opcheck(
+        ops.chunked_rows_bwd, (torch.rand(20), hidden, weight, bias, target, lse, OPTIONS, [True] * 3, 4096)
+    )
+    for op in (ops.chunked_stats, fused_ops.fused_stats):
+        torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, 4096))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "fused"])

@@ -48,6 +48,61 @@ def test_bias_softcap_scale_and_weight(impl: str, dtype: torch.dtype, options: d
     assert_parity(make_case(37, 70, 20, num_pairs=15, dtype=dtype, bias=True, **options), impl=impl)
 
 
+SMOOTHED = [
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 4.0},
+]
+
+
+@served
+@pytest.mark.parametrize("options", SMOOTHED, ids=str)
+def test_label_smoothing_and_z_loss(impl: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    case = make_case(
+        37, 70, 20, num_pairs=15, dtype=dtype, bias=True, ignored=(3, 18), logit_scale=0.8, **options
+    )
+    case.target[5] = case.target[20]
+    assert_parity(case, impl=impl, scratch_bytes=70 * 4 * 12)
+
+
+@served
+@pytest.mark.parametrize("ignored", [(), (4, 7)], ids=str)
+def test_reduction_none_takes_any_upstream_gradient(
+    impl: str, dtype: torch.dtype, ignored: tuple[int, ...]
+) -> None:
+    """Each row's gradient is its own upstream's, also 0, negative, and very different from its neighbour's."""
+    case = make_case(30, 70, 24, dtype=dtype, ignored=ignored, bias=True)
+    upstream = torch.linspace(-2, 3, 30)
+    upstream[9] = 0
+
+    def gradients(name: str, wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [
+            t.detach().to(wide).requires_grad_()
+            for t in (case.hidden, case.weight, case.bias)
+            if t is not None
+        ]
+        losses = linear_cross_entropy(
+            leaves[0].view(5, 6, 24),
+            leaves[1],
+            case.target.view(5, 6),
+            bias=leaves[2],
+            reduction="none",
+            impl=name,
+        )
+        assert losses.shape == (5, 6)
+        losses.backward(upstream.view(5, 6).to(losses.dtype))
+        return [losses.detach().flatten(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    ours, same, truth = (
+        gradients(impl, dtype),
+        gradients("reference", dtype),
+        gradients("reference", torch.float64),
+    )
+    for name, *results in zip(("losses", "dhidden", "dweight", "dbias"), ours, same, truth, strict=True):
+        assert_within_contract(name, *results)
+    assert not ours[1][9].any() and all(not ours[1][row].any() and ours[0][row] == 0 for row in ignored)
+
+
 @served
 def test_row_and_pair_weights_and_denominators(impl: str, dtype: torch.dtype) -> None:
     case = make_case(37, 70, 20, num_pairs=15, dtype=dtype)

@@ -42,14 +42,16 @@ def test_one_pair_computed_by_hand(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradients_agree_with_finite_differences(impl: str, softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 4.0}], ids=str
+)
+def test_gradients_agree_with_finite_differences(impl: str, options: dict[str, float]) -> None:
     case = make_case(7, 11, 5, num_pairs=3, dtype=torch.float64, bias=True, ignored=(4,))
     case.target[0] = case.target[3]  # one pair whose labels agree
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return sftmix_loss(
-            hidden, weight, case.target, case.lam, bias=bias, softcap=softcap, logit_scale=0.7, impl=impl,
+            hidden, weight, case.target, case.lam, bias=bias, logit_scale=0.7, impl=impl, **options,
             row_weight=torch.linspace(0.5, 2, 7), pair_weight=torch.tensor([1.0, 0.3, 2.0]), scratch_bytes=300,
         ).loss  # fmt: skip
 
@@ -57,6 +59,19 @@ def test_gradients_agree_with_finite_differences(impl: str, softcap: float | Non
     assert torch.autograd.gradcheck(
         loss, tuple(t.requires_grad_() for t in (case.hidden, case.weight, case.bias))
     )
+
+
+def test_smoothing_is_torchs_and_z_loss_is_the_squared_log_sum_exp() -> None:
+    case = make_case(10, 13, 6, dtype=torch.float64, ignored=(3,))
+    logits = case.hidden @ case.weight.T
+    out = sftmix_loss(
+        case.hidden, case.weight, case.target, case.lam, label_smoothing=0.15, z_loss=0.3, impl="reference"
+    )
+    keep = case.target >= 0
+    expected = F.cross_entropy(logits, case.target, label_smoothing=0.15)
+    expected = expected + 0.3 * logits.logsumexp(1)[keep].square().mean()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert out.nll.sum().item() == pytest.approx(F.cross_entropy(logits, case.target, reduction="sum").item())
 
 
 def test_equals_next_token_plus_soft_label_cross_entropy() -> None:

@@ -21,9 +21,9 @@ from sftmix.checkpoint import (
     set_random_state,
 )
 from sftmix.config import LoraConfig
-from sftmix.lora import is_lora
+from sftmix.lora import apply_lora, is_lora
 from sftmix.metrics import MetricsWriter, read_metrics
-from sftmix.model import SFTMixModel, apply_lora
+from sftmix.model import SFTMixModel
 from sftmix.trainer import Trainer, train_pairs
 
 from . import tiny

@@ -13,16 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sftmix.config import LoraConfig, ModelConfig
-from sftmix.lora import find_targets
-from sftmix.model import (
-    SFTMixModel,
-    apply_lora,
-    decoder_blocks,
-    install_head,
-    load_model,
-    merge_and_export,
-    verify_head,
-)
+from sftmix.export import merge_and_export
+from sftmix.lora import apply_lora, decoder_blocks, find_targets
+from sftmix.model import SFTMixModel, install_head, load_model, verify_head
 from sftmix_kernels import LossHead
 
 from . import tiny
@@ -203,10 +196,43 @@ def test_all_linear_leaves_the_head_and_the_base_frozen(kind: str) -> None:
     assert blocks == {"0", "1"}
 
 
-@pytest.mark.parametrize("target", ["lm_head", "q_proj,lm_head", "model.lm_head"])
-def test_an_adapter_on_the_head_is_refused(target: str) -> None:
-    with pytest.raises(ValueError, match="lm_head is the head, whose forward is the loss; adapters on it"):
-        apply_lora(tiny.model("llama"), LoraConfig(target_modules=target))
+@pytest.mark.parametrize("target", ["lm_head", "q_proj,lm_head", "all-linear,lm_head"])
+@pytest.mark.parametrize("kind", ["llama", "phi", "granite"])
+def test_an_adapter_on_the_head_is_trained_by_the_loss(kind: str, target: str) -> None:
+    """Loss, statistics and gradients of the adapter are those of cross entropy of peft's own logits."""
+    model, data = apply_lora(tiny.model(kind), LoraConfig(rank=3, target_modules=target)), batch()
+    randomise_adapters(model)
+    before = tiny.model(kind)(**data).nll
+    loss = model(**data)
+    assert (loss.nll - before).abs().max() > 0.05
+    head = {name: p for name, p in model.named_parameters() if "head.lora_" in name}
+    assert len(head) == 2
+    found = torch.autograd.grad(loss.loss, list(head.values()))
+    logits = model.base(data["input_ids"], attention_mask=data["attention_mask"]).logits
+    nll = F.cross_entropy(logits.flatten(0, 1)[data["rows"]], data["target"], reduction="none")
+    expected = torch.autograd.grad(nll.mean(), list(head.values()))
+    torch.testing.assert_close(loss.nll, nll.detach(), rtol=1e-4, atol=1e-5)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+    stats = model(**data, stats=True)
+    torch.testing.assert_close(stats.logprob, -loss.nll)
+
+
+def test_an_adapter_on_the_head_is_merged_on_export(tmp_path: Path) -> None:
+    model = apply_lora(tiny.model("phi"), LoraConfig(rank=3, target_modules="all-linear,lm_head"))
+    randomise_adapters(model)
+    merge_and_export(model, tiny.tokenizer(), tmp_path)
+    plain, ids = AutoModelForCausalLM.from_pretrained(tmp_path), batch()["input_ids"]
+    assert type(plain.get_output_embeddings()) is nn.Linear
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model.base(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_on_the_head_is_refused_where_it_cannot_be_right() -> None:
+    with pytest.raises(ValueError, match="got lm_head, the head, which Qwen3ForCausalLM ties to the input"):
+        apply_lora(tiny.model("qwen3"), LoraConfig(target_modules="lm_head"))
+    with pytest.raises(ValueError, match=r"lora.dropout: expected 0 with lm_head \(the head\)"):
+        apply_lora(tiny.model("llama"), LoraConfig(target_modules="q_proj,lm_head", dropout=0.1))
 
 
 def test_unknown_targets_and_layers_are_refused() -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from sftmix.config import LoraConfig
 from sftmix.evaluate import evaluate_model
+from sftmix.lora import apply_lora
 from sftmix.metrics import Record, read_metrics
-from sftmix.model import apply_lora
 from sftmix.parallel import World, join_world, local_device, shard, spread, whole
 from sftmix.trainer import train_plain
 

@@ -14,8 +14,9 @@ from sftmix.checkpoint import complete_checkpoints
 from sftmix.config import LoraConfig
 from sftmix.dynamics import read_dynamics, write_dynamics
 from sftmix.evaluate import score_examples
+from sftmix.lora import apply_lora
 from sftmix.metrics import Record, read_metrics
-from sftmix.model import SFTMixModel, apply_lora
+from sftmix.model import SFTMixModel
 from sftmix.pairs import epoch_pairs
 from sftmix.trainer import Trainer, point_steps, train_pairs, train_plain
 

@@ -13,7 +13,9 @@ import sftmix_kernels.head as head_module
 from sftmix.checkpoint import save_trainable
 from sftmix.config import LoraConfig
 from sftmix.evaluate import evaluate_model
-from sftmix.model import SFTMixModel, apply_lora, merge_and_export
+from sftmix.export import merge_and_export
+from sftmix.lora import apply_lora
+from sftmix.model import SFTMixModel
 from sftmix.parallel import join_world, shard
 from sftmix.plan import Examples
 from sftmix.trainer import Trainer, train_pairs, train_plain

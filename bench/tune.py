@@ -1,0 +1,149 @@
+"""Time candidate tiles of the Triton kernels on this GPU and print rows for sftmix_kernels/fused/configs.py.
+
+    python -m bench.tune [--shape 8192x128256x4096] [--dtype bfloat16] [--softcap 30] [--rounds 10]
+    python -m bench.tune --rehearse         the same path on a CPU at toy size, in Triton's interpreter
+
+The backward is timed without its library products, so that the tile alone decides. A candidate that does not compile
+or does not fit the chip is printed with its error. The table takes the rows that a person copies; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bench.machine import device_name, versions
+from bench.measure import Case, interleave
+from bench.shapes import Shape, parse_shapes
+
+if TYPE_CHECKING:
+    from sftmix_kernels.fused import Tile
+
+# block_n (pairs, or rows), block_v, block_d, warps, stages. Two accumulators of a pair take twice a row's registers.
+SIZES = {
+    True: ((64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 8, 3), (128, 64, 64, 8, 3),
+           (128, 128, 64, 8, 3), (128, 128, 32, 8, 2)),
+    False: ((128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+            (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 2)),
+}  # fmt: skip
+TOY_SIZES = ((16, 16, 16, 4, 2), (16, 32, 16, 4, 2))
+TOY_SHAPE = "16x64x32"
+
+
+def candidates(paired: bool, *, toy: bool, bulk: bool) -> Iterator[Tile]:
+    """Every size with pointers and, where the chip has them, with bulk copies."""
+    from sftmix_kernels.fused import Tile
+
+    for block_n, block_v, block_d, num_warps, num_stages in TOY_SIZES if toy else SIZES[paired]:
+        for use_descriptors in (True, False) if bulk else (False,):
+            yield Tile(
+                block_n, block_v, block_d, num_warps=num_warps, num_stages=num_stages,
+                use_descriptors=use_descriptors,
+            )  # fmt: skip
+
+
+def source(tile: Tile) -> str:
+    """``tile`` as configs.py spells it."""
+    bulk = ", **_BULK" if tile.use_descriptors else ""
+    sizes = f"{tile.block_n}, {tile.block_v}, {tile.block_d}"
+    return f"Tile({sizes}, num_warps={tile.num_warps}, num_stages={tile.num_stages}{bulk})"
+
+
+class Kernels:
+    """One problem and a call of each operation with a given tile."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, *, paired: bool, softcap: float, device: str
+    ) -> None:
+        from sftmix_kernels.fused import fused_forward
+
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, scale: float) -> Tensor:
+            return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
+
+        self.arguments = (
+            normal(shape.N, shape.D, scale=1.0),
+            normal(shape.V, shape.D, scale=2.0 / shape.D**0.5),
+            torch.randint(0, shape.V, (shape.N,), generator=generator, device=device),
+            torch.rand(shape.M if paired else 0, generator=generator, device=device),
+        )
+        self.softcap = softcap
+        stats = fused_forward(*self.arguments, softcap=softcap)
+        coefs = (torch.full_like(stats.lse, 1 / shape.N), torch.full_like(stats.lse_x, 1 / shape.N))
+        self.carried = (*coefs, stats.row_carry, stats.pair_carry)
+
+    def call(self, operation: str, tile: Tile) -> None:
+        from sftmix_kernels.fused import fused_backward, fused_forward
+
+        if operation == "forward":
+            fused_forward(*self.arguments, softcap=self.softcap, tile=tile)
+        else:
+            fused_backward(
+                *self.arguments, *self.carried, softcap=self.softcap, need_dhidden=False, need_dweight=False, tile=tile
+            )  # fmt: skip
+
+
+def _nothing() -> None:
+    pass
+
+
+def tune(shape: Shape, dtype: torch.dtype, *, softcap: float, rounds: int, device: str) -> Iterator[str]:
+    """The lines to print: every candidate, fastest first, then the row of the fastest."""
+    from sftmix_kernels.fused.configs import OPERATIONS
+
+    bulk = device == "cuda" and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
+    for operation in OPERATIONS:
+        for paired in (True, False):
+            kernels = Kernels(shape, dtype, paired=paired, softcap=softcap, device=device)
+            tiles = list(candidates(paired, toy=device == "cpu", bulk=bulk or device == "cpu"))
+            cases = [Case(source(tile), partial(kernels.call, operation, tile), _nothing) for tile in tiles]
+            for _ in interleave(
+                cases, rounds=rounds, warmup=1, device=device, deadline=time.monotonic() + 120
+            ):
+                pass
+            timed = sorted((statistics.median(case.times_ms), case.name) for case in cases if case.times_ms)
+            yield f"# {operation}, {'pairs' if paired else 'rows'}"
+            yield from (f"#   {ms:9.3f} ms  {name}" for ms, name in timed)
+            yield from (f"#   failed        {case.name}: {case.error}" for case in cases if case.error)
+            if timed:
+                yield f"({operation!r}, {paired}): {timed[0][1]},  # {timed[0][0]:.3f} ms at {shape}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="8192x128256x4096", help="N x V x D; pairs are N / 2")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--softcap", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU at toy size")
+    args = parser.parse_args(argv)
+    if args.rehearse:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+    elif not torch.cuda.is_available():
+        print("bench.tune: no GPU that torch can use; --rehearse runs the path on a CPU", file=sys.stderr)
+        return 2
+    device = "cpu" if args.rehearse else "cuda"
+    dtype = torch.float32 if args.rehearse else getattr(torch, args.dtype)
+    ((shape, _),) = parse_shapes(TOY_SHAPE if args.rehearse else args.shape)
+    found = ", ".join(
+        f"{name} {version}" for name, version in versions().items() if name in ("torch", "triton")
+    )
+    print(f"# {device_name(device)}; {found}; {str(dtype).removeprefix('torch.')}, softcap {args.softcap:g}")
+    for line in tune(shape, dtype, softcap=args.softcap, rounds=args.rounds, device=device):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The library products of both schedules: 16-bit operands, float32 sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def multiplies_into_float32(tensor: Tensor) -> bool:
+    """Whether the library can multiply 16-bit matrices into a float32 result (``out_dtype=``).
+
+    torch 2.11 and later can on NVIDIA GPUs of capability 8.0 and above; elsewhere operands are upcast first.
+    """
+    if tensor.device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (float32) += left @ right, accumulated in float32 whatever the operands' dtype."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif multiplies_into_float32(left):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None) -> None:
+    """out = left @ right * scale, accumulated in float32 and rounded once."""
+    if scale is None and (left.dtype == torch.float32 or multiplies_into_float32(left)):
+        torch.mm(left, right, out=out)
+        return
+    if left.dtype == torch.float32:
+        product = torch.mm(left, right)
+    elif multiplies_into_float32(left):
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        product = torch.mm(left.float(), right.float())
+    out.copy_(product if scale is None else product.mul_(scale))

@@ -1,0 +1,81 @@
+"""Low-rank adapters on the output layer: logits of W + s B A without the [V, D] sum.
+
+    W h + s B (A h) = [W, B] [h, s A h]
+
+The rows grow by r columns, s A h, and the weight by B. The loss is linear in both before its cap, so mixing a pair's
+rows mixes the new columns too, and autograd of these two concatenations gives dA, dB, dhidden and dweight exactly.
+
+Cost: one copy of the weight, V (D + r) elements in its dtype, kept until the backward, and a dweight product over all
+D + r columns whenever B is trained, even if W is frozen. Factors are used in hidden's dtype; their gradients are in
+their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+
+LoRA = tuple[Tensor, Tensor, float]  # A (r, D), B (V, r), scaling
+
+
+def check_lora(lora: object, hidden: Tensor, weight: Tensor) -> None:
+    """lora: (A [r, D], B [V, r], scaling), floating tensors on hidden's device and a finite number."""
+    if not isinstance(lora, tuple) or len(lora) != 3 or isinstance(lora[2], (bool, Tensor)):
+        raise ValueError(f"lora: expected (A [r, D], B [V, r], scaling), got {checks.describe(lora)}")
+    down, up, scaling = lora
+    rank = down.shape[0] if isinstance(down, Tensor) and down.ndim == 2 else 1
+    checks.check_tensor("lora A", down, {"r": rank, "D": hidden.shape[1]}, checks.FLOAT_DTYPES)
+    checks.check_tensor("lora B", up, {"V": weight.shape[0], "r": rank}, checks.FLOAT_DTYPES)
+    for name, factor in (("lora A", down), ("lora B", up)):
+        if type(factor).__name__ == "DTensor":
+            raise ValueError(f"{name}: expected a local tensor, got a DTensor")
+        checks.check_devices(hidden.device, **{name: factor})
+    if not isinstance(scaling, (int, float)) or not abs(scaling) < float("inf"):
+        raise ValueError(f"lora scaling: expected a finite number, got {scaling!r}")
+
+
+def with_lora(hidden: Tensor, weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
+    """[h, s A h] of shape [N, D + r] and [W, B] of shape [V, D + r], in hidden's dtype; differentiable in all four."""
+    check_lora(lora, hidden, weight)
+    down, up, scaling = lora
+    # In the wider of the two dtypes, as peft does: float32 adapters beside a 16-bit model.
+    dtype = torch.promote_types(hidden.dtype, down.dtype)
+    reduced = F.linear(hidden.to(dtype), down.to(dtype)) * scaling
+    return torch.cat([hidden, reduced.to(hidden.dtype)], dim=1), torch.cat(
+        [weight, up.to(weight.dtype)], dim=1
+    )
+
+
+def is_lora_layer(module: Any) -> bool:
+    """Whether ``module`` is a peft LoRA layer around another module; peft itself is not needed to tell."""
+    return all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "base_layer"))
+
+
+def lora_of(module: Any) -> LoRA | None:
+    """(A, B, scaling) of the active adapter of a peft LoRA layer; None if it is none, switched off or merged.
+
+    Raises ValueError for what these factors alone do not say: several active adapters, DoRA and other variants, a
+    bias in the adapter, dropout while training.
+    """
+    if not is_lora_layer(module) or module.disable_adapters or module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(f"head: expected one active LoRA adapter, got {', '.join(names)}")
+    name = names[0]
+    down, up = module.lora_A[name], module.lora_B[name]
+    if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name, False):
+        raise ValueError("head: expected plain LoRA, got DoRA or another variant of it")
+    if down.bias is not None or up.bias is not None:
+        raise ValueError("head: expected LoRA factors without a bias, got lora_bias=True")
+    dropout = module.lora_dropout[name]
+    if module.training and getattr(dropout, "p", 0.0) > 0:
+        raise ValueError(f"head: expected LoRA without dropout (or eval mode), got lora_dropout={dropout.p}")
+    return down.weight, up.weight, float(module.scaling[name])

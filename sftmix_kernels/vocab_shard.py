@@ -1,0 +1,119 @@
+"""One rank's rows of the output layer: what may be passed, and where in the vocabulary it stands."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+
+from . import checks
+
+
+class Shard(NamedTuple):
+    """This rank's part of the output layer."""
+
+    weight: Tensor  # (V_r, D), local
+    bias: Tensor | None  # (V_r,), local
+    group_name: str
+    place: Tensor  # (2,) int64 on weight's device: the first column of this shard, V
+
+
+def resolve_shard(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_parallel: object) -> Shard:
+    """The local shard and its place, from local tensors or from DTensors ``Shard(0)`` on the same ranks.
+
+    ``vocab_parallel`` is a ProcessGroup or a 1-D DeviceMesh. A DTensor's gradient is a DTensor placed like it.
+    A collective call: the shards' sizes are exchanged, without making the host wait for a GPU.
+    Raises ValueError naming the argument for another kind of group, another placement or mesh, a wrong shape or dtype.
+    """
+    group = _group_of(vocab_parallel)
+    weight = _local("weight", weight, group)
+    bias = None if bias is None else _local("bias", bias, group)
+    _check_shard(hidden, weight, bias)
+    return Shard(weight, bias, group.group_name, shard_place(weight.detach(), group.group_name))
+
+
+def _group_of(vocab_parallel: Any) -> ProcessGroup:
+    if isinstance(vocab_parallel, ProcessGroup):
+        return vocab_parallel
+    if type(vocab_parallel).__name__ != "DeviceMesh" or vocab_parallel.ndim != 1:
+        raise ValueError(
+            "vocab_parallel: expected a torch.distributed ProcessGroup this rank is in or a 1-D DeviceMesh, got "
+            f"{type(vocab_parallel).__name__} {vocab_parallel!r}"
+        )
+    return vocab_parallel.get_group()  # type: ignore[no-any-return]
+
+
+def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name}: expected a local shard or a DTensor Shard(0), got {checks.describe(value)}"
+        )
+    if type(value).__name__ != "DTensor":
+        return value
+    mesh, placements = value.device_mesh, value.placements  # type: ignore[attr-defined]
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"{name}: expected a DTensor Shard(0) on a 1-D mesh, got {placements} on a {mesh.ndim}-D mesh"
+        )
+    if mesh.get_group().group_name != group.group_name and (
+        dist.get_process_group_ranks(mesh.get_group()) != dist.get_process_group_ranks(group)
+    ):
+        raise ValueError(f"{name}: expected a DTensor on the ranks of vocab_parallel, got one on {mesh}")
+    return value.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def _check_shard(hidden: object, weight: Tensor, bias: Tensor | None) -> None:
+    """As ``checks.check_head``, but a shard may be empty."""
+    if not isinstance(hidden, Tensor) or hidden.ndim != 2 or type(hidden).__name__ == "DTensor":
+        raise ValueError(f"hidden: expected a local floating tensor [N, D], got {checks.describe(hidden)}")
+    if hidden.dtype not in checks.FLOAT_DTYPES or hidden.shape[1] < 1:
+        raise ValueError(
+            f"hidden: expected float32, float16, bfloat16 or float64 [N, D], got {checks.describe(hidden)}"
+        )
+    num_columns = weight.shape[0] if weight.ndim == 2 else -1
+    checks.check_tensor("weight", weight, {"V_r": num_columns, "D": hidden.shape[1]}, (hidden.dtype,))
+    if bias is not None:
+        checks.check_tensor("bias", bias, {"V_r": num_columns}, (hidden.dtype,))
+    checks.check_devices(hidden.device, weight=weight, bias=bias)
+
+
+def check_target(target: object, num_rows: int, ignore_index: int, shard: Shard) -> None:
+    """target [N] int64, each in [0, V) of the whole vocabulary or equal to ``ignore_index``."""
+    checks.check_tensor("target", target, {"N": num_rows}, (torch.int64,))
+    assert isinstance(target, Tensor)
+    checks.check_devices(shard.weight.device, target=target)
+    ok = ((target >= 0) & (target < shard.place[1])) | (target == ignore_index)
+    expected = f"class indices in [0, V), V that of all shards, or ignore_index={ignore_index}"
+    checks._check_values("target", ok, expected, lambda: f"{target[~ok][0].item()} with V={shard.place[1]}")
+
+
+def check_implementation(impl: str, schedule: str | None) -> None:
+    """Only what can take the log-sum-exp of other shards: not the reference, nor gradients made in the forward."""
+    if impl == "reference":
+        raise ValueError(f"impl: expected 'chunked' or 'fused' with vocab_parallel, got {impl!r}")
+    if schedule == "stored":
+        raise ValueError("schedule: expected 'recompute' or None with vocab_parallel, got 'stored'")
+
+
+def gather(local: Tensor, group: ProcessGroup) -> Tensor:
+    """The group's tensors [...] of one shape as [R, ...], by rank."""
+    gathered = local.new_empty(dist.get_world_size(group), *local.shape)
+    dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
+    return gathered
+
+
+@torch.library.custom_op("sftmix_kernels::shard_place", mutates_args=())
+def shard_place(weight: Tensor, group_name: str) -> Tensor:
+    """[first column of this shard, V], int64 on weight's device."""
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    size = torch.full((1,), weight.shape[0], dtype=torch.int64, device=weight.device)
+    sizes = gather(size, group)[:, 0]
+    return torch.stack([sizes[: dist.get_rank(group)].sum(), sizes.sum()])
+
+
+@shard_place.register_fake
+def _(weight: Tensor, group_name: str) -> Tensor:
+    return weight.new_empty(2, dtype=torch.int64)

@@ -1,0 +1,188 @@
+"""The output layer spread over 2 and 4 gloo processes gives what one process gives."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sftmix_kernels import sftmix_loss
+from tests import parity
+
+from .vocab_parallel_ranks import DTYPES, OPTIONS, SIZES, V, columns, make
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = [(world, name) for world, sizes in SIZES.items() for name in sizes]
+Results = dict[int, list[Any]]
+
+
+def launch(folder: Path, world: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    found = subprocess.run(
+        [*command, "-m", "tests.kernels.vocab_parallel_ranks", str(folder)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Each rank's results by world size, made once even when pytest itself runs in several processes."""
+    folder = tmp_path_factory.getbasetemp() / "vocab_parallel"
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "vocab_parallel"
+    done = folder.with_suffix(".done")
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not done.exists():
+            time.sleep(0.1)
+    else:
+        try:
+            for world in SIZES:
+                (folder / str(world)).mkdir()
+                launch(folder / str(world), world)
+        finally:
+            done.touch()
+    files = {world: [folder / str(world) / f"rank{rank}.pt" for rank in range(world)] for world in SIZES}
+    assert all(path.is_file() for paths in files.values() for path in paths), (
+        "see the test that ran the ranks"
+    )
+    return {world: [torch.load(path) for path in paths] for world, paths in files.items()}
+
+
+def joined(results: list[Any], key: Any) -> dict[str, Tensor]:
+    """Rank 0's values with the shards' gradients put together; every rank must hold the same bits of the rest."""
+    found = dict(results[0][key])
+    for name in found:
+        parts = [result[key][name] for result in results]
+        if name in ("dweight", "dbias"):
+            found[name] = torch.cat(parts)
+        else:
+            assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
+    return found
+
+
+def assert_same(found: dict[str, Tensor], case: parity.Case) -> None:
+    """Within the numerical contract, like every implementation."""
+    truth = parity.run(case, impl="reference", dtype=torch.float64)
+    same_dtype = parity.run(case, impl="reference")
+    assert found.keys() == truth.keys()
+    assert torch.equal(found["is_top1"], same_dtype["is_top1"])
+    same_dtype["loss"] = truth["loss"] + parity.expected_loss_error(same_dtype, truth)
+    for name in found.keys() - {"is_top1"}:
+        assert found[name].dtype == same_dtype[name].dtype or name == "loss"
+        parity.assert_within_contract(name, found[name], same_dtype[name], truth[name])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("world, name", CASES)
+def test_value_statistics_and_gradients_are_those_of_one_process(
+    ranks: Results, world: int, name: str, options: str
+) -> None:
+    """Uneven and empty shards, pairs and unpaired rows, ignored members, targets on the borders of shards."""
+    sizes = SIZES[world][name]
+    for rank, result in enumerate(ranks[world]):
+        assert result[name, options]["dweight"].shape == (sizes[rank], 6)
+    assert_same(joined(ranks[world], (name, options)), make(options))
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(ranks: Results, world: int, dtype: str) -> None:
+    found, case = joined(ranks[world], dtype), make("everything", dtype)
+    if dtype != "float64":
+        return assert_same(found, case)
+    for name, value in parity.run(
+        case, impl="reference"
+    ).items():  # the truth itself, but for its own roundings
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_plain_next_token_rows(ranks: Results, world: int) -> None:
+    assert_same(joined(ranks[world], "no pairs"), make("plain", num_pairs=0))
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_fused_kernels_serve_a_shard(ranks: Results, world: int) -> None:
+    """A target of another shard leaves the row its softmax part: kernels and carries know nothing of the label."""
+    pytest.importorskip("triton")
+    assert_same(joined(ranks[world], "fused"), make("everything"))
+
+
+@pytest.mark.parametrize("world, name", CASES)
+def test_two_runs_are_bitwise_equal(ranks: Results, world: int, name: str) -> None:
+    for result in ranks[world]:
+        for key, value in result[name, "everything"].items():
+            assert torch.equal(value, result[name, "again"][key]), key
+
+
+def test_apple_59_a_sentinel_matches_no_column_of_another_shard(ranks: Results) -> None:
+    """A row whose target is elsewhere gives a shard p > 0 at every column, the last and the first ones too."""
+    case, sizes = make("plain"), SIZES[2]["uneven"]
+    truth = parity.run(case, impl="reference")["dweight"]
+    for rank, result in enumerate(ranks[2]):
+        found = result["uneven", "plain"]["dweight"]
+        torch.testing.assert_close(found[[0, -1]], truth[columns(sizes, rank)][[0, -1]], rtol=1e-5, atol=1e-6)
+
+
+def test_dtensor_parameters_of_a_loss_head_get_dtensor_gradients(ranks: Results) -> None:
+    first, second = (result["dtensors"] for result in ranks[2])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(first, make("everything"))
+
+
+def test_it_compiles_whole_and_gives_the_same_bits(ranks: Results) -> None:
+    for result in ranks[2]:
+        value, *rest = result["compiled"]
+        half = (len(rest) - 1) // 2
+        expected, *gradients = rest[half:]
+        assert torch.equal(value, expected)
+        assert all(torch.equal(a, b) for a, b in zip(rest[:half], gradients, strict=True))
+
+
+def test_low_rank_factors_are_trained_on_a_sharded_head(ranks: Results) -> None:
+    case = make("plain")
+    torch.manual_seed(0)
+    leaves = [t.requires_grad_() for t in (case.hidden.clone(), torch.randn(2, 6), torch.randn(V, 2))]
+    hidden, down, up = leaves
+    loss = sftmix_loss(hidden, case.weight + 0.5 * up @ down, case.target, case.lam, impl="reference").loss
+    expected = torch.autograd.grad(loss, leaves)
+    found = [result["low rank"] for result in ranks[2]]
+    torch.testing.assert_close(found[0]["loss"], loss.detach())
+    for result in found:
+        torch.testing.assert_close(result["hidden"], expected[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["down"], expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([f["up"] for f in found]), expected[2], rtol=1e-4, atol=1e-6)
+
+
+REFUSED = {
+    "no argument": "ValueError: weight: expected a local tensor; under FSDP2 .* LossHead.forward, got a DTensor",
+    "replicated": r"ValueError: weight: expected a DTensor Shard\(0\) on a 1-D mesh, got \(Replicate\(\),\)",
+    "by width": r"ValueError: weight: expected a DTensor Shard\(0\) on a 1-D mesh, got \(Shard\(dim=1\),\)",
+    "partial": r"ValueError: weight: expected a DTensor Shard\(0\) on a 1-D mesh, got \(Partial",
+    "weight on a 2-D mesh": "ValueError: weight: .* on a 2-D mesh",
+    "2-D mesh": "ValueError: vocab_parallel: expected a torch.distributed ProcessGroup .* or a 1-D DeviceMesh",
+    "not a group": "ValueError: vocab_parallel: expected .*, got str 'world'",
+    "other ranks": "ValueError: weight: expected a DTensor on the ranks of vocab_parallel",
+    "target too large": r"ValueError: target: expected class indices in \[0, V\).*, got 37 with V=37",
+    "target negative": r"ValueError: target: expected class indices in \[0, V\).*, got -1 with V=37",
+    "another dtype": r"ValueError: weight: expected float32 \[V_r=.*, D=6\], got float16",
+    "reference": "ValueError: impl: expected 'chunked' or 'fused' with vocab_parallel, got 'reference'",
+    "double backward": "RuntimeError: sftmix_loss: double backward is not supported",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(ranks: Results, name: str) -> None:
+    for result in ranks[2]:
+        assert re.match(REFUSED[name], result["refusals"][name]), result["refusals"][name]

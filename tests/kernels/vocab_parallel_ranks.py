@@ -1,0 +1,192 @@
+"""What test_vocab_parallel runs under torchrun: every case on 2 or 4 gloo processes, each rank's results in a file."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from sftmix_kernels import LossHead, sftmix_loss
+from tests.parity import Case, make_case
+
+V = 37
+# Rows of the weight on each rank: uneven, with an empty one, with one column alone, all on the last.
+SIZES: dict[int, dict[str, tuple[int, ...]]] = {
+    2: {"uneven": (26, 11), "first empty": (0, 37), "last empty": (37, 0), "one column": (1, 36)},
+    4: {"uneven": (5, 20, 1, 11), "two empty": (0, 17, 0, 20), "even": (10, 9, 9, 9)},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cap, scale, bias": {"softcap": 4.0, "logit_scale": 0.7, "bias": True},
+    "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 0.01},
+    "everything": {"label_smoothing": 0.2, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 1.3, "bias": True},
+}
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+def make(options: str, dtype: str = "float32", *, num_pairs: int = 5) -> Case:
+    """14 rows: pairs, unpaired rows, ignored members of a pair and of the rest; targets on the shards' borders."""
+    found: dict[str, Any] = {
+        "num_pairs": num_pairs,
+        "dtype": getattr(torch, dtype),
+        "ignored": (1, 8, 13),
+        "upstream": 3.0,
+    }
+    case = make_case(14, V, 6, **found, **OPTIONS[options])
+    borders = torch.tensor([0, V - 1, 25, 26, 0, 36, 5, 25, 24, 4])
+    case.target[:10] = torch.where(case.target[:10] >= 0, borders, -100)
+    if num_pairs:
+        case.target[num_pairs + 2] = case.target[2]  # a pair with one label
+    return case
+
+
+def columns(sizes: tuple[int, ...], rank: int) -> slice:
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+def run_shard(case: Case, sizes: tuple[int, ...], impl: str | None = None) -> dict[str, Tensor]:
+    """This rank's call: value, statistics and gradients of its own shard."""
+    mine = columns(sizes, dist.get_rank())
+    hidden = case.hidden.clone().requires_grad_()
+    weight = case.weight[mine].clone().requires_grad_()
+    bias = None if case.bias is None else case.bias[mine].clone().requires_grad_()
+    out = sftmix_loss(
+        hidden, weight, case.target, case.lam, bias=bias, impl=impl, vocab_parallel=dist.group.WORLD,
+        scratch_bytes=1 << 11, **case.options,
+    )  # fmt: skip
+    out.loss.backward(torch.full_like(out.loss, case.upstream))
+    result = {**out._asdict(), "dhidden": hidden.grad, "dweight": weight.grad}
+    if bias is not None:
+        result["dbias"] = bias.grad
+    return {name: value.detach() for name, value in result.items()}
+
+
+def dtensors(mesh: DeviceMesh) -> dict[str, Any]:
+    """A head of DTensors, evenly sharded, and its gradients' placements; the same without a mesh is refused."""
+    case = make("everything")
+    hidden = case.hidden.clone().requires_grad_()
+    head: Any = LossHead(6, V, bias=True, softcap=5.0, logit_scale=1.3)
+    assert case.bias is not None
+    for name, value in (("weight", case.weight), ("bias", case.bias)):
+        setattr(head, name, torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])))
+    options = {"label_smoothing": 0.2, "z_loss": 0.02}
+    out: Any = head(hidden, case.target, case.lam, vocab_parallel=mesh, **options)
+    out.loss.backward(torch.full_like(out.loss, case.upstream))
+    grads = (head.weight.grad, head.bias.grad)
+    assert all(isinstance(g, DTensor) and g.placements == (Shard(0),) for g in grads)
+    assert head.weight.grad.to_local().shape == head.weight.to_local().shape
+    found = {**out._asdict(), "dhidden": hidden.grad}
+    found |= {"dweight": grads[0].full_tensor(), "dbias": grads[1].full_tensor()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def refusals(mesh: DeviceMesh) -> dict[str, str]:
+    """The message of every call that must fail; all ranks fail alike, so none is left waiting."""
+    case = make("plain")
+    mine = columns(SIZES[2]["uneven"], dist.get_rank())
+    square = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    alone = dist.new_subgroups(1)[0]
+
+    def call(weight: Any = None, group: Any = mesh, target: Tensor = case.target, **options: Any) -> Any:
+        weight = case.weight[mine] if weight is None else weight
+        return lambda: sftmix_loss(case.hidden, weight, target, case.lam, vocab_parallel=group, **options)
+
+    def second_backward() -> None:
+        hidden = case.hidden.clone().requires_grad_()
+        loss = sftmix_loss(hidden, case.weight[mine], case.target, case.lam, vocab_parallel=mesh).loss
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        gradient.sum().backward()
+
+    sharded = distribute_tensor(case.weight, mesh, [Shard(0)])
+    partial = DTensor.from_local(case.weight, mesh, [Partial()])
+    calls = {
+        "no argument": call(sharded, None),
+        "replicated": call(distribute_tensor(case.weight, mesh, [Replicate()])),
+        "by width": call(distribute_tensor(case.weight, mesh, [Shard(1)])),
+        "partial": call(partial),
+        "weight on a 2-D mesh": call(distribute_tensor(case.weight, square, [Replicate(), Shard(0)])),
+        "2-D mesh": call(group=square),
+        "not a group": call(group="world"),
+        "other ranks": call(sharded, alone),
+        "target too large": call(target=torch.where(case.target == 0, V, case.target)),
+        "target negative": call(target=torch.where(case.target == 0, -1, case.target)),
+        "another dtype": call(case.weight[mine].half()),
+        "reference": call(impl="reference"),
+        "double backward": second_backward,
+    }
+    return {name: message(function) for name, function in calls.items()}
+
+
+def compiled(sizes: tuple[int, ...]) -> list[Tensor]:
+    """Loss and gradients of the compiled call."""
+    case, mine = make("everything"), columns(sizes, dist.get_rank())
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine])]
+    group = dist.group.WORLD
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return sftmix_loss(hidden, weight, case.target, case.lam, vocab_parallel=group, softcap=5.0).loss
+
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    expected = loss(*leaves)
+    return [value, *torch.autograd.grad(value, leaves), expected, *torch.autograd.grad(expected, leaves)]
+
+
+def low_rank(sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Loss and gradients with a low-rank adapter whose B is sharded like the weight."""
+    case, mine = make("plain"), columns(sizes, dist.get_rank())
+    leaves = {"hidden": case.hidden, "down": torch.randn(2, 6), "up": torch.randn(V, 2)[mine]}
+    leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    loss = sftmix_loss(
+        leaves["hidden"], case.weight[mine], case.target, case.lam, vocab_parallel=dist.group.WORLD,
+        lora=(leaves["down"], leaves["up"], 0.5),
+    ).loss  # fmt: skip
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    world, rank = dist.get_world_size(), dist.get_rank()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    results: dict[Any, Any] = {}
+    for name, sizes in SIZES[world].items():
+        for options in OPTIONS:
+            results[name, options] = run_shard(make(options), sizes)
+        results[name, "again"] = run_shard(make("everything"), sizes)
+    for dtype in DTYPES:
+        results[dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"])
+    results["no pairs"] = run_shard(make("plain", num_pairs=0), SIZES[world]["uneven"])
+    results["fused"] = run_shard(make("everything"), SIZES[world]["uneven"], "fused")
+    if world == 2:
+        mesh = init_device_mesh("cpu", (2,))
+        results["dtensors"] = dtensors(mesh)
+        results["refusals"] = refusals(mesh)
+        results["compiled"] = compiled(SIZES[2]["uneven"])
+        torch.manual_seed(0)
+        results["low rank"] = low_rank(SIZES[2]["uneven"])
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
