@@ -12,9 +12,8 @@ from sftmix_kernels import SFTMixLoss, sftmix_loss
 
 MIXUP_WEIGHT = 0.2
 BATCH_LAM = 0.375
-# Largest relative error of the loss, and of the gradients (as norms), of a provider that is timed. One bfloat16
-# rounding is 7.8e-3, and torch's linear_cross_entropy returns its loss in the dtype of its inputs.
-TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (8e-3, 3e-2), "float16": (1e-3, 1e-2)}
+# Largest relative error of the loss, and of the gradients (as norms), of a provider that is timed.
+TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (3e-3, 3e-2), "float16": (1e-3, 1e-2)}
 _REFERENCE_PAIRS = 512
 _SAMPLE_PAIRS = 32
 
