@@ -122,6 +122,27 @@ def check_weights(name: str, value: object, shape: dict[str, int]) -> None:
     check_no_grad(**{name: value})
 
 
+def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype, **absent: object) -> None:
+    """main_grad [V, D] of the dtype of sums, its own memory, for a weight that is trained; nothing of ``absent``."""
+    if main_grad is None:
+        return
+    for name, value in absent.items():
+        if value is not None:
+            _fail("main_grad", f"None beside {name}", main_grad)
+    if type(main_grad).__name__ == "DTensor":
+        _fail("main_grad", "a local tensor; FSDP2 owns its gradients", "a DTensor")
+    check_tensor("main_grad", main_grad, {"V": weight.shape[0], "D": weight.shape[1]}, (dtype,))
+    assert isinstance(main_grad, Tensor)
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(main_grad.stride(), main_grad.shape, strict=True)
+    ):
+        _fail("main_grad", "memory of its own for every element", f"strides {list(main_grad.stride())}")
+    check_devices(weight.device, main_grad=main_grad)
+    check_no_grad(main_grad=main_grad)
+    if not weight.requires_grad:
+        _fail("main_grad", "None beside a weight that requires no gradient", main_grad)
+
+
 def check_share(name: str, value: object) -> None:
     """label_smoothing: a Python number in [0, 1)."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)) or not 0 <= value < 1:

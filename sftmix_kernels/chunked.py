@@ -15,7 +15,6 @@ or of an earlier forward) replace the chunk's own; then a target of -1 means tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .reference import sum_dtype
 from .rows import (
+    Given,
     Head,
     Pairs,
     RowSums,
@@ -34,10 +34,10 @@ from .rows import (
     finish_logits_,
     next_token_gradient_,
     own_label,
+    unit_scale,
     write_label_,
 )  # fmt: skip
-
-DEFAULT_SCRATCH_BYTES = 64 * 2**20
+from .scratch import Sizes, blocks, choose_sizes
 
 
 class Needs(NamedTuple):
@@ -68,22 +68,11 @@ class ChunkedResult(NamedTuple):
     max_logit: Tensor  # (N,)
     target_logit: Tensor  # (N,) 0 where the target is -1
     mean_logit: Tensor  # (N,) over these columns; (0,) without label smoothing
+    low: Tensor  # (N,) what rounding took from lse; this and low_x (0,) by the stored schedule
     lse_x: Tensor  # (M,)
+    low_x: Tensor  # (M,)
     target_logit_xc: Tensor  # (M,) mixed logit at the confident target, 0 where that is -1
     target_logit_xu: Tensor  # (M,)
-
-
-def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int) -> int:
-    """Groups (rows, or pairs) per chunk: as many as fit, at most half of all (no chunk is everything), chunks alike."""
-    most = max(1, min(scratch_bytes // max(group_bytes, 1), (num_groups + 1) // 2))
-    num_chunks = -(-num_groups // most)
-    return -(-num_groups // num_chunks)
-
-
-def unit_scale(row_coef: Tensor, pair_coef: Tensor) -> Tensor:
-    """The largest magnitude among the coefficients, 1 if all are zero; 0-d, without a host read."""
-    largest = torch.cat([row_coef.abs(), pair_coef.abs(), row_coef.new_zeros(1)]).max()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def _affine(head: Head, hidden: Tensor, out: Tensor) -> None:
@@ -95,23 +84,35 @@ def _affine(head: Head, hidden: Tensor, out: Tensor) -> None:
 
 
 class _Chunks:
-    """The loop's state: inputs, outputs and the buffers that every chunk reuses."""
+    """The loop's state: inputs, outputs and the buffers that every chunk reuses.
 
-    def __init__(self, head: Head, hidden: Tensor, target: Tensor, needs: Needs, num_pairs: int) -> None:
+    The buffers are made once, because memory that comes and goes with every block costs a CPU more than its arithmetic.
+    """
+
+    def __init__(
+        self, head: Head, hidden: Tensor, target: Tensor, needs: Needs, num_pairs: int, sizes: Sizes,
+        main_grad: Tensor | None,
+    ) -> None:  # fmt: skip
         num_rows, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
         self.head, self.hidden, self.target, self.needs, self.dtype = head, hidden, target, needs, dtype
+        self.sizes, self.is_written = sizes, main_grad is not None
+        self.product_scale: Tensor | None = None  # what a 16-bit dweight product is multiplied by
+        self.stored = hidden.new_empty(sizes.stored, head.weight.shape[0])
+        self.wide = hidden.new_empty(sizes.wide, head.weight.shape[0], dtype=dtype)
 
         def new(size: int) -> Tensor:
             return torch.empty(size, dtype=dtype, device=hidden.device)
 
-        self.nll, self.lse, self.max_logit, self.target_logit = (new(num_rows) for _ in range(4))
+        self.nll, self.lse, self.low, self.max_logit, self.target_logit = (new(num_rows) for _ in range(5))
         self.entropy = new(num_rows if needs.entropy else 0)
         self.mean_logit = new(num_rows if head.label_smoothing else 0)
-        self.mixup_nll, self.lse_x, self.at_xc, self.at_xu = (new(num_pairs) for _ in range(4))
+        self.mixup_nll, self.lse_x, self.low_x, self.at_xc, self.at_xu = (new(num_pairs) for _ in range(5))
         vocab_size, width = head.weight.shape
         self.dhidden = hidden.new_empty((num_rows, width) if needs.dhidden else (0,))
-        shape = (vocab_size, width) if needs.dweight else (0,)
-        self.dweight = torch.zeros(shape, dtype=dtype, device=hidden.device)
+        shape = (vocab_size, width) if needs.dweight and main_grad is None else (0,)
+        self.dweight = (
+            torch.empty(shape, dtype=dtype, device=hidden.device) if main_grad is None else main_grad
+        )
         self.dbias = torch.zeros(vocab_size if needs.dbias else 0, dtype=dtype, device=hidden.device)
 
     def before_softmax(self, rows: slice, logits: Tensor) -> None:
@@ -124,7 +125,7 @@ class _Chunks:
     def write_stats(self, rows: slice, target_logit: Tensor, row_max: Tensor, sums: RowSums) -> None:
         valid, zero = self.target[rows] >= 0, torch.zeros_like(row_max)
         self.nll[rows] = torch.where(valid, -sums.logprob(target_logit), zero)
-        self.lse[rows], self.max_logit[rows] = sums.lse, row_max
+        self.lse[rows], self.low[rows], self.max_logit[rows] = sums.lse, sums.low, row_max
         self.target_logit[rows] = torch.where(valid, target_logit, zero)
 
     def products(self, hidden: Tensor, gradient: Tensor, parts: list[slice]) -> None:
@@ -137,14 +138,31 @@ class _Chunks:
                 stop = start + rows.stop - rows.start
                 self.dhidden[rows] = product[start:stop]
                 start = stop
-        if self.needs.dweight and hidden.dtype == self.dtype:
-            self.dweight.addmm_(gradient.t(), hidden)
-        elif self.needs.dweight:
-            self.dweight += torch.mm(gradient.t(), hidden)
+        if self.needs.dweight:
+            self.add_to_dweight(hidden, gradient)
 
-    def open_block(self, stored: Tensor) -> Tensor:
-        """The block's logits in the dtype of sums: ``stored`` itself, or an upcast copy."""
-        return stored.to(self.dtype)
+    def add_to_dweight(self, hidden: Tensor, gradient: Tensor) -> None:
+        """dweight += G^T hidden; the first chunk writes it. 16-bit products are rounded, then summed in float32."""
+        written, self.is_written = self.is_written, True
+        if hidden.dtype == self.dtype:
+            torch.addmm(self.dweight, gradient.t(), hidden, beta=1 if written else 0, out=self.dweight)
+            return
+        # In slices of the vocabulary, so that no second [V, D] is made.
+        for columns in blocks(0, gradient.shape[1], PRODUCT_COLUMNS):
+            product = torch.mm(gradient[:, columns].t(), hidden)
+            if not written:
+                self.dweight[columns] = product
+            elif self.product_scale is None:
+                self.dweight[columns] += product
+            else:
+                self.dweight[columns] += product.to(self.dtype).mul_(self.product_scale)
+
+    def open_block(self, stored: Tensor, slot: int) -> Tensor:
+        """The block's logits in the dtype of sums: ``stored`` itself, or a copy in a slot of the wide buffer."""
+        if stored.dtype == self.dtype:
+            return stored
+        first = slot * stored.shape[0]
+        return self.wide[first : first + stored.shape[0]].copy_(stored)
 
     def close_block(self, stored: Tensor, gradient: Tensor) -> None:
         """Round the block's gradient to where its logits were; nothing to do when it is there."""
@@ -152,31 +170,28 @@ class _Chunks:
             stored.copy_(gradient)
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
+# Columns of a 16-bit product of dweight: wide enough for its speed.
+PRODUCT_COLUMNS = 4096
 
 
-def _single_chunk(
-    state: _Chunks, rows: slice, coef: Tensor, given: Tensor | None, buffer: Tensor, block: int
-) -> None:
+def _single_chunk(state: _Chunks, rows: slice, coef: Tensor, given: Given | None) -> None:
     """One chunk of unpaired rows (or of plain next-token loss): a product, blocks of rows, two products."""
-    hidden, logits = state.hidden[rows], buffer[: rows.stop - rows.start]
+    hidden, logits = state.hidden[rows], state.stored[: rows.stop - rows.start]
     _affine(state.head, hidden, logits)
-    for part in _blocks(rows.start, rows.stop, block):
+    for part in blocks(rows.start, rows.stop, state.sizes.block_singles):
         _single_rows(state, part, coef, given, logits[part.start - rows.start : part.stop - rows.start])
     if state.needs.gradient:
         state.products(hidden, logits, [rows])
 
 
-def _single_rows(state: _Chunks, rows: slice, coef: Tensor, given: Tensor | None, stored: Tensor) -> None:
+def _single_rows(state: _Chunks, rows: slice, coef: Tensor, given: Given | None, stored: Tensor) -> None:
     """Statistics of a block of rows and its gradient over its logits."""
     head, target = state.head, state.target[rows]
-    logits = finish_logits_(head, state.open_block(stored))
+    logits = finish_logits_(head, state.open_block(stored, 0))
     state.before_softmax(rows, logits)
     target_logit = at_column(logits, target)
     slope = cap_slope(head, logits) if head.softcap and state.needs.gradient else None
-    row_max, sums = exponentials_(logits, None if given is None else given[rows])
+    row_max, sums = exponentials_(logits, None if given is None else given.of_rows(rows))
     state.write_stats(rows, target_logit, row_max, sums)
     if not state.needs.gradient:
         return
@@ -191,14 +206,14 @@ def _single_rows(state: _Chunks, rows: slice, coef: Tensor, given: Tensor | None
 
 def _pair_chunk(
     state: _Chunks, pairs: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
-    given: tuple[Tensor, Tensor] | None, buffer: Tensor, block: int,
+    given: Given | None,
 ) -> None:  # fmt: skip
     """One chunk of pairs: a product for both members, blocks of pairs, two products."""
-    n, num_pairs = pairs.stop - pairs.start, lam.shape[0]
+    n, num_pairs, buffer = pairs.stop - pairs.start, lam.shape[0], state.stored
     partners = slice(num_pairs + pairs.start, num_pairs + pairs.stop)
     hidden = torch.cat([state.hidden[pairs], state.hidden[partners]])
     _affine(state.head, hidden, buffer[: 2 * n])
-    for part in _blocks(pairs.start, pairs.stop, block):
+    for part in blocks(pairs.start, pairs.stop, state.sizes.block):
         first, last = part.start - pairs.start, part.stop - pairs.start
         stored = (buffer[first:last], buffer[n + first : n + last])
         _pair_rows(state, part, lam, coefs, given, stored)
@@ -208,15 +223,16 @@ def _pair_chunk(
 
 def _pair_rows(
     state: _Chunks, pairs: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
-    given: tuple[Tensor, Tensor] | None, stored: tuple[Tensor, Tensor],
+    given: Given | None, stored: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Statistics of a block of pairs and their gradients over their logits."""
     head, num_pairs = state.head, lam.shape[0]
     sides = (pairs, slice(num_pairs + pairs.start, num_pairs + pairs.stop))
     target = (state.target[sides[0]], state.target[sides[1]])
     share = lam[pairs].to(state.dtype)
-    logits = (state.open_block(stored[0]), state.open_block(stored[1]))
-    mixed = finish_logits_(head, torch.lerp(logits[1], logits[0], share[:, None]))
+    logits = (state.open_block(stored[0], 0), state.open_block(stored[1], 1))
+    mixed = state.wide[-len(share) :]
+    finish_logits_(head, torch.lerp(logits[1], logits[0], share[:, None], out=mixed))
     for rows, part in zip(sides, logits, strict=True):
         state.before_softmax(rows, finish_logits_(head, part))
 
@@ -225,10 +241,10 @@ def _pair_rows(
     slopes = [cap_slope(head, t) for t in (*logits, mixed)] if capped else []
     sums = []
     for side, rows in enumerate(sides):
-        row_max, found = exponentials_(logits[side], None if given is None else given[0][rows])
+        row_max, found = exponentials_(logits[side], None if given is None else given.of_rows(rows))
         state.write_stats(rows, at_labels[side][side], row_max, found)
         sums.append(found)
-    _, sums_x = exponentials_(mixed, None if given is None else given[1][pairs])
+    _, sums_x = exponentials_(mixed, None if given is None else given.of_pairs(pairs))
     chunk = Pairs(target, (share, 1 - share), logits, mixed, at_labels, (sums[0], sums[1], sums_x))
     _write_mixture(state, pairs, chunk)
     if not state.needs.gradient:
@@ -247,6 +263,7 @@ def _pair_rows(
 
 def _write_mixture(state: _Chunks, pairs: slice, chunk: Pairs) -> None:
     logprob, lse_x = chunk.logprob_x(), chunk.sums[2].lse
+    state.low_x[pairs] = chunk.sums[2].low
     here, zero = (chunk.target[0] >= 0, chunk.target[1] >= 0), torch.zeros_like(lse_x)
     cross_entropy = -(chunk.share[0] * logprob[0] + chunk.share[1] * logprob[1])
     state.mixup_nll[pairs] = torch.where(here[0] & here[1], cross_entropy, zero)
@@ -265,35 +282,37 @@ def chunked_loss(
     pair_coef: Tensor,  # (M,)
     needs: Needs,
     scratch_bytes: int,
-    given: tuple[Tensor, Tensor] | None = None,  # lse (N,), lse_x (M,)
+    given: Given | None = None,
+    main_grad: Tensor | None = None,  # (V, D) float32
 ) -> ChunkedResult:
     """Statistics of every row and pair and, where ``needs`` asks, the gradients of the loss divided by ``scale``.
 
     The logits of one chunk, in hidden's dtype, and the float32 logits of the block of it that is being turned into
     gradients take at most ``scratch_bytes`` together (but a chunk has at least one row or pair; with a softcap a
-    block's slopes come on top). dweight [V, D] is float32.
+    block's slopes come on top). dweight [V, D] is float32; with ``main_grad`` it is added there, times ``scale``, and
+    none is made.
     """
-    num_rows, num_pairs, vocab_size = hidden.shape[0], lam.shape[0], head.weight.shape[0]
-    state = _Chunks(head, hidden, target, needs, num_pairs)
+    num_rows, num_pairs = hidden.shape[0], lam.shape[0]
+    sizes = choose_sizes(
+        num_rows, num_pairs, head.weight.shape[0], dtype=hidden.dtype, wide_dtype=sum_dtype(hidden.dtype),
+        device=hidden.device.type, scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+    state = _Chunks(head, hidden, target, needs, num_pairs, sizes, main_grad)
     row_coef, pair_coef = row_coef.to(state.dtype), pair_coef.to(state.dtype)
     scale = torch.ones((), dtype=state.dtype, device=hidden.device)
     if hidden.dtype != state.dtype:
         scale = unit_scale(row_coef, pair_coef)
         row_coef, pair_coef = row_coef / scale, pair_coef / scale
-    row_bytes, num_single = vocab_size * hidden.dtype.itemsize, num_rows - 2 * num_pairs
-    # A quarter is for a block's float32 logits; a float32 chunk is its own block but for the mixture.
-    wide_bytes, direct = vocab_size * state.dtype.itemsize, hidden.dtype == state.dtype
-    block = max(1, scratch_bytes // 4 // wide_bytes)
-    chunk_bytes = scratch_bytes - (block // 3 if direct else block) * wide_bytes
-    size_pairs = chunk_size(num_pairs, 2 * row_bytes, chunk_bytes) if num_pairs else 0
-    size_rows = chunk_size(num_single, row_bytes, chunk_bytes) if num_single else 0
-    buffer = hidden.new_empty(max(2 * size_pairs, size_rows), vocab_size)
-    for pairs in _blocks(0, num_pairs, max(size_pairs, 1)):
-        _pair_chunk(state, pairs, lam, (row_coef, pair_coef), given, buffer, max(1, block // 3))
-    for rows in _blocks(2 * num_pairs, num_rows, max(size_rows, 1)):
-        _single_chunk(state, rows, row_coef, None if given is None else given[0], buffer, block)
+        state.product_scale = None if main_grad is None else scale
+    for pairs in blocks(0, num_pairs, max(sizes.pairs, 1)):
+        _pair_chunk(state, pairs, lam, (row_coef, pair_coef), given)
+    for rows in blocks(2 * num_pairs, num_rows, max(sizes.singles, 1)):
+        _single_chunk(state, rows, row_coef, given)
+    if not state.is_written:
+        state.dweight.zero_()
     is_top1 = (target >= 0) & (state.target_logit >= state.max_logit)
     return ChunkedResult(
         state.nll, state.lse, is_top1, state.mixup_nll, state.entropy, scale, state.dhidden, state.dweight,
-        state.dbias, state.max_logit, state.target_logit, state.mean_logit, state.lse_x, state.at_xc, state.at_xu,
+        state.dbias, state.max_logit, state.target_logit, state.mean_logit, state.low, state.lse_x,
+        state.low_x, state.at_xc, state.at_xu,
     )  # fmt: skip

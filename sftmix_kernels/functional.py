@@ -1,78 +1,21 @@
-"""The public functions: check the arguments, choose the implementation, fold weights into coefficients."""
+"""The public functions: check the arguments, choose the implementation, reduce."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, fused_ops, ops, reference
+from . import main_grad as main_grads
+from .arguments import HeadOptions, check_rows, coefficients, needs_of, scratch_of
 from .autocast import follows_autocast
 from .choice import check_schedule, choose, why_not_fused
-from .chunked import DEFAULT_SCRATCH_BYTES
 from .lora_head import LoRA, with_lora
 from .reference import SFTMixLoss, TokenStats
 from .vocab_parallel import vocab_parallel_fwd
 from .vocab_shard import check_implementation, check_target, resolve_shard
-
-
-def _coefficients(weights: Tensor | None, valid: Tensor, denominator: float | Tensor | None) -> Tensor:
-    """weights / denominator at valid places and 0 elsewhere, whatever the denominator is where none is valid.
-
-    float64, because rounding 1/denominator to float32 would shift every term of the loss the same way.
-    """
-    count = valid.sum().clamp(min=1) if denominator is None else denominator
-    coef = (torch.ones_like(valid, dtype=torch.float64) if weights is None else weights.double()) / count
-    return torch.where(valid, coef, torch.zeros_like(coef))
-
-
-def _scratch(scratch_bytes: int | None, impl: str) -> int:
-    if scratch_bytes is None:
-        return DEFAULT_SCRATCH_BYTES if impl == "chunked" else 0
-    if type(scratch_bytes) is not int or scratch_bytes < 1:
-        raise ValueError(f"scratch_bytes: expected an int > 0 or None, got {scratch_bytes!r}")
-    return scratch_bytes
-
-
-class _HeadOptions(NamedTuple):
-    """Numbers that belong to the head and the next-token terms; the reference's keywords."""
-
-    softcap: float | None
-    logit_scale: float
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-
-    def check(self) -> None:
-        checks.check_number("logit_scale", self.logit_scale)
-        if self.softcap is not None:
-            checks.check_number("softcap", self.softcap)
-        checks.check_share("label_smoothing", self.label_smoothing)
-        checks.check_scalar("z_loss", self.z_loss, positive=False, tensors=False)
-
-    def as_list(self) -> list[float]:
-        """As the operators take them."""
-        return [float(value or 0.0) for value in self]
-
-
-def _check_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    options: _HeadOptions,
-) -> None:
-    checks.check_head(hidden, weight, bias)
-    checks.check_target(target, hidden.shape[0], weight.shape[0], ignore_index)
-    checks.check_devices(hidden.device, target=target)
-    options.check()
-
-
-def _needs(*inputs: Tensor | None) -> list[bool]:
-    """Which of hidden, weight and bias get a gradient from this call."""
-    grad = torch.is_grad_enabled()
-    return [grad and t is not None and t.requires_grad for t in inputs]
 
 
 @follows_autocast
@@ -95,6 +38,7 @@ def sftmix_loss(
     z_loss: float = 0.0,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
+    main_grad: Tensor | None = None,  # (V, D) float32
     impl: str | None = None,
     schedule: str | None = None,
     scratch_bytes: int | None = None,
@@ -125,6 +69,10 @@ def sftmix_loss(
         vocab_parallel: a ProcessGroup or a 1-D DeviceMesh over whose ranks the rows of ``weight`` (and ``bias``, and
             B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
             and the same rows. Every rank gets the same loss and the whole gradient of hidden (vocab_parallel.py).
+        main_grad: [V, D] float32 (float64 for float64 inputs): the gradient of weight is added here in the backward,
+            unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
+            then; "chunked" makes the logits again in the backward, 4 products instead of 3). Not beside lora or
+            vocab_parallel, and not under FSDP2, which owns its gradients (main_grad.py).
         impl: "reference", "chunked", "fused"; None takes "fused" on a GPU (where triton is
             installed and has the dtype, otherwise "chunked") and "chunked" on a CPU.
         schedule: how "fused" makes gradients: "recompute" (None) keeps no logits and makes them again in the backward,
@@ -143,10 +91,10 @@ def sftmix_loss(
 
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
-    options = _HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
     if vocab_parallel is None:
         shard = None
-        _check_rows(hidden, weight, target, bias, ignore_index, options)
+        check_rows(hidden, weight, target, bias, ignore_index, options)
     else:
         shard = resolve_shard(hidden, weight, bias, vocab_parallel)
         weight, bias = shard.weight, shard.bias
@@ -165,14 +113,19 @@ def sftmix_loss(
             checks.check_scalar(name, value, positive=True)
     impl = choose(impl, hidden, why_not_fused(hidden))
     check_schedule(schedule, impl)
+    checks.check_main_grad(
+        main_grad, weight, reference.sum_dtype(hidden.dtype), lora=lora, vocab_parallel=vocab_parallel
+    )
     if shard is not None:
         check_implementation(impl, schedule)
-    scratch = _scratch(scratch_bytes, impl)
+    scratch = scratch_of(scratch_bytes, impl)
 
     plain = not isinstance(mixup_weight, Tensor) and mixup_weight == 0
     if plain:
         lam, pair_weight = lam[:0], None
     if impl == "reference":
+        if main_grad is not None:
+            weight = main_grads.sending_gradient_to(weight, main_grad)
         result = reference.sftmix_loss(
             hidden, weight, target, lam, bias=bias, mixup_weight=mixup_weight, row_weight=row_weight,
             pair_weight=pair_weight, ntp_denominator=ntp_denominator, mixup_denominator=mixup_denominator,
@@ -181,13 +134,18 @@ def sftmix_loss(
     else:
         size = lam.shape[0]
         valid = target != ignore_index
-        row_coef = _coefficients(row_weight, valid, ntp_denominator)
+        row_coef = coefficients(row_weight, valid, ntp_denominator)
         pair_valid = valid[:size] & valid[size : 2 * size]
-        pair_coef = mixup_weight * _coefficients(pair_weight, pair_valid, mixup_denominator)
-        needs = _needs(hidden, weight, bias)
+        pair_coef = mixup_weight * coefficients(pair_weight, pair_valid, mixup_denominator)
+        needs = needs_of(hidden, weight, bias)
         stored = schedule == "stored" and any(needs)  # without gradients the forward needs no logits at all
         inputs = (torch.where(valid, target, -1), lam, row_coef, pair_coef)
-        if shard is None:
+        if main_grad is not None:
+            loss, *statistics, _ = main_grads.main_grad_loss(
+                hidden, weight, bias, *inputs, main_grad, options=options.as_list(), needs=needs,
+                scratch_bytes=scratch, fused=impl == "fused", stored=stored,
+            )  # fmt: skip
+        elif shard is None:
             op = ops.chunked_fwd if impl == "chunked" else ops.stored_fwd if stored else fused_ops.fused_fwd
             loss, *statistics = op(hidden, weight, bias, *inputs, options.as_list(), needs, scratch)[:5]
         else:
@@ -217,6 +175,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    main_grad: Tensor | None = None,  # (V, D) float32
     impl: str | None = None,
     schedule: str | None = None,
     scratch_bytes: int | None = None,
@@ -239,39 +198,51 @@ def linear_cross_entropy(
         "target", target, {f"N{i}": n for i, n in enumerate(hidden.shape[:-1])}, (torch.int64,)
     )
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    options = _HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
     if reduction == "none":
         if schedule == "stored":
             raise ValueError("schedule: expected 'recompute' or None with reduction='none', got 'stored'")
         terms = _row_losses(
-            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, impl=impl,
-            schedule=schedule, scratch_bytes=scratch_bytes,
+            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, main_grad=main_grad,
+            impl=impl, schedule=schedule, scratch_bytes=scratch_bytes,
         )  # fmt: skip
         return terms.reshape(target.shape)
     lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
     return sftmix_loss(
         rows, weight, targets, lam, bias=bias, ntp_denominator=1 if reduction == "sum" else None,
-        mixup_weight=0.0, ignore_index=ignore_index, impl=impl, schedule=schedule, scratch_bytes=scratch_bytes,
+        mixup_weight=0.0, ignore_index=ignore_index, main_grad=main_grad, impl=impl, schedule=schedule,
+        scratch_bytes=scratch_bytes,
         **options._asdict(),
     ).loss  # fmt: skip
 
 
 def _row_losses(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int,
-    options: _HeadOptions, impl: str | None, schedule: str | None, scratch_bytes: int | None,
+    options: HeadOptions, main_grad: Tensor | None, impl: str | None, schedule: str | None,
+    scratch_bytes: int | None,
 ) -> Tensor:  # fmt: skip
     """Each row's next-token term [N], 0 at ignored rows."""
-    _check_rows(hidden, weight, target, bias, ignore_index, options)
+    check_rows(hidden, weight, target, bias, ignore_index, options)
     impl = choose(impl, hidden, why_not_fused(hidden))
     check_schedule(schedule, impl)
-    scratch = _scratch(scratch_bytes, impl)
+    checks.check_main_grad(main_grad, weight, reference.sum_dtype(hidden.dtype))
+    scratch = scratch_of(scratch_bytes, impl)
     if impl == "reference":
+        if main_grad is not None:
+            weight = main_grads.sending_gradient_to(weight, main_grad)
         return reference.row_losses(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, **options._asdict()
         )
+    target, needs = torch.where(target != ignore_index, target, -1), needs_of(hidden, weight, bias)
+    if main_grad is not None:
+        none = torch.empty(0, dtype=torch.float32, device=hidden.device)
+        inputs = (target, none, (target >= 0).double(), none.double(), main_grad)
+        return main_grads.main_grad_loss(
+            hidden, weight, bias, *inputs, options=options.as_list(), needs=needs, scratch_bytes=scratch,
+            fused=impl == "fused", stored=False,
+        )[-1]  # fmt: skip
     op = ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
-    target = torch.where(target != ignore_index, target, -1)
-    return op(hidden, weight, bias, target, options.as_list(), _needs(hidden, weight, bias), scratch)[0]
+    return op(hidden, weight, bias, target, options.as_list(), needs, scratch)[0]
 
 
 @follows_autocast
@@ -295,12 +266,12 @@ def token_stats(
     Returns: TokenStats of [N] tensors, detached; log-probability 0 and no hit at ignored rows.
     Raises: ValueError naming the argument.
     """
-    options = _HeadOptions(softcap, logit_scale)
-    _check_rows(hidden, weight, target, bias, ignore_index, options)
+    options = HeadOptions(softcap, logit_scale)
+    check_rows(hidden, weight, target, bias, ignore_index, options)
     if lora is not None:
         hidden, weight = with_lora(hidden, weight, lora)
     impl = choose(impl, hidden, why_not_fused(hidden))
-    scratch = _scratch(scratch_bytes, impl)
+    scratch = scratch_of(scratch_bytes, impl)
     if impl == "reference":
         return reference.token_stats(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import Tensors, fake_gradients, fake_stats, refuse_double_backward, rows_setup, total_loss, wanted
+from .ops import (
+    Tensors,
+    fake_gradients,
+    fake_stats,
+    refuse_double_backward,
+    rows_setup,
+    total_loss,
+    wanted,
+)
 from .rows import head_of, row_term
 
 
@@ -32,17 +40,14 @@ def fused_fwd(
 
     No logits are in memory. ``needs`` and ``scratch_bytes`` serve the backward.
     """
-    stats, term = _fused_terms(hidden, weight, bias, target, lam, options)
-    num_pairs = lam.shape[0]
-    valid = (target[:num_pairs] >= 0) & (target[num_pairs : 2 * num_pairs] >= 0)
-    cross = lam * stats.nll_xc + (1 - lam) * stats.nll_xu
-    mixup_nll = torch.where(valid, cross, torch.zeros_like(cross))
+    stats, term = fused_terms(hidden, weight, bias, target, lam, options)
+    mixup_nll = stats.mixup_nll(target, lam)
     is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
     loss = total_loss(term, mixup_nll, row_coef, pair_coef)
     return loss, stats.nll, stats.lse, is_top1, mixup_nll, stats.row_carry, stats.pair_carry
 
 
-def _fused_terms(
+def fused_terms(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, options: list[float]
 ) -> tuple[Any, Tensor]:
     """FusedStats and each row's next-token term, 0 at ignored rows."""
@@ -101,6 +106,7 @@ fused_bwd.register_fake(fake_gradients)
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
     ctx.save_for_backward(*inputs[:7], *output[5:])
     ctx.extra = inputs[7:]
 
@@ -126,7 +132,7 @@ def fused_rows_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Each row's next-token term (0 at ignored rows) and row_carry [3, N] for the backward."""
     none = hidden.new_empty(0, dtype=torch.float32)
-    stats, term = _fused_terms(hidden, weight, bias, target, none, options)
+    stats, term = fused_terms(hidden, weight, bias, target, none, options)
     return term, stats.row_carry
 
 

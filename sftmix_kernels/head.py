@@ -71,7 +71,7 @@ class LossHead(nn.Linear):
         """Logits [..., V] without ``target``; with it SFTMixLoss, or TokenStats if ``stats``.
 
         ``options`` are those of :func:`sftmix_kernels.sftmix_loss`; without ``lam`` there are no pairs (M = 0).
-        Raises: ValueError from the loss, or for ``lam`` or ``stats`` without a target.
+        Raises: ValueError from the loss, for ``lam`` or ``stats`` without a target, for ``main_grad`` under FSDP2.
         """
         if target is None:
             if lam is not None or stats or options:
@@ -82,6 +82,9 @@ class LossHead(nn.Linear):
             if lam is not None:
                 raise ValueError("lam: expected None with stats=True, got a tensor")
             return token_stats(hidden, self.weight, target, **shared, **options)
+        # fully_shard marks the modules whose parameters it manages; it would not see what goes to main_grad.
+        if options.get("main_grad") is not None and getattr(self, "_is_fsdp_managed_module", False):
+            raise ValueError("main_grad: expected None under FSDP2, which owns its gradients, got a tensor")
         if lam is None:
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
         return sftmix_loss(hidden, self.weight, target, lam, **shared, **options)

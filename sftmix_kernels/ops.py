@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .chunked import ChunkedResult, Needs, chunked_loss
 from .reference import sum_dtype
-from .rows import Head, head_of, row_term
+from .rows import Given, Head, head_of, row_term
 
 Tensors = tuple[Tensor, ...]
 
@@ -53,7 +53,7 @@ def chunked_fwd(
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, lse, is_top1, mixup_nll, then scale and the gradients of loss / scale for the backward."""
-    return _with_gradients(
+    return with_gradients(
         chunked_loss, hidden, head_of(weight, bias, options), target, lam, row_coef=row_coef, pair_coef=pair_coef,
         needs=Needs(*needs), scratch_bytes=scratch_bytes,
     )  # fmt: skip
@@ -75,13 +75,13 @@ def stored_fwd(
     """:func:`chunked_fwd` with one Triton kernel a chunk; ``scratch_bytes`` 0 is its own default."""
     from .fused import stored_loss
 
-    return _with_gradients(
+    return with_gradients(
         stored_loss, hidden, head_of(weight, bias, options), target, lam, row_coef=row_coef, pair_coef=pair_coef,
         needs=Needs(*needs), scratch_bytes=scratch_bytes,
     )  # fmt: skip
 
 
-def _with_gradients(
+def with_gradients(
     run: Callable[..., ChunkedResult], hidden: Tensor, head: Head, target: Tensor, lam: Tensor, *,
     row_coef: Tensor, pair_coef: Tensor, needs: Needs, scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -103,9 +103,7 @@ def _with_gradients(
     return (loss, result.nll, result.lse, result.is_top1, result.mixup_nll, *gradients)
 
 
-@chunked_fwd.register_fake
-@stored_fwd.register_fake
-def _(
+def fake_with_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
 ) -> Tensors:
     need_dhidden, need_dweight, need_dbias = rest[3]
@@ -118,6 +116,10 @@ def _(
         new(weight.shape if need_dweight else (0,), dtype=dtype),
         new((weight.shape[0],) if need_dbias else (0,), dtype=dtype),
     )  # fmt: skip
+
+
+chunked_fwd.register_fake(fake_with_gradients)
+stored_fwd.register_fake(fake_with_gradients)
 
 
 @torch.library.custom_op("sftmix_kernels::chunked_bwd", mutates_args=())
@@ -137,11 +139,11 @@ def chunked_bwd(
         torch.empty_like(dbias, dtype=weight_dtype),
     )
     for gradient, output in zip((dhidden, dweight, dbias), outputs, strict=True):
-        _scale_into(gradient, factor, output)
+        scale_into(gradient, factor, output)
     return outputs
 
 
-def _scale_into(gradient: Tensor, factor: Tensor, output: Tensor) -> None:
+def scale_into(gradient: Tensor, factor: Tensor, output: Tensor) -> None:
     """output = gradient * factor in factor's dtype, in row blocks so that an upcast copy stays small."""
     if gradient.dtype == factor.dtype:
         torch.mul(gradient, factor, out=output)
@@ -161,6 +163,7 @@ def _(
 
 
 def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
     ctx.save_for_backward(*output[5:])
     ctx.needs, ctx.weight_dtype = inputs[8], inputs[1].dtype
 
@@ -186,17 +189,25 @@ stored_fwd.register_autograd(_chunked_autograd, setup_context=_chunked_setup)
 chunked_bwd.register_autograd(refuse_double_backward)
 
 
-def _row_stats(
-    hidden: Tensor, head: Head, target: Tensor, *, scratch_bytes: int, needs: Needs, row_coef: Tensor | None = None,
-    given: Tensor | None = None,
-) -> Any:  # fmt: skip
-    """:func:`chunked_loss` without pairs."""
-    none = hidden.new_empty(0, dtype=sum_dtype(hidden.dtype))
-    coef = none.new_zeros(hidden.shape[0]) if row_coef is None else row_coef
+def row_stats(
+    hidden: Tensor, head: Head, target: Tensor, *, scratch_bytes: int, needs: Needs, lam: Tensor | None = None,
+    row_coef: Tensor | None = None, pair_coef: Tensor | None = None, given: Given | None = None,
+    main_grad: Tensor | None = None,
+) -> ChunkedResult:  # fmt: skip
+    """:func:`chunked_loss`, by default without pairs and with coefficients of 0."""
+    shares = hidden.new_empty(0, dtype=torch.float32) if lam is None else lam
+    zeros = hidden.new_zeros(hidden.shape[0] + shares.shape[0], dtype=sum_dtype(hidden.dtype))
     return chunked_loss(
-        hidden, head, target, none, row_coef=coef, pair_coef=none, needs=needs, scratch_bytes=scratch_bytes,
-        given=None if given is None else (given, none),
+        hidden, head, target, shares, row_coef=zeros[: hidden.shape[0]] if row_coef is None else row_coef,
+        pair_coef=zeros[hidden.shape[0] :] if pair_coef is None else pair_coef, needs=needs,
+        scratch_bytes=scratch_bytes, given=given, main_grad=main_grad,
     )  # fmt: skip
+
+
+def valid_terms(head: Head, result: ChunkedResult, target: Tensor) -> Tensor:
+    """Each row's next-token term, 0 at ignored rows."""
+    term = row_term(head, result.nll, result.lse, result.mean_logit)
+    return torch.where(target >= 0, term, torch.zeros_like(term))
 
 
 @torch.library.custom_op("sftmix_kernels::chunked_rows_fwd", mutates_args=())
@@ -209,11 +220,10 @@ def chunked_rows_fwd(
     needs: list[bool],
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Each row's next-token term (0 at ignored rows) and log-sum-exp. ``needs`` serves the backward."""
+    """Each row's next-token term (0 at ignored rows); lse and what rounding took from it [2, N] for the backward."""
     head = head_of(weight, bias, options)
-    result = _row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs())
-    term = row_term(head, result.nll, result.lse, result.mean_logit)
-    return torch.where(target >= 0, term, torch.zeros_like(term)), result.lse
+    result = row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs())
+    return valid_terms(head, result, target), torch.stack([result.lse, result.low])
 
 
 @torch.library.custom_op("sftmix_kernels::chunked_rows_bwd", mutates_args=())
@@ -223,23 +233,24 @@ def chunked_rows_bwd(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
-    lse: Tensor,  # (N,)
+    row_carry: Tensor,  # (2, N)
     options: list[float],
     needs: list[bool],
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias from logits made again; empty where not needed."""
     coef = torch.where(target >= 0, grad_rows, torch.zeros_like(grad_rows))
-    result = _row_stats(
+    result = row_stats(
         hidden, head_of(weight, bias, options), target, scratch_bytes=scratch_bytes, needs=Needs(*needs),
-        row_coef=coef, given=lse,
+        row_coef=coef, given=Given(*row_carry, *row_carry[:, :0]),
     )  # fmt: skip
     one = torch.ones_like(result.scale)
     return chunked_bwd(one, result.scale, result.dhidden, result.dweight, result.dbias, weight.dtype)
 
 
 def _fake_rows(hidden: Tensor, *rest: Any) -> Tensors:
-    return fake_stats(hidden)[:2]
+    term = fake_stats(hidden)[0]
+    return term, term.new_empty(2, hidden.shape[0])
 
 
 def fake_gradients(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensors:
@@ -254,6 +265,7 @@ chunked_rows_bwd.register_fake(fake_gradients)
 
 
 def rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.extra = inputs[4:]
 
@@ -278,7 +290,7 @@ def chunked_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, lse, entropy and is_top1 of each row."""
     head = head_of(weight, bias, options)
-    result = _row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs(entropy=True))
+    result = row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs(entropy=True))
     return result.nll, result.lse, result.entropy, result.is_top1
 
 

@@ -35,6 +35,12 @@ def head_of(
     return Head(weight, bias, softcap, logit_scale, label_smoothing, z_loss, total_vocab)
 
 
+def unit_scale(row_coef: Tensor, pair_coef: Tensor) -> Tensor:
+    """The largest magnitude among the coefficients, 1 if all are zero; 0-d, without a host read."""
+    largest = torch.cat([row_coef.abs(), pair_coef.abs(), row_coef.new_zeros(1)]).max()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
 def label_residual(logprob: Tensor, mass: Tensor) -> Tensor:
     """p - mass at a column whose label mass is ``mass``, without cancellation where both are near 1."""
     return torch.where(mass >= 0.5, torch.expm1(logprob) + (1 - mass), torch.exp(logprob) - mass)
@@ -70,27 +76,49 @@ class RowSums(NamedTuple):
     """What ties a row's exponentials to its softmax: p = exp(z - shift) / exp(log_total)."""
 
     shift: Tensor  # [n] the row's largest logit, or the given log-sum-exp
-    log_total: Tensor  # [n] 0 where the log-sum-exp was given
+    log_total: Tensor  # [n] or what rounding took from the given one
 
     @property
     def lse(self) -> Tensor:
         return self.shift + self.log_total
+
+    @property
+    def low(self) -> Tensor:
+        """What rounding took from ``lse`` (Knuth's exact sum); 0 where that is not finite."""
+        lse = self.lse
+        shadow = lse - self.shift
+        low = (self.shift - (lse - shadow)) + (self.log_total - shadow)
+        return torch.where(lse.isfinite(), low, torch.zeros_like(low))
 
     def logprob(self, logit: Tensor) -> Tensor:
         """log p of a logit [n]; small differences first, so that it keeps its digits where p is near 1."""
         return (logit - self.shift) - self.log_total
 
 
-def exponentials_(logits: Tensor, given: Tensor | None) -> tuple[Tensor, RowSums]:
+class Given(NamedTuple):
+    """Log-sum-exps of all columns from an earlier pass, as float32 has them and what rounding took."""
+
+    lse: Tensor  # (N,)
+    low: Tensor  # (N,)
+    lse_x: Tensor  # (M,)
+    low_x: Tensor  # (M,)
+
+    def of_rows(self, rows: slice) -> RowSums:
+        return RowSums(self.lse[rows], self.low[rows])
+
+    def of_pairs(self, pairs: slice) -> RowSums:
+        return RowSums(self.lse_x[pairs], self.low_x[pairs])
+
+
+def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSums]:
     """exp(z - shift) in place; the row maximum and the sums.
 
     Not torch.softmax: on a CPU it sums a row in sequence, which at V = 49152 loses 6e-6 of the total on real text.
     """
     row_max = logits.amax(dim=1)
-    shift = row_max if given is None else given
+    shift = row_max if given is None else given.shift
     logits.sub_(shift[:, None]).exp_()
-    log_total = logits.sum(dim=1).log() if given is None else torch.zeros_like(shift)
-    return row_max, RowSums(shift, log_total)
+    return row_max, RowSums(shift, logits.sum(dim=1).log()) if given is None else given
 
 
 def entropy_of(logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from .chunked import Needs, chunked_loss
 from .ops import refuse_double_backward, total_loss, wanted
 from .reference import sum_dtype
-from .rows import Head, head_of, row_term
+from .rows import Given, Head, head_of, row_term
 from .vocab_shard import gather
 
 Tensors = tuple[Tensor, ...]
@@ -75,17 +75,8 @@ def _shard_stats(
         hidden, head, column, lam, row_coef=rows, pair_coef=pairs, needs=Needs(), scratch_bytes=scratch_bytes
     )
     mean_logit = c.mean_logit if head.label_smoothing else rows
-    return _Stats(
-        c.lse,
-        rows,
-        c.max_logit,
-        c.target_logit,
-        mean_logit,
-        c.lse_x,
-        pairs,
-        c.target_logit_xc,
-        c.target_logit_xu,
-    )
+    found = (c.lse, c.low, c.max_logit, c.target_logit, mean_logit, c.lse_x, c.low_x)
+    return _Stats(*found, c.target_logit_xc, c.target_logit_xu)
 
 
 def _log_sum(lse: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +201,7 @@ def _chunked_gradients(
     """dhidden in the sums' dtype, dweight and dbias in weight's."""
     result = chunked_loss(
         hidden, head, column, lam, row_coef=coefs[0], pair_coef=coefs[1], needs=needs, scratch_bytes=scratch_bytes,
-        given=(carries[0][0], carries[1][0]),
+        given=Given(carries[0][0], carries[0][1], carries[1][0], carries[1][1]),
     )  # fmt: skip
     dhidden = result.dhidden.to(result.scale.dtype) * result.scale
     weights = (g.mul_(result.scale).to(head.weight.dtype) for g in (result.dweight, result.dbias))
@@ -249,6 +240,7 @@ def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensors:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
     ctx.save_for_backward(*inputs[:8], *output[5:])
     ctx.extra = inputs[8:]
 

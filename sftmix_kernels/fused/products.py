@@ -16,9 +16,13 @@ def multiplies_into_float32(tensor: Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (float32) += left @ right, accumulated in float32 whatever the operands' dtype."""
-    if left.dtype == torch.float32:
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+    """total (float32) += left @ right * scale, accumulated in float32 whatever the operands' dtype."""
+    if scale is not None:
+        product = torch.empty(left.shape[0], right.shape[1], dtype=torch.float32, device=left.device)
+        write_product(product, left, right, scale)
+        total += product
+    elif left.dtype == torch.float32:
         total.addmm_(left, right)
     elif multiplies_into_float32(left):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

@@ -258,10 +258,13 @@ def fused_backward(
     need_dhidden: bool = True,
     need_dweight: bool = True,
     need_dbias: bool = False,
+    main_grad: Tensor | None = None,  # (V, D) float32
     scratch_bytes: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias in the dtypes of their primals, (0,) where not needed; no host synchronisation.
+
+    With ``main_grad`` dweight is added there, a slice at a time and unrounded, and none is made.
 
     The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
     (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
@@ -273,7 +276,7 @@ def fused_backward(
     _check_carries(hidden, lam, row_carry, pair_carry)
     gradients = (
         torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
+        weight.new_empty(weight.shape if need_dweight and main_grad is None else (0,)),
         weight.new_empty(weight.shape[:1] if need_dbias else (0,)),
     )
     if hidden.shape[0] == 0:
@@ -289,7 +292,14 @@ def fused_backward(
         for part in row_parts(hidden.shape[0], lam.shape[0])
     }
     with on_device(hidden):
-        _walk_slices(problem, terms, tiles, gradients, scratch_bytes=scratch_bytes)
+        _walk_slices(
+            problem,
+            terms,
+            tiles,
+            gradients,
+            main_grad=main_grad if need_dweight else None,
+            scratch_bytes=scratch_bytes,
+        )
     total, dweight, dbias = gradients
     return (total if terms.scale is None else total.mul_(terms.scale)).to(hidden.dtype), dweight, dbias
 
@@ -300,6 +310,7 @@ def _walk_slices(
     tiles: dict[RowPart, Tile],
     gradients: tuple[Tensor, Tensor, Tensor],  # (N, D) float32 zeros, (V, D), (V,); (0,) where not needed
     *,
+    main_grad: Tensor | None,
     scratch_bytes: int | None,
 ) -> None:
     """Fill the gradients slice by slice: the kernel writes dlogits, library products consume them."""
@@ -316,7 +327,9 @@ def _walk_slices(
             _recompute_slice(part_problem, terms, part, dlogits, first_column=start, tile=tile)
         if dhidden.numel():
             add_product(dhidden, dlogits, part_problem.weight)
-        if dweight.numel():
+        if main_grad is not None:
+            add_product(main_grad[columns], dlogits.T, problem.hidden, terms.scale)
+        elif dweight.numel():
             write_product(dweight[columns], dlogits.T, problem.hidden, terms.scale)
         if dbias.numel():
             sums = dlogits.sum(dim=0, dtype=torch.float32)

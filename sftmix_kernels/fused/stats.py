@@ -44,6 +44,13 @@ class FusedStats(NamedTuple):
         """Which sum beside l the kernels carry: 0 none, 1 what gives the entropy, 2 what gives the mean logit."""
         return 1 if self.entropy.numel() else 2 if self.mean_logit.numel() else 0
 
+    def mixup_nll(self, target: Tensor, lam: Tensor) -> Tensor:
+        """-lam log p_x[y_c] - (1 - lam) log p_x[y_u] of each mixture (M,), 0 where a member is ignored."""
+        num_pairs = lam.shape[0]
+        valid = (target[:num_pairs] >= 0) & (target[num_pairs : 2 * num_pairs] >= 0)
+        cross = lam * self.nll_xc + (1 - lam) * self.nll_xu
+        return torch.where(valid, cross, torch.zeros_like(cross))
+
 
 @triton.jit
 def fold(

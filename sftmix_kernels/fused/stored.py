@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import ChunkedResult, Needs, chunk_size, unit_scale
+from ..chunked import ChunkedResult, Needs, unit_scale
 from ..rows import Head
+from ..scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
 from .stats import fold
@@ -363,5 +364,6 @@ def stored_loss(
     is_top1 = (target >= 0) & (target_logit >= max_logit)
     return ChunkedResult(
         nll, lse, is_top1, mixup_nll, moment if loop.moment == 1 else none, scale, loop.dhidden, loop.dweight,
-        loop.dbias, max_logit, target_logit, moment if loop.moment == 2 else none, lse_x, at_xc, at_xu,
+        loop.dbias, max_logit, target_logit, moment if loop.moment == 2 else none, none, lse_x, none, at_xc,
+        at_xu,
     )  # fmt: skip

@@ -51,9 +51,10 @@ def test_opcheck_of_the_backwards_and_statistics() -> None:
     torch.library.opcheck(fused_ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
     for op in (ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
         torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, [False] * 3, 4096))
-    lse = torch.rand(20)
+    row_carry = torch.rand(2, 20)
     torch.library.opcheck(
-        ops.chunked_rows_bwd, (torch.rand(20), hidden, weight, bias, target, lse, OPTIONS, [True] * 3, 4096)
+        ops.chunked_rows_bwd,
+        (torch.rand(20), hidden, weight, bias, target, row_carry, OPTIONS, [True] * 3, 4096),
     )
     for op in (ops.chunked_stats, fused_ops.fused_stats):
         torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, 4096))

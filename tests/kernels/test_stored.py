@@ -102,6 +102,9 @@ def test_every_field_is_that_of_chunked(options: dict[str, float]) -> None:
     needs = Needs(True, True, True, entropy="label_smoothing" not in options)
     ours, theirs = call(case, needs, **options)
     for name, value in ours._asdict().items():
+        if name in ("low", "low_x"):  # for a backward that recomputes, which this schedule has not
+            assert value.numel() == 0
+            continue
         torch.testing.assert_close(value, getattr(theirs, name), rtol=2e-6, atol=3e-6, msg=name)
     assert ours.is_top1[4] and ours.nll[1] == 0
 

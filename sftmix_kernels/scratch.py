@@ -1,0 +1,65 @@
+"""How the portable loss cuts its rows: chunks for the products, and blocks of a chunk for everything else.
+
+A chunk's logits, in hidden's dtype, want to be many, so that the products run at full speed. What turns them into
+gradients passes over a block of them several times, so a block should stay in the processor's cache; it needs a buffer
+in the dtype of sums: for the mixture and, where hidden is 16-bit, for the wider copies of both members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+DEFAULT_SCRATCH_BYTES = 64 * 2**20
+# Stays in a CPU's caches. On other devices a block is a quarter of the scratch: fewer and larger launches.
+CACHE_BYTES = 8 * 2**20
+
+
+def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int) -> int:
+    """Groups (rows, or pairs) per chunk: as many as fit, at most half of all (no chunk is everything), chunks alike."""
+    most = max(1, min(scratch_bytes // max(group_bytes, 1), (num_groups + 1) // 2))
+    num_chunks = max(1, -(-num_groups // most))
+    return -(-num_groups // num_chunks)
+
+
+class Sizes(NamedTuple):
+    """Sizes of one call, in rows of V logits."""
+
+    pairs: int  # pairs of a chunk; 0 without pairs
+    singles: int  # unpaired rows of a chunk; 0 without them
+    block: int  # pairs of a block
+    block_singles: int  # unpaired rows of a block
+    wide: int  # rows of the buffer in the dtype of sums
+
+    @property
+    def stored(self) -> int:
+        """Rows of the buffer of logits."""
+        return max(2 * self.pairs, self.singles)
+
+
+def choose_sizes(
+    num_rows: int, num_pairs: int, vocab_size: int, *, dtype: torch.dtype, wide_dtype: torch.dtype, device: str,
+    scratch_bytes: int,
+) -> Sizes:  # fmt: skip
+    """Both buffers together take at most ``scratch_bytes``, but hold at least one pair (or row) and its mixture."""
+    num_singles, direct = num_rows - 2 * num_pairs, dtype == wide_dtype
+    row_bytes, wide_bytes = vocab_size * dtype.itemsize, vocab_size * wide_dtype.itemsize
+    quarter = scratch_bytes // 4
+    block_bytes = min(quarter, CACHE_BYTES) if device == "cpu" else quarter
+    block = max(1, block_bytes // (3 * wide_bytes))
+    pairs = chunk_size(num_pairs, 2 * row_bytes, scratch_bytes - wide_bytes * block * (1 if direct else 3))
+    singles = chunk_size(num_singles, row_bytes, scratch_bytes - (0 if direct else 3 * wide_bytes * block))
+    block = min(block, max(pairs, 1))
+    block_singles = min(3 * block, max(singles, 1))
+    wide = (block if direct else 3 * block) if num_pairs else 0
+    if not direct and num_singles:
+        wide = max(wide, block_singles)
+    return Sizes(pairs, singles, block, block_singles, wide)
+
+
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """[start, stop) in runs of ``size``, the last one shorter."""
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
