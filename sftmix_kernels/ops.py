@@ -144,8 +144,8 @@ def chunked_bwd(
 
 
 def scale_into(gradient: Tensor, factor: Tensor, output: Tensor) -> None:
-    """output = gradient * factor in factor's dtype, in row blocks so that an upcast copy stays small."""
-    if gradient.dtype == factor.dtype:
+    """output = gradient * factor in factor's dtype, in row blocks where dtypes differ, so that copies stay small."""
+    if gradient.dtype == factor.dtype == output.dtype:
         torch.mul(gradient, factor, out=output)
         return
     block = 4096
