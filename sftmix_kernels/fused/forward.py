@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Tile, choose_num_splits
-from .stats import FusedStats, empty_stats, fold, fold_splits
+from .stats import FusedStats, empty_stats, fold, fold_splits, no_columns, settled
 from .tiles import (
     Problem,
     RowPart,
@@ -67,8 +67,8 @@ def _store_target_logit(out, rows, z, label, STEP: tl.constexpr, OFFSET: tl.cons
 
 
 @triton.jit
-def _store_stats(part_max, part_sum, part_moment, at, mask, stats, MOMENT: tl.constexpr):
-    top, total, moment = stats
+def _store_stats(part_max, part_sum, part_moment, at, mask, stats, MOMENT: tl.constexpr, EXACT: tl.constexpr):
+    top, total, moment = settled(stats, EXACT)
     tl.store(part_max + at, top, mask=mask)
     tl.store(part_sum + at, total, mask=mask)
     if MOMENT != 0:
@@ -103,13 +103,13 @@ def _fold_pairs(
     x = _logits(x, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[2], rows, x, label_c, STEP, OFFSET)
     _store_target_logit(outs[3], rows, x, label_u, STEP, OFFSET)
-    stats_x = fold(stats_x, x, offs_v, vocab_size, 0)
+    stats_x = fold(stats_x, x, offs_v, vocab_size, 0, EXACT)
     b = _logits(b, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[1], rows, b, label_u, STEP, OFFSET)
-    stats_u = fold(stats_u, b, offs_v, vocab_size, MOMENT)
+    stats_u = fold(stats_u, b, offs_v, vocab_size, MOMENT, EXACT)
     a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[0], rows, a, label_c, STEP, OFFSET)
-    stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT)
+    stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT, EXACT)
     return stats_c, stats_u, stats_x
 
 
@@ -159,9 +159,9 @@ def _sftmix_fwd_kernel(
     y_u = load_target(target_u, rows, row_mask, 0, vocab_size)
     share = tl.load(lam + rows, mask=row_mask & PAIRED, other=0.0)
     zero = tl.zeros([BLOCK_N], dtype=tl.float32)
-    stats_c = (zero - float("inf"), zero, zero)
-    stats_u = (zero - float("inf"), zero, zero)
-    stats_x = (zero - float("inf"), zero, zero)
+    stats_c = no_columns(zero)
+    stats_u = no_columns(zero)
+    stats_x = no_columns(zero)
 
     begin = split.to(tl.int32) * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -187,13 +187,13 @@ def _sftmix_fwd_kernel(
             offs_v = first_v + tl.arange(0, BLOCK_V)
             a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
             _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
-            stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT)
+            stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT, EXACT)
 
     at = split * (3 if PAIRED else 1) * num_rows + rows
-    _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, MOMENT)
+    _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, MOMENT, EXACT)
     if PAIRED:
-        _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, MOMENT)
-        _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, 0)
+        _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, MOMENT, EXACT)
+        _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, 0, EXACT)
 
 
 def _num_program_slots(device: torch.device, tile: Tile) -> int:
@@ -237,7 +237,10 @@ def _forward_part(
         MOMENT=stats.moment,
         EVEN_V=vocab_size % tile.block_v == 0,
     )
-    fold_splits(stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size)
+    fold_splits(
+        stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size,
+        exact=problem.hidden.dtype == torch.float32,
+    )  # fmt: skip
 
 
 def fused_forward(

@@ -7,6 +7,10 @@
 
 ``low`` is what float32 rounds away from m + log l: 5e-7 at an lse of 10, 5e-4 at 10^4. With it exp(z - lse) and
 expm1(-nll) keep the digits that the rounded lse alone has lost.
+
+One float32 running sum over hundreds of tiles would drop every tile that adds less than half its last digit: all of a
+peaked row's tail. For float32 inputs the sums are compensated (Knuth's exact sum): ``rest`` collects what is rounded
+away. 16-bit inputs err by far more in their products and have no register to spare.
 """
 
 from __future__ import annotations
@@ -53,15 +57,39 @@ class FusedStats(NamedTuple):
 
 
 @triton.jit
+def exact_sum(one, other):
+    """fl(one + other), and what the rounding took: together one + other exactly (Knuth)."""
+    total = one + other
+    shadow = total - one
+    return total, (one - (total - shadow)) + (other - shadow)
+
+
+@triton.jit
+def no_columns(zero):
+    """The stats of rows of which nothing has been folded yet; zero (rows,)."""
+    return zero - float("inf"), zero, zero, zero
+
+
+@triton.jit
+def settled(stats, EXACT: tl.constexpr):
+    """Max, sum of exponentials and moment of a fold that has ended."""
+    top, total, moment, rest = stats
+    if EXACT:
+        total += rest
+    return top, total, moment
+
+
+@triton.jit
 def fold(
-    stats,  # (rows,) each: running max m, sum of exp(z - m), and the moment
+    stats,  # (rows,) each: running max m, sum of exp(z - m), the moment, and what rounding took from the sum
     z,  # (rows, columns) -inf past the vocabulary's end
     offs_v,  # (columns,)
     vocab_size,
     MOMENT: tl.constexpr,  # FusedStats.moment
+    EXACT: tl.constexpr,  # compensate the sum
 ):
     """Fold z into stats; the moment is the sum of exp(z - m) (z - m), or of z."""
-    top, total, moment = stats
+    top, total, moment, rest = stats
     if MOMENT == 2:
         moment += tl.sum(tl.where((offs_v < vocab_size)[None, :], z, 0.0), axis=1)
     new = tl.maximum(top, tl.max(z, axis=1))
@@ -73,7 +101,12 @@ def fold(
     if MOMENT == 1:
         finite = tl.where(e > 0.0, z, 0.0)
         moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
-    return new, fade * total + tl.sum(e, axis=1), moment
+    if EXACT:
+        total, lost = exact_sum(fade * total, tl.sum(e, axis=1))
+        rest = fade * rest + lost
+    else:
+        total = fade * total + tl.sum(e, axis=1)
+    return new, total, moment, rest
 
 
 @triton.jit
@@ -105,6 +138,7 @@ def _sftmix_fwd_combine_kernel(
     num_splits,
     vocab_size,
     MOMENT: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -112,7 +146,7 @@ def _sftmix_fwd_combine_kernel(
     mask = offs < size
     at = offs
     zero = tl.zeros([BLOCK], dtype=tl.float32)
-    top, total, moment = zero - float("inf"), zero, zero
+    top, total, moment, rest = no_columns(zero)
     for _ in range(num_splits):
         m = tl.load(part_max + at, mask=mask, other=0.0)
         new = tl.maximum(top, m)
@@ -127,15 +161,18 @@ def _sftmix_fwd_combine_kernel(
             moment = fade_old * (moment + total * down_old) + fade_new * (part_t + part * down_new)
         if MOMENT == 2:
             moment += part_t
-        total = fade_old * total + fade_new * part
+        if EXACT:
+            total, lost = exact_sum(fade_old * total, fade_new * part)
+            rest = fade_old * rest + lost
+        else:
+            total = fade_old * total + fade_new * part
         top = new
         at += size
 
+    if EXACT:
+        total += rest
     log_total = tl.log(total)
-    log_sum_exp = top + log_total
-    # Knuth's exact sum: log_sum_exp + low is top + log_total without rounding.
-    shadow = log_sum_exp - top
-    low = (top - (log_sum_exp - shadow)) + (log_total - shadow)
+    log_sum_exp, low = exact_sum(top, log_total)
     low = tl.where(tl.abs(log_sum_exp) < float("inf"), low, 0.0)
 
     is_row = offs < num_rows
@@ -194,6 +231,7 @@ def fold_splits(
     *,
     num_splits: int,
     vocab_size: int,
+    exact: bool,
 ) -> None:
     """Fold the splits of one run of rows into its places in ``stats``; its target logits are there already."""
     size = part.num_rows + part.num_mixed
@@ -217,6 +255,7 @@ def fold_splits(
         num_splits=num_splits,
         vocab_size=vocab_size,
         MOMENT=stats.moment,
+        EXACT=exact,
         BLOCK=block,
         num_warps=4,
     )

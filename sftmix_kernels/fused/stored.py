@@ -26,7 +26,7 @@ from ..rows import Head
 from ..scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
-from .stats import fold
+from .stats import fold, no_columns, settled
 from .tiles import Problem, capped, on_device
 
 # Without a bound: enough rows for the products' full speed, while the logits' traffic stays in one reused buffer.
@@ -68,7 +68,7 @@ def _fold_row(
     """Fold a block of affine logits z (1, columns) into stats."""
     z, _ = capped(z, SOFTCAP, LOGIT_SCALE, EXACT)
     z = tl.where((offs < vocab_size)[None, :], z, float("-inf"))
-    return fold(stats, z, offs, vocab_size, MOMENT)
+    return fold(stats, z, offs, vocab_size, MOMENT, EXACT)
 
 
 @triton.jit
@@ -150,9 +150,9 @@ def _sftmix_stored_kernel(
     c = logits + tl.program_id(0).to(tl.int64) * width
     u = logits + (chunk_rows + tl.program_id(0).to(tl.int64)) * width
     zero = tl.zeros([1], dtype=tl.float32)
-    stats_c = (zero - float("inf"), zero, zero)
-    stats_u = (zero - float("inf"), zero, zero)
-    stats_x = (zero - float("inf"), zero, zero)
+    stats_c = no_columns(zero)
+    stats_u = no_columns(zero)
+    stats_x = no_columns(zero)
 
     # The logits at the labels, before anything is overwritten: the reductions below are barriers.
     y_c = tl.load(target + row_c)
@@ -176,6 +176,7 @@ def _sftmix_stored_kernel(
             stats_u = _fold_row(stats_u, b, offs, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT, MOMENT)
         stats_c = _fold_row(stats_c, a, offs, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT, MOMENT)
 
+    stats_c, stats_u, stats_x = settled(stats_c, EXACT), settled(stats_u, EXACT), settled(stats_x, EXACT)
     z_c, slope_c = capped(c_at_c, SOFTCAP, LOGIT_SCALE, EXACT)
     _store_row_stats(row_stats, row_c, num_rows, stats_c, z_c, here_c, vocab_size, MOMENT)
     if PAIRED:

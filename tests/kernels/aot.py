@@ -48,6 +48,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 COUNTED = {
     "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync", "mfma": "v_mfma",
     "bulk loads": r"cp\.async\.bulk\.tensor\.2d\.shared", "tf32": "tf32", "xf32": "xf32",
+    "float32 sums": r"(?:add|sub|fma)(?:\.rn)?\.f32|v_(?:add|sub|fma\w*)_f32",
     "16-byte loads": r"ld\.global[\w.]*\.v4\.b32|global_load_dwordx4|buffer_load_dwordx4",
     "16-byte stores": r"st\.global[\w.]*\.v4\.b32|global_store_dwordx4|buffer_store_dwordx4",
     "2-byte stores": r"st\.global[\w.]*\.b16|global_store_short|buffer_store_short",

@@ -119,6 +119,17 @@ def test_float32_products_stay_ieee(matrix: list[Line]) -> None:
     assert control(matrix, "tf32")["counts"]["tf32"] > 0
 
 
+def test_no_compiler_folds_the_compensated_sum_away(matrix: list[Line]) -> None:
+    """(a + b) - a is not b: beside the plain fold, float32's has the five operations of the error, rest and its end."""
+    counts = {
+        line["dtype"]: line["counts"]["float32 sums"]
+        for line in matrix
+        if line["case"].startswith("forward-pairs-sm_90-") and line["case"].endswith("-plain")
+        and line["kernel"] == "_sftmix_fwd_combine_kernel"
+    }  # fmt: skip
+    assert counts["float32"] == counts["bfloat16"] + 7 and counts["bfloat16"] == counts["float16"]
+
+
 def test_the_stored_kernel_moves_sixteen_bytes_a_thread(matrix: list[Line]) -> None:
     """Also where V is odd, because its buffer's rows are padded; only the four label columns are stored alone."""
     lines = [line for line in matrix if line["kernel"] == "_sftmix_stored_kernel"]

@@ -5,6 +5,7 @@ In the interpreter where there is no GPU: float32 and float16. Every uninitialis
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -352,6 +353,26 @@ def test_gradients_keep_their_digits_where_p_is_near_one(num_pairs: int) -> None
     got = dhidden.double().gather(1, target[:, None])[:, 0]
     # log(1 + 1e-6) in float32 is known to half an ulp of 1.
     assert (rest + 1e-6).abs().max() < 3e-7 and (got - rest).abs().max() <= 6e-8
+
+
+def long_tail(num_rows: int, num_pairs: int) -> tuple[Case, float]:
+    """A column at 21 and 2,047 at 0: tiles of 32 add 2.4e-8 to a sum of 1, under half its last digit. And -log p."""
+    weight = torch.zeros(2048, 1)
+    weight[0] = 21.0
+    target = torch.zeros(num_rows, dtype=torch.int64)
+    case = Case(torch.ones(num_rows, 1), weight, target, torch.linspace(0, 1, num_pairs))
+    return case, math.log1p(2047 * math.exp(-21))
+
+
+@pytest.mark.parametrize("num_splits", [1, 64])
+@pytest.mark.parametrize("num_pairs", [0, 8])
+def test_float32_sums_keep_what_many_small_tiles_add(num_pairs: int, num_splits: int) -> None:
+    """A plain running sum would stay at 1 and lose all of -log p = 1.6e-6, over tiles and over splits."""
+    case, nll = long_tail(16, num_pairs)
+    arguments = (case.hidden, case.weight, case.target, case.lam)
+    stats = fused_forward(*arguments, tile=POINTERS, num_splits=num_splits)
+    for found in (stats.nll, stats.nll_xc, stats.nll_xu):
+        assert (found.double() - nll).abs().le(6.1e-8).all(), found  # half of 1's last digit
 
 
 class LargestTensor(TorchDispatchMode):

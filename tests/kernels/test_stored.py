@@ -17,7 +17,7 @@ if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
 from sftmix_kernels.fused import stored, stored_loss
-from tests.kernels.test_fused_kernels import LargestTensor
+from tests.kernels.test_fused_kernels import LargestTensor, long_tail
 
 F32, F16 = torch.float32, torch.float16
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
@@ -78,6 +78,18 @@ def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
     case = make_case(53, 101, 40, num_pairs=19, dtype=dtype, bias=True)
     first, second = (run(case, impl="fused", schedule="stored") for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("num_pairs", [0, 1])
+def test_float32_sums_keep_what_many_small_blocks_add(
+    monkeypatch: pytest.MonkeyPatch, num_pairs: int
+) -> None:
+    """As test_fused_kernels.py's, of the sums over a row's blocks."""
+    monkeypatch.setattr(stored, "choose_row_block", lambda _: 32)
+    case, nll = long_tail(2, num_pairs)
+    out = run(case, impl="fused", schedule="stored")
+    for found in (out["nll"], out["mixup_nll"]):
+        assert (found.double() - nll).abs().le(6.1e-8).all(), found
 
 
 def call(
