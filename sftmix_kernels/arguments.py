@@ -47,23 +47,3 @@ class HeadOptions(NamedTuple):
     def as_list(self) -> list[float]:
         """As the operators take them."""
         return [float(value or 0.0) for value in self]
-
-
-def check_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    options: HeadOptions,
-) -> None:
-    checks.check_head(hidden, weight, bias)
-    checks.check_target(target, hidden.shape[0], weight.shape[0], ignore_index)
-    checks.check_devices(hidden.device, target=target)
-    options.check()
-
-
-def needs_of(*inputs: Tensor | None) -> list[bool]:
-    """Which of hidden, weight and bias get a gradient from this call."""
-    grad = torch.is_grad_enabled()
-    return [grad and t is not None and t.requires_grad for t in inputs]

@@ -6,6 +6,7 @@ in place into the gradients of the scalar loss, so three products per row and no
     g_c = (1 + 2 z lse) softmax A - (1 - e) 1[y_c] - e / V,   g_x = softmax X - lam 1[y_c] - (1 - lam) 1[y_u]
     G_c = a_c g_c + lam b g_x,   G_u = a_u g_u + (1 - lam) b g_x
     dhidden = G W,   dweight = sum over chunks of G^T hidden,   dbias = sum of G over rows
+    dlow = G up,     dup = sum over chunks of G^T low           with low-rank factors: logits W h + up low
 
 with label smoothing e and z-loss z. For 16-bit inputs a = row_coef and b = pair_coef are divided by their largest
 magnitude ``scale``, so that gradients are rounded at unit scale; ``scale`` comes back and is applied in float32.
@@ -27,13 +28,16 @@ from .rows import (
     Pairs,
     RowSums,
     add_mixture_gradient_,
+    affine,
     at_column,
     cap_slope,
     entropy_of,
     exponentials_,
     finish_logits_,
+    gather_rows,
     next_token_gradient_,
     own_label,
+    scatter_rows,
     unit_scale,
     write_label_,
 )  # fmt: skip
@@ -46,11 +50,13 @@ class Needs(NamedTuple):
     dhidden: bool = False
     dweight: bool = False
     dbias: bool = False
+    dlow: bool = False
+    dup: bool = False
     entropy: bool = False
 
     @property
     def gradient(self) -> bool:
-        return self.dhidden or self.dweight or self.dbias
+        return self.dhidden or self.dweight or self.dbias or self.dlow or self.dup
 
 
 class ChunkedResult(NamedTuple):
@@ -73,14 +79,8 @@ class ChunkedResult(NamedTuple):
     low_x: Tensor  # (M,)
     target_logit_xc: Tensor  # (M,) mixed logit at the confident target, 0 where that is -1
     target_logit_xu: Tensor  # (M,)
-
-
-def _affine(head: Head, hidden: Tensor, out: Tensor) -> None:
-    """W h + b of a chunk into ``out`` [n, V], in hidden's dtype: a CPU has no 16-bit product with a float32 result."""
-    if head.bias is None:
-        torch.mm(hidden, head.weight.t(), out=out)
-    else:
-        torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+    dlow: Tensor  # (N, r) of the low-rank rows, in hidden's dtype
+    dup: Tensor  # (V, r) float32, float64 for float64
 
 
 class _Chunks:
@@ -91,16 +91,16 @@ class _Chunks:
 
     def __init__(
         self, head: Head, hidden: Tensor, target: Tensor, needs: Needs, num_pairs: int, sizes: Sizes,
-        main_grad: Tensor | None,
+        main_grad: Tensor | None, low: Tensor | None,
     ) -> None:  # fmt: skip
         num_rows, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
         self.head, self.hidden, self.target, self.needs, self.dtype = head, hidden, target, needs, dtype
-        self.sizes, self.is_written = sizes, main_grad is not None
+        self.sizes, self.is_written, self.low_rank = sizes, main_grad is not None, low
         self.product_scale: Tensor | None = None  # what a 16-bit dweight product is multiplied by
         self.stored = hidden.new_empty(sizes.stored, head.weight.shape[0])
         self.wide = hidden.new_empty(sizes.wide, head.weight.shape[0], dtype=dtype)
 
-        def new(size: int) -> Tensor:
+        def new(*size: int) -> Tensor:
             return torch.empty(size, dtype=dtype, device=hidden.device)
 
         self.nll, self.lse, self.low, self.max_logit, self.target_logit = (new(num_rows) for _ in range(5))
@@ -110,10 +110,11 @@ class _Chunks:
         vocab_size, width = head.weight.shape
         self.dhidden = hidden.new_empty((num_rows, width) if needs.dhidden else (0,))
         shape = (vocab_size, width) if needs.dweight and main_grad is None else (0,)
-        self.dweight = (
-            torch.empty(shape, dtype=dtype, device=hidden.device) if main_grad is None else main_grad
-        )
+        self.dweight = new(*shape) if main_grad is None else main_grad
         self.dbias = torch.zeros(vocab_size if needs.dbias else 0, dtype=dtype, device=hidden.device)
+        rank = 0 if low is None else low.shape[1]
+        self.dlow = hidden.new_empty((num_rows, rank) if needs.dlow else (0,))
+        self.dup = new(*((vocab_size, rank) if needs.dup else (0,))).zero_()
 
     def before_softmax(self, rows: slice, logits: Tensor) -> None:
         """What must be read off the final logits [n, V] while they are there."""
@@ -133,13 +134,13 @@ class _Chunks:
         if self.needs.dbias:
             self.dbias += gradient.sum(dim=0, dtype=self.dtype)
         if self.needs.dhidden:
-            product, start = torch.mm(gradient, self.head.weight), 0
-            for rows in parts:
-                stop = start + rows.stop - rows.start
-                self.dhidden[rows] = product[start:stop]
-                start = stop
+            scatter_rows(self.dhidden, torch.mm(gradient, self.head.weight), parts)
         if self.needs.dweight:
             self.add_to_dweight(hidden, gradient)
+        if self.needs.dlow and self.head.up is not None:
+            scatter_rows(self.dlow, torch.mm(gradient, self.head.up), parts)
+        if self.needs.dup and self.low_rank is not None:
+            self.dup += torch.mm(gradient.t(), gather_rows(self.low_rank, parts))
 
     def add_to_dweight(self, hidden: Tensor, gradient: Tensor) -> None:
         """dweight += G^T hidden; the first chunk writes it. 16-bit products are rounded, then summed in float32."""
@@ -177,7 +178,7 @@ PRODUCT_COLUMNS = 4096
 def _single_chunk(state: _Chunks, rows: slice, coef: Tensor, given: Given | None) -> None:
     """One chunk of unpaired rows (or of plain next-token loss): a product, blocks of rows, two products."""
     hidden, logits = state.hidden[rows], state.stored[: rows.stop - rows.start]
-    _affine(state.head, hidden, logits)
+    affine(state.head, hidden, state.low_rank, [rows], logits)
     for part in blocks(rows.start, rows.stop, state.sizes.block_singles):
         _single_rows(state, part, coef, given, logits[part.start - rows.start : part.stop - rows.start])
     if state.needs.gradient:
@@ -211,8 +212,8 @@ def _pair_chunk(
     """One chunk of pairs: a product for both members, blocks of pairs, two products."""
     n, num_pairs, buffer = pairs.stop - pairs.start, lam.shape[0], state.stored
     partners = slice(num_pairs + pairs.start, num_pairs + pairs.stop)
-    hidden = torch.cat([state.hidden[pairs], state.hidden[partners]])
-    _affine(state.head, hidden, buffer[: 2 * n])
+    hidden = gather_rows(state.hidden, [pairs, partners])
+    affine(state.head, hidden, state.low_rank, [pairs, partners], buffer[: 2 * n])
     for part in blocks(pairs.start, pairs.stop, state.sizes.block):
         first, last = part.start - pairs.start, part.stop - pairs.start
         stored = (buffer[first:last], buffer[n + first : n + last])
@@ -284,6 +285,7 @@ def chunked_loss(
     scratch_bytes: int,
     given: Given | None = None,
     main_grad: Tensor | None = None,  # (V, D) float32
+    low: Tensor | None = None,  # (N, r), with head.up
 ) -> ChunkedResult:
     """Statistics of every row and pair and, where ``needs`` asks, the gradients of the loss divided by ``scale``.
 
@@ -297,7 +299,7 @@ def chunked_loss(
         num_rows, num_pairs, head.weight.shape[0], dtype=hidden.dtype, wide_dtype=sum_dtype(hidden.dtype),
         device=hidden.device.type, scratch_bytes=scratch_bytes,
     )  # fmt: skip
-    state = _Chunks(head, hidden, target, needs, num_pairs, sizes, main_grad)
+    state = _Chunks(head, hidden, target, needs, num_pairs, sizes, main_grad, low)
     row_coef, pair_coef = row_coef.to(state.dtype), pair_coef.to(state.dtype)
     scale = torch.ones((), dtype=state.dtype, device=hidden.device)
     if hidden.dtype != state.dtype:
@@ -314,5 +316,5 @@ def chunked_loss(
     return ChunkedResult(
         state.nll, state.lse, is_top1, state.mixup_nll, state.entropy, scale, state.dhidden, state.dweight,
         state.dbias, state.max_logit, state.target_logit, state.mean_logit, state.low, state.lse_x,
-        state.low_x, state.at_xc, state.at_xu,
+        state.low_x, state.at_xc, state.at_xu, state.dlow, state.dup,
     )  # fmt: skip

@@ -7,15 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, fused_ops, ops, reference
+from . import checks, fused_ops, ops, reference, row_ops
 from . import main_grad as main_grads
-from .arguments import HeadOptions, check_rows, coefficients, needs_of, scratch_of
+from .arguments import HeadOptions, coefficients, scratch_of
 from .autocast import follows_autocast
 from .choice import check_schedule, choose, why_not_fused
-from .lora_head import LoRA, with_lora
+from .inputs import Inputs, check_inputs
+from .lora_head import LoRA
 from .reference import SFTMixLoss, TokenStats
-from .vocab_parallel import vocab_parallel_fwd
-from .vocab_shard import check_implementation, check_target, resolve_shard
+from .vocab_parallel import vocab_parallel_fwd, vocab_parallel_rows_fwd, vocab_parallel_stats
+from .vocab_shard import check_vocab_schedule
+
+
+def _choose(
+    inputs: Inputs, impl: str | None, schedule: str | None, scratch_bytes: int | None
+) -> tuple[str, int]:
+    """The implementation, and the operators' ``scratch_bytes``; a named one that cannot serve raises."""
+    impl = choose(impl, inputs.hidden, why_not_fused(inputs.hidden))
+    check_schedule(schedule, impl)
+    if inputs.shard is not None:
+        check_vocab_schedule(schedule)
+    return impl, scratch_of(scratch_bytes, impl)
 
 
 @follows_autocast
@@ -65,10 +77,12 @@ def sftmix_loss(
         label_smoothing, z_loss: e in [0, 1) and z ≥ 0; a row's next-token term becomes
             (1 - e) nll + e (lse - mean logit) + z lse². The mixture has neither, and ``nll`` stays -log p.
         lora: (A [r, D], B [V, r], scaling): the output layer is ``weight + scaling * B @ A``, which is not formed;
-            A and B get gradients. It costs a copy of the weight [V, D + r], kept until the backward (lora_head.py).
+            A and B get gradients. The weight is not copied, and costs nothing more where it is frozen (lora_head.py).
         vocab_parallel: a ProcessGroup or a 1-D DeviceMesh over whose ranks the rows of ``weight`` (and ``bias``, and
             B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
-            and the same rows. Every rank gets the same loss and the whole gradient of hidden (vocab_parallel.py).
+            and the same rows. Every rank gets the same loss and the whole gradients of hidden and of A
+            (vocab_parallel.py). Not with the schedule "stored", whose gradients are made before all columns' sums
+            are known.
         main_grad: [V, D] float32 (float64 for float64 inputs): the gradient of weight is added here in the backward,
             unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
             then; "chunked" makes the logits again in the backward, 4 products instead of 3). Not beside lora or
@@ -92,16 +106,10 @@ def sftmix_loss(
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
     options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
-    if vocab_parallel is None:
-        shard = None
-        check_rows(hidden, weight, target, bias, ignore_index, options)
-    else:
-        shard = resolve_shard(hidden, weight, bias, vocab_parallel)
-        weight, bias = shard.weight, shard.bias
-        check_target(target, hidden.shape[0], ignore_index, shard)
-        options.check()
-    if lora is not None:
-        hidden, weight = with_lora(hidden, weight, lora)
+    inputs = check_inputs(
+        hidden, weight, target, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
+        vocab_parallel=vocab_parallel,
+    )  # fmt: skip
     checks.check_lam(lam, hidden.shape[0])
     num_pairs = lam.shape[0]
     checks.check_weights("row_weight", row_weight, {"N": hidden.shape[0]})
@@ -111,25 +119,19 @@ def sftmix_loss(
     for name, value in (("ntp_denominator", ntp_denominator), ("mixup_denominator", mixup_denominator)):
         if value is not None:
             checks.check_scalar(name, value, positive=True)
-    impl = choose(impl, hidden, why_not_fused(hidden))
-    check_schedule(schedule, impl)
     checks.check_main_grad(
         main_grad, weight, reference.sum_dtype(hidden.dtype), lora=lora, vocab_parallel=vocab_parallel
     )
-    if shard is not None:
-        check_implementation(impl, schedule)
-    scratch = scratch_of(scratch_bytes, impl)
-
+    impl, scratch = _choose(inputs, impl, schedule, scratch_bytes)
     plain = not isinstance(mixup_weight, Tensor) and mixup_weight == 0
     if plain:
         lam, pair_weight = lam[:0], None
     if impl == "reference":
-        if main_grad is not None:
-            weight = main_grads.sending_gradient_to(weight, main_grad)
+        rows, weight, layer = inputs.for_reference(main_grad)
         result = reference.sftmix_loss(
-            hidden, weight, target, lam, bias=bias, mixup_weight=mixup_weight, row_weight=row_weight,
+            rows, weight, target, lam, mixup_weight=mixup_weight, row_weight=row_weight,
             pair_weight=pair_weight, ntp_denominator=ntp_denominator, mixup_denominator=mixup_denominator,
-            ignore_index=ignore_index, **options._asdict(),
+            ignore_index=ignore_index, **layer, **options._asdict(),
         )  # fmt: skip
     else:
         size = lam.shape[0]
@@ -137,23 +139,22 @@ def sftmix_loss(
         row_coef = coefficients(row_weight, valid, ntp_denominator)
         pair_valid = valid[:size] & valid[size : 2 * size]
         pair_coef = mixup_weight * coefficients(pair_weight, pair_valid, mixup_denominator)
-        needs = needs_of(hidden, weight, bias)
+        needs = inputs.needs()
         stored = schedule == "stored" and any(needs)  # without gradients the forward needs no logits at all
-        inputs = (torch.where(valid, target, -1), lam, row_coef, pair_coef)
+        arguments = (*inputs.head, torch.where(valid, target, -1), lam, row_coef, pair_coef)
+        numbers = (options.as_list(), needs, scratch)
         if main_grad is not None:
-            loss, *statistics, _ = main_grads.main_grad_loss(
-                hidden, weight, bias, *inputs, main_grad, options=options.as_list(), needs=needs,
-                scratch_bytes=scratch, fused=impl == "fused", stored=stored,
+            found = main_grads.main_grad_loss(
+                *arguments, main_grad, options=options.as_list(), needs=needs[:3], scratch_bytes=scratch,
+                fused=impl == "fused", stored=stored,
             )  # fmt: skip
-        elif shard is None:
+        elif inputs.shard is None:
             op = ops.chunked_fwd if impl == "chunked" else ops.stored_fwd if stored else fused_ops.fused_fwd
-            loss, *statistics = op(hidden, weight, bias, *inputs, options.as_list(), needs, scratch)[:5]
+            found = op(*arguments, *numbers, *inputs.low_rank)
         else:
-            found = vocab_parallel_fwd(
-                hidden, weight, bias, *inputs, shard.place, options.as_list(), needs, scratch, impl == "fused",
-                shard.group_name,
-            )  # fmt: skip
-            loss, *statistics = found[:5]
+            place, group = inputs.shard.place, inputs.shard.group_name
+            found = vocab_parallel_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)
+        loss, *statistics = found[:5]
         result = SFTMixLoss(loss, *(statistic.detach() for statistic in statistics))
     if plain:
         return result._replace(
@@ -175,6 +176,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    lora: LoRA | None = None,
+    vocab_parallel: Any = None,
     main_grad: Tensor | None = None,  # (V, D) float32
     impl: str | None = None,
     schedule: str | None = None,
@@ -202,47 +205,52 @@ def linear_cross_entropy(
     if reduction == "none":
         if schedule == "stored":
             raise ValueError("schedule: expected 'recompute' or None with reduction='none', got 'stored'")
-        terms = _row_losses(
-            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, main_grad=main_grad,
-            impl=impl, schedule=schedule, scratch_bytes=scratch_bytes,
+        inputs = check_inputs(
+            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
+            vocab_parallel=vocab_parallel,
         )  # fmt: skip
+        checks.check_main_grad(
+            main_grad, weight, reference.sum_dtype(hidden.dtype), lora=lora, vocab_parallel=vocab_parallel
+        )
+        impl, scratch = _choose(inputs, impl, schedule, scratch_bytes)
+        terms = _row_losses(
+            inputs, targets, ignore_index, options, main_grad=main_grad, impl=impl, scratch=scratch
+        )
         return terms.reshape(target.shape)
     lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
     return sftmix_loss(
         rows, weight, targets, lam, bias=bias, ntp_denominator=1 if reduction == "sum" else None,
-        mixup_weight=0.0, ignore_index=ignore_index, main_grad=main_grad, impl=impl, schedule=schedule,
-        scratch_bytes=scratch_bytes,
-        **options._asdict(),
+        mixup_weight=0.0, ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, main_grad=main_grad,
+        impl=impl, schedule=schedule, scratch_bytes=scratch_bytes, **options._asdict(),
     ).loss  # fmt: skip
 
 
 def _row_losses(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None, ignore_index: int,
-    options: HeadOptions, main_grad: Tensor | None, impl: str | None, schedule: str | None,
-    scratch_bytes: int | None,
+    inputs: Inputs, target: Tensor, ignore_index: int, options: HeadOptions, *, main_grad: Tensor | None, impl: str,
+    scratch: int,
 ) -> Tensor:  # fmt: skip
     """Each row's next-token term [N], 0 at ignored rows."""
-    check_rows(hidden, weight, target, bias, ignore_index, options)
-    impl = choose(impl, hidden, why_not_fused(hidden))
-    check_schedule(schedule, impl)
-    checks.check_main_grad(main_grad, weight, reference.sum_dtype(hidden.dtype))
-    scratch = scratch_of(scratch_bytes, impl)
     if impl == "reference":
-        if main_grad is not None:
-            weight = main_grads.sending_gradient_to(weight, main_grad)
+        hidden, weight, layer = inputs.for_reference(main_grad)
         return reference.row_losses(
-            hidden, weight, target, bias=bias, ignore_index=ignore_index, **options._asdict()
+            hidden, weight, target, ignore_index=ignore_index, **layer, **options._asdict()
         )
-    target, needs = torch.where(target != ignore_index, target, -1), needs_of(hidden, weight, bias)
+    target, needs = torch.where(target != ignore_index, target, -1), inputs.needs()
     if main_grad is not None:
-        none = torch.empty(0, dtype=torch.float32, device=hidden.device)
-        inputs = (target, none, (target >= 0).double(), none.double(), main_grad)
+        none = torch.empty(0, dtype=torch.float32, device=target.device)
+        rows = (target, none, (target >= 0).double(), none.double(), main_grad)
         return main_grads.main_grad_loss(
-            hidden, weight, bias, *inputs, options=options.as_list(), needs=needs, scratch_bytes=scratch,
+            *inputs.head, *rows, options=options.as_list(), needs=needs[:3], scratch_bytes=scratch,
             fused=impl == "fused", stored=False,
         )[-1]  # fmt: skip
-    op = ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
-    return op(hidden, weight, bias, target, options.as_list(), needs, scratch)[0]
+    arguments, numbers = (*inputs.head, target), (options.as_list(), needs, scratch)
+    if inputs.shard is not None:
+        place, group = inputs.shard.place, inputs.shard.group_name
+        return vocab_parallel_rows_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)[
+            0
+        ]
+    op = row_ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
+    return op(*arguments, *numbers, *inputs.low_rank)[0]
 
 
 @follows_autocast
@@ -256,6 +264,7 @@ def token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     lora: LoRA | None = None,
+    vocab_parallel: Any = None,
     impl: str | None = None,
     scratch_bytes: int | None = None,
 ) -> TokenStats:
@@ -267,18 +276,24 @@ def token_stats(
     Raises: ValueError naming the argument.
     """
     options = HeadOptions(softcap, logit_scale)
-    check_rows(hidden, weight, target, bias, ignore_index, options)
-    if lora is not None:
-        hidden, weight = with_lora(hidden, weight, lora)
-    impl = choose(impl, hidden, why_not_fused(hidden))
-    scratch = scratch_of(scratch_bytes, impl)
+    inputs = check_inputs(
+        hidden, weight, target, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
+        vocab_parallel=vocab_parallel,
+    ).detach()  # fmt: skip
+    impl, scratch = _choose(inputs, impl, None, scratch_bytes)
     if impl == "reference":
+        rows, weight, layer = inputs.for_reference()
         return reference.token_stats(
-            hidden, weight, target, bias=bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
+            rows, weight, target, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, **layer
         )  # fmt: skip
-    op = ops.chunked_stats if impl == "chunked" else fused_ops.fused_stats
-    nll, lse, entropy, is_top1 = op(
-        hidden.detach(), weight.detach(), None if bias is None else bias.detach(),
-        torch.where(target != ignore_index, target, -1), options.as_list(), scratch,
-    )  # fmt: skip
+    arguments = (*inputs.head, torch.where(target != ignore_index, target, -1))
+    if inputs.shard is None:
+        op = row_ops.chunked_stats if impl == "chunked" else fused_ops.fused_stats
+        found = op(*arguments, options.as_list(), scratch, *inputs.low_rank)
+    else:
+        place, group = inputs.shard.place, inputs.shard.group_name
+        found = vocab_parallel_stats(
+            *arguments, place, options.as_list(), scratch, impl == "fused", group, *inputs.low_rank
+        )
+    nll, lse, entropy, is_top1 = found
     return TokenStats(-nll, lse, entropy, is_top1)

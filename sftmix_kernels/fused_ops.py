@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import (
-    Tensors,
-    fake_gradients,
-    fake_stats,
-    refuse_double_backward,
-    rows_setup,
-    total_loss,
-    wanted,
-)
+from .chunked import Needs
+from .ops import FiveTensors, Tensors, fake_like, fake_stats, refuse_double_backward, total_loss, wanted
+from .row_ops import rows_setup
 from .rows import head_of, row_term
 
 
@@ -35,12 +29,14 @@ def fused_fwd(
     options: list[float],
     needs: list[bool],
     scratch_bytes: int,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, lse, is_top1, mixup_nll, then row_carry [3, N] and pair_carry [4, M] for the backward.
 
     No logits are in memory. ``needs`` and ``scratch_bytes`` serve the backward.
     """
-    stats, term = fused_terms(hidden, weight, bias, target, lam, options)
+    stats, term = fused_terms(hidden, weight, bias, target, lam, options, low, up)
     mixup_nll = stats.mixup_nll(target, lam)
     is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
     loss = total_loss(term, mixup_nll, row_coef, pair_coef)
@@ -48,15 +44,16 @@ def fused_fwd(
 
 
 def fused_terms(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, options: list[float]
-) -> tuple[Any, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, options: list[float],
+    low: Tensor | None = None, up: Tensor | None = None,
+) -> tuple[Any, Tensor]:  # fmt: skip
     """FusedStats and each row's next-token term, 0 at ignored rows."""
     from .fused import fused_forward
 
     head = head_of(weight, bias, options)
     stats = fused_forward(
         hidden, weight, target, lam, bias=bias, softcap=head.softcap, logit_scale=head.logit_scale,
-        want_mean_logit=head.label_smoothing != 0,
+        low=low, up=up, want_mean_logit=head.label_smoothing != 0,
     )  # fmt: skip
     term = row_term(head, stats.nll, stats.lse, stats.mean_logit)
     return stats, torch.where(target >= 0, term, torch.zeros_like(term))
@@ -87,33 +84,54 @@ def fused_bwd(
     options: list[float],
     needs: list[bool],
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for hidden, weight and bias by the ``recompute`` schedule; empty where not needed."""
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
+) -> FiveTensors:
+    """Gradients for hidden, weight, bias, low and up by the ``recompute`` schedule; empty where not needed."""
     from .fused import fused_backward
 
     a = (row_coef * grad_loss).float()
     b = (pair_coef * grad_loss).float() if grad_loss.ndim == 0 else pair_coef.float()
     head = head_of(weight, bias, options)
-    return fused_backward(
+    gradients = fused_backward(
         hidden, weight, target, lam, a, b, row_carry, pair_carry, bias=bias, softcap=head.softcap,
-        logit_scale=head.logit_scale, need_dhidden=needs[0], need_dweight=needs[1], need_dbias=needs[2],
-        scratch_bytes=scratch_bytes or None, label_smoothing=head.label_smoothing,
-        z_loss=head.z_loss,
+        logit_scale=head.logit_scale, scratch_bytes=scratch_bytes or None, label_smoothing=head.label_smoothing,
+        z_loss=head.z_loss, low=low, up=up, **needed(needs),
     )  # fmt: skip
+    return five(gradients)
 
 
-fused_bwd.register_fake(fake_gradients)
+def needed(needs: list[bool]) -> dict[str, Any]:
+    """``fused_backward``'s keywords for the operators' ``needs``."""
+    need = Needs(*needs)._asdict()
+    return {f"need_{name}": need[name] for name in ("dhidden", "dweight", "dbias", "dlow", "dup")}
+
+
+def five(gradients: Tensors) -> FiveTensors:
+    """With empty gradients of low and up where there are none."""
+    dhidden, dweight, dbias, *low_rank = gradients
+    dlow, dup = low_rank or (dhidden.new_empty(0), dweight.new_empty(0))
+    return dhidden, dweight, dbias, dlow, dup
+
+
+@fused_bwd.register_fake
+def _(
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor,
+    row_coef: Tensor, pair_coef: Tensor, row_carry: Tensor, pair_carry: Tensor, options: list[float],
+    needs: list[bool], scratch_bytes: int, low: Tensor | None = None, up: Tensor | None = None,
+) -> Tensors:  # fmt: skip
+    return fake_like(hidden, weight, low, up, needs)
 
 
 def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
-    ctx.save_for_backward(*inputs[:7], *output[5:])
-    ctx.extra = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], *output[5:], *inputs[10:])
+    ctx.extra = inputs[7:10]
 
 
 def _fused_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = fused_bwd(grad_loss, *ctx.saved_tensors, *ctx.extra)
-    return (*wanted(gradients, ctx.extra[1]), *(None,) * 7)
+    *inputs, low, up = ctx.saved_tensors
+    return wanted(fused_bwd(grad_loss, *inputs, *ctx.extra, low, up), ctx.extra[1], 7)
 
 
 fused_fwd.register_autograd(_fused_autograd, setup_context=_fused_setup)
@@ -129,10 +147,12 @@ def fused_rows_fwd(
     options: list[float],
     needs: list[bool],
     scratch_bytes: int,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor]:
     """Each row's next-token term (0 at ignored rows) and row_carry [3, N] for the backward."""
     none = hidden.new_empty(0, dtype=torch.float32)
-    stats, term = fused_terms(hidden, weight, bias, target, none, options)
+    stats, term = fused_terms(hidden, weight, bias, target, none, options, low, up)
     return term, stats.row_carry
 
 
@@ -143,13 +163,13 @@ def _(hidden: Tensor, *rest: Any) -> Tensors:
 
 
 def _fused_rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, target, row_carry = ctx.saved_tensors
+    *inputs, target, row_carry, low, up = ctx.saved_tensors
     none, pair_carry = row_carry.new_empty(0), row_carry.new_empty(4, 0)
     valid = (target >= 0).double()
     gradients = fused_bwd(
-        grad_rows, *inputs, target, none, valid, none.double(), row_carry, pair_carry, *ctx.extra
+        grad_rows, *inputs, target, none, valid, none.double(), row_carry, pair_carry, *ctx.extra, low, up
     )
-    return (*wanted(gradients, ctx.extra[1]), *(None,) * 4)
+    return wanted(gradients, ctx.extra[1], 4)
 
 
 fused_rows_fwd.register_autograd(_fused_rows_autograd, setup_context=rows_setup)
@@ -163,14 +183,17 @@ def fused_stats(
     target: Tensor,  # (N,)
     options: list[float],
     scratch_bytes: int,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, lse, entropy and is_top1 of each row; no logits in memory."""
     from .fused import fused_forward
 
     none = hidden.new_empty(0, dtype=torch.float32)
     stats = fused_forward(
-        hidden, weight, target, none, bias=bias, softcap=options[0], logit_scale=options[1], want_entropy=True
-    )
+        hidden, weight, target, none, bias=bias, softcap=options[0], logit_scale=options[1], low=low, up=up,
+        want_entropy=True,
+    )  # fmt: skip
     is_top1 = (target >= 0) & (stats.target_logit >= stats.max_logit)
     return stats.nll, stats.lse, stats.entropy, is_top1
 

@@ -1,13 +1,16 @@
 """Low-rank adapters on the output layer: logits of W + s B A without the [V, D] sum.
 
-    W h + s B (A h) = [W, B] [h, s A h]
+    W h + s B (A h) = W h + up low,   low = s A h,  up = B
+    dlow = G up,  dup = G^T low,  dhidden = G W + s A^T dlow,  dA = s dlow^T h        G: gradient of the affine logits
 
-The rows grow by r columns, s A h, and the weight by B. The loss is linear in both before its cap, so mixing a pair's
-rows mixes the new columns too, and autograd of these two concatenations gives dA, dB, dhidden and dweight exactly.
+Every implementation takes the rows low [N, r] and the factor up [V, r] beside hidden and weight. Logits are linear in
+both before the cap, so mixing a pair's rows mixes low too; autograd of the small product gives dA and the rest of
+dhidden.
 
-Cost: one copy of the weight, V (D + r) elements in its dtype, kept until the backward, and a dweight product over all
-D + r columns whenever B is trained, even if W is frozen. Factors are used in hidden's dtype; their gradients are in
-their own.
+Cost beside a call without factors: low and its gradient, N r elements each, and dup, V r; 2 N (D + V) r flops for each
+of the forward, the gradient of rows and the gradient of factors. The weight is not copied, and a frozen one has no
+gradient and no product for it. Factors are used in hidden's dtype (of another dtype, B is converted: V r elements,
+kept until the backward); their gradients are in their own.
 """
 
 from __future__ import annotations
@@ -39,16 +42,14 @@ def check_lora(lora: object, hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(f"lora scaling: expected a finite number, got {scaling!r}")
 
 
-def with_lora(hidden: Tensor, weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """[h, s A h] of shape [N, D + r] and [W, B] of shape [V, D + r], in hidden's dtype; differentiable in all four."""
+def low_rank(hidden: Tensor, weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
+    """low = s A h of shape [N, r] and up = B [V, r], in hidden's dtype; differentiable in hidden and both factors."""
     check_lora(lora, hidden, weight)
     down, up, scaling = lora
     # In the wider of the two dtypes, as peft does: float32 adapters beside a 16-bit model.
     dtype = torch.promote_types(hidden.dtype, down.dtype)
     reduced = F.linear(hidden.to(dtype), down.to(dtype)) * scaling
-    return torch.cat([hidden, reduced.to(hidden.dtype)], dim=1), torch.cat(
-        [weight, up.to(weight.dtype)], dim=1
-    )
+    return reduced.to(hidden.dtype), up.to(hidden.dtype)
 
 
 def is_lora_layer(module: Any) -> bool:

@@ -19,16 +19,8 @@ from torch import Tensor
 
 from .chunked import Needs
 from .fused_ops import fused_terms
-from .ops import (
-    Tensors,
-    fake_stats,
-    fake_with_gradients,
-    row_stats,
-    scale_into,
-    total_loss,
-    valid_terms,
-    with_gradients,
-)
+from .ops import Tensors, fake_stats, fake_with_gradients, scale_into, total_loss, with_gradients
+from .row_ops import row_stats, valid_terms
 from .rows import Given, head_of
 
 
@@ -216,13 +208,13 @@ def stored_main_grad_fwd(
 
     return with_gradients(
         stored_loss, hidden, head_of(weight, bias, options), target, lam, row_coef=row_coef, pair_coef=pair_coef,
-        needs=Needs(*needs), scratch_bytes=scratch_bytes,
-    )  # fmt: skip
+        needs=Needs(*needs), scratch_bytes=scratch_bytes, low=None,
+    )[:9]  # fmt: skip
 
 
 @stored_main_grad_fwd.register_fake
 def _(*inputs: Any) -> Tensors:
-    return fake_with_gradients(*inputs[:7], *inputs[8:])
+    return fake_with_gradients(*inputs[:7], *inputs[8:])[:9]
 
 
 @torch.library.custom_op("sftmix_kernels::stored_main_grad_bwd", mutates_args=("main_grad",))

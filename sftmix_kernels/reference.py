@@ -3,6 +3,7 @@
 Rows are the M confident rows c, their M partners u in the same order, then unpaired rows. With W [V, D] and b [V]:
 
     f(h)        = cap * tanh(s * (W h + b) / cap)                       (cap absent: s * (W h + b))
+                  with W h + up low in place of W h where h has low-rank features low [r] and up is [V, r]
     nll_i       = logsumexp f(h_i) - f(h_i)[y_i]
     term_i      = (1 - e) nll_i + e (logsumexp f(h_i) - mean_v f(h_i)_v) + z (logsumexp f(h_i))^2
     z~_j        = lam_j h^c_j + (1 - lam_j) h^u_j
@@ -15,6 +16,7 @@ Source: Xiao et al., SFTMix, arXiv 2410.05248, section 3. Every other implementa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,16 +62,30 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def project(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    logit_scale: float,
-) -> Tensor:  # (N, V), float32 or float64
-    """Final logits of each row: the product in the inputs' dtype, everything after it in float32 (float64)."""
-    logits = F.linear(hidden, weight, bias).to(sum_dtype(hidden.dtype)) * logit_scale
-    return logits if not softcap else softcap * torch.tanh(logits / softcap)
+class Layer(NamedTuple):
+    """What gives the logits of a row."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    up: Tensor | None = None  # (V, r)
+    join: Callable[[Tensor], Tensor] | None = None  # columns of one shard (N, V_r) to those of all (N, V)
+
+    def logits(
+        self,
+        hidden: Tensor,  # (N, D)
+        low: Tensor | None = None,  # (N, r)
+    ) -> Tensor:  # (N, V), float32 or float64
+        """Final logits of each row: products in the inputs' dtype, everything after them in float32 (float64)."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if low is not None and self.up is not None:
+            logits = logits + F.linear(low, self.up)
+        logits = logits.to(sum_dtype(hidden.dtype))
+        if self.join is not None:
+            logits = self.join(logits)
+        logits = logits * self.logit_scale
+        return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def _target_logit(logits: Tensor, target: Tensor) -> Tensor:
@@ -93,6 +109,12 @@ def row_terms(
     return torch.where(valid, term, torch.zeros_like(term)), nll, lse, is_top1
 
 
+def _mix(rows: Tensor, lam: Tensor) -> Tensor:
+    """lam c + (1 - lam) u of each pair, in the rows' dtype."""
+    num_pairs, share = lam.shape[0], lam[:, None].to(rows.dtype)
+    return share * rows[:num_pairs] + (1 - share) * rows[num_pairs : 2 * num_pairs]
+
+
 def sftmix_loss(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -110,13 +132,20 @@ def sftmix_loss(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> SFTMixLoss:
-    """The loss of :func:`sftmix_kernels.sftmix_loss`, differentiable by autograd, without argument checks."""
+    """The loss of :func:`sftmix_kernels.sftmix_loss`, differentiable by autograd, without argument checks.
+
+    ``join`` gathers the logits of a shard of the vocabulary to those of all its columns.
+    """
+    layer = Layer(weight, bias, softcap, logit_scale, up, join)
     num_pairs, dtype = lam.shape[0], sum_dtype(hidden.dtype)
     valid = target != ignore_index
     zero = torch.zeros((), dtype=dtype, device=hidden.device)
 
-    logits = project(hidden, weight, bias, softcap, logit_scale)
+    logits = layer.logits(hidden, low)
     term, nll, lse, is_top1 = row_terms(logits, target, ignore_index, label_smoothing, z_loss)
     row_weight = torch.ones_like(nll) if row_weight is None else row_weight.to(dtype)
     ntp = (row_weight * term).sum() / (
@@ -126,9 +155,8 @@ def sftmix_loss(
     lam = lam.to(dtype)
     target_c, target_u = target[:num_pairs], target[num_pairs : 2 * num_pairs]
     pair_valid = valid[:num_pairs] & valid[num_pairs : 2 * num_pairs]
-    share = lam[:, None].to(hidden.dtype)
-    mixed = share * hidden[:num_pairs] + (1 - share) * hidden[num_pairs : 2 * num_pairs]
-    logits_x = project(mixed, weight, bias, softcap, logit_scale)
+    mixed = _mix(hidden, lam)
+    logits_x = layer.logits(mixed, None if low is None else _mix(low, lam))
     logprob_c = _target_logit(logits_x, torch.where(pair_valid, target_c, 0)) - torch.logsumexp(
         logits_x, dim=1
     )
@@ -155,9 +183,12 @@ def row_losses(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # (N,)
     """The next-token term of each row, differentiable: ``linear_cross_entropy(reduction="none")``."""
-    logits = project(hidden, weight, bias, softcap, logit_scale)
+    logits = Layer(weight, bias, softcap, logit_scale, up, join).logits(hidden, low)
     return row_terms(logits, target, ignore_index, label_smoothing, z_loss)[0]
 
 
@@ -170,11 +201,14 @@ def token_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenStats:
     """The statistics of :func:`sftmix_kernels.token_stats` from full logits, without argument checks."""
     valid = target != ignore_index
     with torch.no_grad():
-        logits = project(hidden, weight, bias, softcap, logit_scale)
+        logits = Layer(weight, bias, softcap, logit_scale, up, join).logits(hidden, low)
         logprobs = torch.log_softmax(logits, dim=1)
         lse = torch.logsumexp(logits, dim=1)
         target_logit = _target_logit(logits, torch.where(valid, target, 0))

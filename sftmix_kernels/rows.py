@@ -25,14 +25,16 @@ class Head(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     total_vocab: int | Tensor | None = None  # columns of all shards; None: this weight's
+    up: Tensor | None = None  # (V, r): each row adds low (r,) times it to its logits
 
 
 def head_of(
-    weight: Tensor, bias: Tensor | None, options: list[float], total_vocab: int | Tensor | None = None
-) -> Head:
+    weight: Tensor, bias: Tensor | None, options: list[float], total_vocab: int | Tensor | None = None,
+    up: Tensor | None = None,
+) -> Head:  # fmt: skip
     """A Head from the operators' ``options``: softcap, logit_scale, label_smoothing, z_loss."""
     softcap, logit_scale, label_smoothing, z_loss = options
-    return Head(weight, bias, softcap, logit_scale, label_smoothing, z_loss, total_vocab)
+    return Head(weight, bias, softcap, logit_scale, label_smoothing, z_loss, total_vocab, up)
 
 
 def unit_scale(row_coef: Tensor, pair_coef: Tensor) -> Tensor:
@@ -52,6 +54,34 @@ def row_term(head: Head, nll: Tensor, lse: Tensor, mean_logit: Tensor) -> Tensor
     if head.label_smoothing:
         term = (1 - head.label_smoothing) * nll + head.label_smoothing * (lse - mean_logit)
     return term + head.z_loss * lse.square() if head.z_loss else term
+
+
+def gather_rows(tensor: Tensor, parts: list[slice]) -> Tensor:
+    """The rows of ``parts``, run after run; a view of a single run."""
+    return tensor[parts[0]] if len(parts) == 1 else torch.cat([tensor[rows] for rows in parts])
+
+
+def scatter_rows(out: Tensor, values: Tensor, parts: list[slice]) -> None:
+    """The reverse: ``values`` to their places in ``out``."""
+    for rows, run in zip(parts, values.split([rows.stop - rows.start for rows in parts]), strict=True):
+        out[rows] = run
+
+
+def affine(head: Head, hidden: Tensor, low: Tensor | None, parts: list[slice], out: Tensor) -> None:
+    """W h + b (+ up low with ``low`` [N, r]) of the rows of ``parts``, whose states are ``hidden`` [n, D].
+
+    In hidden's dtype: a CPU has no 16-bit product with a float32 result. The low-rank part, small as a rule, is written
+    first, so that the last rounding alone is of whole logits.
+    """
+    first, factor = hidden, head.weight
+    if low is not None and head.up is not None:
+        first, factor = gather_rows(low, parts), head.up
+    if head.bias is None:
+        torch.mm(first, factor.t(), out=out)
+    else:
+        torch.addmm(head.bias, first, factor.t(), out=out)
+    if low is not None:
+        out.addmm_(hidden, head.weight.t())
 
 
 def finish_logits_(head: Head, logits: Tensor) -> Tensor:

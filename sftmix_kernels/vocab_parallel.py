@@ -3,18 +3,18 @@
 Every rank holds the same rows (hidden, target, lam) and its own V_r columns of logits, any number of them:
 
     first_r = sum of V_q over ranks q < r,   V = sum of V_q
-    lse = logsumexp_r lse_r,   target_logit = sum_r target_logit_r,   max = max_r max_r,   mean = sum_r V_r mean_r / V
     dhidden = sum_r G_r W_r,   dweight_r = G_r^T hidden,   dbias_r = sum of G_r over rows
+    dlow = sum_r G_r up_r,     dup_r = G_r^T low                                  with low-rank factors
 
-and the same lse and target logits for the mixtures. A target becomes a column of its own shard or -1 in every other,
-so it can match nothing there. Collectives: one of the shards' sizes and one of all statistics in the forward, one sum
-of dhidden in the backward. The statistics are gathered and folded in the order of the ranks, so every rank gets the
-same bits. G needs the lse of all shards, so the backward recomputes its logits: a fourth product per row.
+A target becomes a column of its own shard or -1 in every other, so it can match nothing there. Collectives: one of the
+shards' sizes and one of all statistics (vocab_stats.py) in the forward, the sums of dhidden and dlow in the backward.
+G needs the lse of all shards, so the backward recomputes its logits: a fourth product per row. Arguments as in ops.py;
+``target`` counts columns of the whole vocabulary and ``place`` is [first_r, V].
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,74 +22,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .chunked import Needs, chunked_loss
-from .ops import refuse_double_backward, total_loss, wanted
+from .fused_ops import five, needed
+from .ops import FiveTensors, Tensors, fake_like, fake_stats, refuse_double_backward, total_loss, wanted
 from .reference import sum_dtype
 from .rows import Given, Head, head_of, row_term
-from .vocab_shard import gather
-
-Tensors = tuple[Tensor, ...]
-
-
-class _Stats(NamedTuple):
-    """What a shard, or all of them, know of N rows and M mixtures; ``low`` is what rounding took from lse."""
-
-    lse: Tensor  # (N,)
-    low: Tensor  # (N,)
-    max_logit: Tensor  # (N,)
-    target_logit: Tensor  # (N,) 0 where the column is elsewhere
-    mean_logit: Tensor  # (N,)
-    lse_x: Tensor  # (M,)
-    low_x: Tensor  # (M,)
-    target_logit_xc: Tensor  # (M,)
-    target_logit_xu: Tensor  # (M,)
-
-
-def _own_columns(target: Tensor, place: Tensor, num_columns: int) -> Tensor:
-    """Targets as columns of this shard; -1 at ignored rows and where the column is another shard's."""
-    column = target - place[0]
-    return torch.where((target >= 0) & (column >= 0) & (column < num_columns), column, -1)
-
-
-def _shard_stats(
-    hidden: Tensor, head: Head, column: Tensor, lam: Tensor, *, fused: bool, scratch_bytes: int
-) -> _Stats:
-    """Statistics of this shard's columns alone."""
-    dtype, num_rows, num_pairs = sum_dtype(hidden.dtype), hidden.shape[0], lam.shape[0]
-    rows, pairs = hidden.new_zeros(num_rows, dtype=dtype), hidden.new_zeros(num_pairs, dtype=dtype)
-    if head.weight.shape[0] == 0:  # no column: log of an empty sum
-        none, none_x = torch.full_like(rows, -torch.inf), torch.full_like(pairs, -torch.inf)
-        return _Stats(none, rows, none, rows, rows, none_x, pairs, pairs, pairs)
-    if fused:
-        from .fused import fused_forward
-
-        options: dict[str, Any] = {"want_mean_logit": True} if head.label_smoothing else {}
-        s = fused_forward(
-            hidden, head.weight, column, lam, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
-            **options,
-        )  # fmt: skip
-        mean_logit = s.mean_logit if head.label_smoothing else rows
-        low, low_x = s.row_carry[1], s.pair_carry[1]
-        found = (s.lse, low, s.max_logit, s.target_logit, mean_logit, s.lse_x, low_x)
-        return _Stats(*found, s.target_logit_xc, s.target_logit_xu)
-    c = chunked_loss(
-        hidden, head, column, lam, row_coef=rows, pair_coef=pairs, needs=Needs(), scratch_bytes=scratch_bytes
-    )
-    mean_logit = c.mean_logit if head.label_smoothing else rows
-    found = (c.lse, c.low, c.max_logit, c.target_logit, mean_logit, c.lse_x, c.low_x)
-    return _Stats(*found, c.target_logit_xc, c.target_logit_xu)
-
-
-def _log_sum(lse: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log of the ranks' summed exponentials [R, n]: float64, then as rounded to lse's dtype and the rest."""
-    exact = torch.logsumexp(lse.double() + low.double(), dim=0)
-    rounded = exact.to(lse.dtype)
-    return exact, rounded, (exact - rounded).to(lse.dtype)
-
-
-def _nll(lse: Tensor, target_logit: Tensor, valid: Tensor) -> Tensor:
-    """-log p [n] in the statistics' dtype from float64 lse, 0 where there is no target."""
-    nll = (lse - target_logit).to(target_logit.dtype)
-    return torch.where(valid, nll, torch.zeros_like(nll))
+from .vocab_stats import Rows, own_columns, whole_stats
 
 
 @torch.library.custom_op("sftmix_kernels::vocab_parallel_fwd", mutates_args=())
@@ -97,62 +34,42 @@ def vocab_parallel_fwd(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V_r, D)
     bias: Tensor | None,  # (V_r,)
-    target: Tensor,  # (N,) of the whole vocabulary, -1 at ignored rows
+    target: Tensor,  # (N,)
     lam: Tensor,  # (M,)
     row_coef: Tensor,  # (N,)
     pair_coef: Tensor,  # (M,)
     place: Tensor,  # (2,)
     options: list[float],
-    needs: list[bool],  # dhidden, dweight, dbias
+    needs: list[bool],
     scratch_bytes: int,
     fused: bool,
     group_name: str,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V_r, r)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, nll, lse, is_top1, mixup_nll, then row_carry [3, N] and pair_carry [4, M] for the backward."""
-    head = head_of(weight, bias, options)
-    column = _own_columns(target, place, weight.shape[0])
-    local = _shard_stats(hidden, head, column, lam, fused=fused, scratch_bytes=scratch_bytes)
-    local = local._replace(mean_logit=local.mean_logit * weight.shape[0])
-    packed = gather(torch.cat(local), _resolve_process_group(group_name))  # type: ignore[arg-type]
-    of = _Stats(*packed.split([t.shape[0] for t in local], dim=1))
-
-    num_pairs = lam.shape[0]
-    valid = target >= 0
-    lse, rounded, low = _log_sum(of.lse, of.low)
-    target_logit = of.target_logit.sum(dim=0)
-    nll = _nll(lse, target_logit, valid)
-    is_top1 = valid & (target_logit >= of.max_logit.amax(dim=0))
-    lse_x, rounded_x, low_x = _log_sum(of.lse_x, of.low_x)
-    valid_c, valid_u = valid[:num_pairs], valid[num_pairs : 2 * num_pairs]
-    nll_xc = _nll(lse_x, of.target_logit_xc.sum(dim=0), valid_c)
-    nll_xu = _nll(lse_x, of.target_logit_xu.sum(dim=0), valid_u)
-    share = lam.to(nll.dtype)
-    mixup_nll = share * nll_xc + (1 - share) * nll_xu
-    mixup_nll = torch.where(valid_c & valid_u, mixup_nll, torch.zeros_like(mixup_nll))
-
-    mean_logit = of.mean_logit.sum(dim=0) / place[1]
-    term = row_term(head, nll, rounded, mean_logit)
-    loss = total_loss(term, mixup_nll, row_coef, pair_coef)
-    row_carry, pair_carry = torch.stack([rounded, low, nll]), torch.stack([rounded_x, low_x, nll_xc, nll_xu])
-    return loss, nll, rounded, is_top1, mixup_nll, row_carry, pair_carry
+    head = head_of(weight, bias, options, up=up)
+    rows = Rows(hidden, own_columns(target, place, weight.shape[0]), lam, low)
+    s = whole_stats(
+        rows, head, place, target >= 0, fused=fused, scratch_bytes=scratch_bytes, group_name=group_name
+    )
+    loss = total_loss(row_term(head, s.nll, s.lse, s.mean_logit), s.mixup_nll, row_coef, pair_coef)
+    return loss, s.nll, s.lse, s.is_top1, s.mixup_nll, s.row_carry, s.pair_carry
 
 
 @vocab_parallel_fwd.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor, *rest: Any
 ) -> Tensors:
-    def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=sum_dtype(hidden.dtype))
-
+    nll, lse, _, is_top1 = fake_stats(hidden)
     num_rows, num_pairs = hidden.shape[0], lam.shape[0]
-    is_top1 = hidden.new_empty(num_rows, dtype=torch.bool)
-    stats = (new(), new(num_rows), new(num_rows), is_top1, new(num_pairs))
-    return (*stats, new(3, num_rows), new(4, num_pairs))
+    carries = nll.new_empty(3, num_rows), nll.new_empty(4, num_pairs)
+    return nll.new_empty(()), nll, lse, is_top1, nll.new_empty(num_pairs), *carries
 
 
 @torch.library.custom_op("sftmix_kernels::vocab_parallel_bwd", mutates_args=())
 def vocab_parallel_bwd(
-    grad_loss: Tensor,  # ()
+    grad_loss: Tensor,  # () or (N,): then the rows' own upstream gradients, and there are no pairs
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V_r, D)
     bias: Tensor | None,  # (V_r,)
@@ -164,91 +81,169 @@ def vocab_parallel_bwd(
     row_carry: Tensor,  # (3, N)
     pair_carry: Tensor,  # (4, M)
     options: list[float],
-    needs: list[bool],  # dhidden, dweight, dbias
+    needs: list[bool],
     scratch_bytes: int,
     fused: bool,
     group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden summed over the ranks, this shard's dweight and dbias; empty where not needed."""
-    dtype, fake = sum_dtype(hidden.dtype), fake_gradients(grad_loss, hidden, weight, needs=needs)
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V_r, r)
+) -> FiveTensors:
+    """dhidden and dlow summed over the ranks, this shard's dweight, dbias and dup; empty where not needed."""
+    gradients = fake_like(hidden, weight, low, up, needs)
     if weight.shape[0]:
-        column = _own_columns(target, place, weight.shape[0])
-        head = head_of(weight, bias, options, place[1].to(dtype))
-        coefs = (row_coef * grad_loss, pair_coef * grad_loss)
+        head = head_of(weight, bias, options, place[1].to(sum_dtype(hidden.dtype)), up)
+        rows = Rows(hidden, own_columns(target, place, weight.shape[0]), lam, low)
+        coefs = row_coef * grad_loss, pair_coef * grad_loss if grad_loss.ndim == 0 else pair_coef
+        run = _fused_gradients if fused else _chunked_gradients
         carries = (row_carry, pair_carry)
-        gradients = (_fused_gradients if fused else _chunked_gradients)(
-            hidden,
-            head,
-            column,
-            lam,
-            coefs=coefs,
-            carries=carries,
-            needs=Needs(*needs),
-            scratch_bytes=scratch_bytes,
-        )
+        gradients = run(rows, head, coefs=coefs, carries=carries, needs=needs, scratch_bytes=scratch_bytes)
     else:
-        gradients = tuple(torch.zeros_like(t) for t in fake)
-    total = gradients[0].to(dtype)
-    if needs[0]:
+        gradients = five(tuple(t.zero_() for t in gradients))
+    dhidden, dweight, dbias, dlow, dup = gradients
+    dhidden, dlow = (_summed(gradient, hidden.dtype, group_name) for gradient in (dhidden, dlow))
+    return dhidden, dweight, dbias, dlow, dup
+
+
+def _summed(gradient: Tensor, dtype: torch.dtype, group_name: str) -> Tensor:
+    """The ranks' gradients of rows summed, then rounded to ``dtype``; an empty one is not needed."""
+    total = gradient.to(sum_dtype(dtype))
+    if total.numel():
         dist.all_reduce(total, group=_resolve_process_group(group_name))  # type: ignore[arg-type]
-    return total.to(hidden.dtype), gradients[1], gradients[2]
+    return total.to(dtype)
 
 
 def _chunked_gradients(
-    hidden: Tensor, head: Head, column: Tensor, lam: Tensor, *, coefs: tuple[Tensor, Tensor],
-    carries: tuple[Tensor, Tensor], needs: Needs, scratch_bytes: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dhidden in the sums' dtype, dweight and dbias in weight's."""
+    rows: Rows, head: Head, *, coefs: tuple[Tensor, Tensor], carries: tuple[Tensor, Tensor], needs: list[bool],
+    scratch_bytes: int,
+) -> FiveTensors:  # fmt: skip
+    """dhidden and dlow in the sums' dtype, the others in weight's."""
     result = chunked_loss(
-        hidden, head, column, lam, row_coef=coefs[0], pair_coef=coefs[1], needs=needs, scratch_bytes=scratch_bytes,
-        given=Given(carries[0][0], carries[0][1], carries[1][0], carries[1][1]),
+        rows.hidden, head, rows.column, rows.lam, row_coef=coefs[0], pair_coef=coefs[1], needs=Needs(*needs),
+        scratch_bytes=scratch_bytes, given=Given(*carries[0][:2], *carries[1][:2]), low=rows.low,
     )  # fmt: skip
-    dhidden = result.dhidden.to(result.scale.dtype) * result.scale
-    weights = (g.mul_(result.scale).to(head.weight.dtype) for g in (result.dweight, result.dbias))
-    return dhidden, *weights
+    scale, dtype = result.scale, head.weight.dtype
+    dhidden, dlow = (g.to(scale.dtype) * scale for g in (result.dhidden, result.dlow))
+    dweight, dbias, dup = (g.mul_(scale).to(dtype) for g in (result.dweight, result.dbias, result.dup))
+    return dhidden, dweight, dbias, dlow, dup
 
 
 def _fused_gradients(
-    hidden: Tensor, head: Head, column: Tensor, lam: Tensor, *, coefs: tuple[Tensor, Tensor],
-    carries: tuple[Tensor, Tensor], needs: Needs, scratch_bytes: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same by the kernels; dhidden is rounded to hidden's dtype once per shard."""
+    rows: Rows, head: Head, *, coefs: tuple[Tensor, Tensor], carries: tuple[Tensor, Tensor], needs: list[bool],
+    scratch_bytes: int,
+) -> FiveTensors:  # fmt: skip
+    """The same by the kernels; dhidden and dlow are rounded to hidden's dtype once per shard."""
     from .fused import fused_backward
 
-    extra: dict[str, Any] = {"label_smoothing": head.label_smoothing, "z_loss": head.z_loss}
-    if head.label_smoothing:
-        extra["total_vocab"] = head.total_vocab
-    return fused_backward(
-        hidden, head.weight, column, lam, coefs[0].float(), coefs[1].float(), *carries, bias=head.bias,
-        softcap=head.softcap, logit_scale=head.logit_scale, need_dhidden=needs.dhidden, need_dweight=needs.dweight,
-        need_dbias=needs.dbias, scratch_bytes=scratch_bytes or None,
-        **(extra if head.label_smoothing or head.z_loss else {}),
+    gradients = fused_backward(
+        rows.hidden, head.weight, rows.column, rows.lam, coefs[0].float(), coefs[1].float(), *carries,
+        bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale, label_smoothing=head.label_smoothing,
+        z_loss=head.z_loss, total_vocab=head.total_vocab, low=rows.low, up=head.up,
+        scratch_bytes=scratch_bytes or None, **needed(needs),
     )  # fmt: skip
-
-
-def fake_gradients(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, needs: list[bool]
-) -> Tensors:
-    dhidden = hidden.new_empty(hidden.shape if needs[0] else (0,))
-    dweight = weight.new_empty(weight.shape if needs[1] else (0,))
-    return dhidden, dweight, weight.new_empty((weight.shape[0],) if needs[2] else (0,))
+    return five(gradients)
 
 
 @vocab_parallel_bwd.register_fake
-def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensors:
-    return fake_gradients(grad_loss, hidden, weight, needs=rest[-4])
+def _(
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lam: Tensor,
+    row_coef: Tensor, pair_coef: Tensor, place: Tensor, row_carry: Tensor, pair_carry: Tensor,
+    options: list[float], needs: list[bool], scratch_bytes: int, fused: bool, group_name: str,
+    low: Tensor | None = None, up: Tensor | None = None,
+) -> Tensors:  # fmt: skip
+    return fake_like(hidden, weight, low, up, needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes zeros for every output, the [V, D] ones too
-    ctx.save_for_backward(*inputs[:8], *output[5:])
-    ctx.extra = inputs[8:]
+    ctx.save_for_backward(*inputs[:8], *output[5:], *inputs[13:])
+    ctx.extra = inputs[8:13]
 
 
 def _autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = vocab_parallel_bwd(grad_loss, *ctx.saved_tensors, *ctx.extra)
-    return (*wanted(gradients, ctx.extra[1]), *(None,) * 10)
+    *inputs, low, up = ctx.saved_tensors
+    return wanted(vocab_parallel_bwd(grad_loss, *inputs, *ctx.extra, low, up), ctx.extra[1], 10)
 
 
 vocab_parallel_fwd.register_autograd(_autograd, setup_context=_setup)
 vocab_parallel_bwd.register_autograd(refuse_double_backward)
+
+
+@torch.library.custom_op("sftmix_kernels::vocab_parallel_rows_fwd", mutates_args=())
+def vocab_parallel_rows_fwd(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V_r, D)
+    bias: Tensor | None,  # (V_r,)
+    target: Tensor,  # (N,)
+    place: Tensor,  # (2,)
+    options: list[float],
+    needs: list[bool],
+    scratch_bytes: int,
+    fused: bool,
+    group_name: str,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V_r, r)
+) -> tuple[Tensor, Tensor]:
+    """Each row's next-token term (0 at ignored rows) and row_carry [3, N] for the backward."""
+    head = head_of(weight, bias, options, up=up)
+    none = hidden.new_empty(0, dtype=torch.float32)
+    rows = Rows(hidden, own_columns(target, place, weight.shape[0]), none, low)
+    s = whole_stats(
+        rows, head, place, target >= 0, fused=fused, scratch_bytes=scratch_bytes, group_name=group_name
+    )
+    term = row_term(head, s.nll, s.lse, s.mean_logit)
+    return torch.where(target >= 0, term, torch.zeros_like(term)), s.row_carry
+
+
+@vocab_parallel_rows_fwd.register_fake
+def _(hidden: Tensor, *rest: Any) -> Tensors:
+    term = fake_stats(hidden)[0]
+    return term, term.new_empty(3, hidden.shape[0])
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], output[1], *inputs[10:])
+    ctx.extra = inputs[5:10]
+
+
+def _rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, target, place, row_carry, low, up = ctx.saved_tensors
+    lam, pair_carry = row_carry.new_empty(0, dtype=torch.float32), row_carry.new_empty(4, 0)
+    coefs = (target >= 0).double(), lam.double()
+    gradients = vocab_parallel_bwd(
+        grad_rows, *inputs, target, lam, *coefs, place, row_carry, pair_carry, *ctx.extra, low, up
+    )
+    return wanted(gradients, ctx.extra[1], 7)
+
+
+vocab_parallel_rows_fwd.register_autograd(_rows_autograd, setup_context=_rows_setup)
+
+
+@torch.library.custom_op("sftmix_kernels::vocab_parallel_stats", mutates_args=())
+def vocab_parallel_stats(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V_r, D)
+    bias: Tensor | None,  # (V_r,)
+    target: Tensor,  # (N,)
+    place: Tensor,  # (2,)
+    options: list[float],
+    scratch_bytes: int,
+    fused: bool,
+    group_name: str,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V_r, r)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse, entropy and is_top1 of each row."""
+    head = head_of(weight, bias, options, up=up)
+    none = hidden.new_empty(0, dtype=torch.float32)
+    rows = Rows(hidden, own_columns(target, place, weight.shape[0]), none, low)
+    s = whole_stats(
+        rows, head, place, target >= 0, fused=fused, scratch_bytes=scratch_bytes, group_name=group_name,
+        entropy=True,
+    )  # fmt: skip
+    return s.nll, s.lse, s.entropy, s.is_top1
+
+
+@vocab_parallel_stats.register_fake
+def _(hidden: Tensor, *rest: Any) -> Tensors:
+    return fake_stats(hidden)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from . import checks
+from .reference import sum_dtype
 
 
 class Shard(NamedTuple):
@@ -90,12 +94,13 @@ def check_target(target: object, num_rows: int, ignore_index: int, shard: Shard)
     checks._check_values("target", ok, expected, lambda: f"{target[~ok][0].item()} with V={shard.place[1]}")
 
 
-def check_implementation(impl: str, schedule: str | None) -> None:
-    """Only what can take the log-sum-exp of other shards: not the reference, nor gradients made in the forward."""
-    if impl == "reference":
-        raise ValueError(f"impl: expected 'chunked' or 'fused' with vocab_parallel, got {impl!r}")
+def check_vocab_schedule(schedule: str | None) -> None:
+    """Not ``stored``: it makes gradients while it has a chunk's logits, before the other shards' sums are known."""
     if schedule == "stored":
-        raise ValueError("schedule: expected 'recompute' or None with vocab_parallel, got 'stored'")
+        raise ValueError(
+            "schedule: expected 'recompute' or None with vocab_parallel, got 'stored', which makes gradients in the "
+            "forward, before the log-sum-exp of all shards is known"
+        )
 
 
 def gather(local: Tensor, group: ProcessGroup) -> Tensor:
@@ -103,6 +108,53 @@ def gather(local: Tensor, group: ProcessGroup) -> Tensor:
     gathered = local.new_empty(dist.get_world_size(group), *local.shape)
     dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
     return gathered
+
+
+class _JoinColumns(torch.autograd.Function):
+    """Every rank's columns side by side; the backward hands each its own, for all ranks go on alike."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        size = torch.tensor([local.shape[1]], device=local.device)
+        sizes = [int(n) for n in gather(size, group)[:, 0]]
+        rank = dist.get_rank(group)
+        ctx.own = sum(sizes[:rank]), local.shape[1]
+        padded = gather(F.pad(local, (0, max(sizes) - local.shape[1])), group)
+        return torch.cat([part[:, :n] for part, n in zip(padded, sizes, strict=True)], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.narrow(1, *ctx.own).contiguous(), None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Rows as they are; their gradient is the sum over the ranks, each of which saw its own columns of logits."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.to(sum_dtype(grad.dtype), copy=True).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+def reference_shard(
+    rows: tuple[Tensor | None, ...], group_name: str
+) -> tuple[list[Tensor | None], Callable[[Tensor], Tensor]]:
+    """For the reference: ``rows`` whose gradients are summed over the ranks, and its ``join``.
+
+    Collectives: sizes and logits of every projection in the forward, one sum for each of ``rows`` in the backward;
+    the host waits for the sizes. First derivatives only.
+    """
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    summed = [None if t is None else _SumGradient.apply(t, group) for t in rows]
+    return summed, lambda logits: _JoinColumns.apply(logits, group)
 
 
 @torch.library.custom_op("sftmix_kernels::shard_place", mutates_args=())

@@ -152,6 +152,11 @@ def choose_row_block(vocab_size: int) -> int:
     return _power_of_two(vocab_size, 512, 4096)
 
 
+def choose_rank_block(rank: int) -> int:
+    """Columns of low-rank factors in one step of their loop: from the 16 of a matrix instruction to 64."""
+    return _power_of_two(rank, 16, 64)
+
+
 def _power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 

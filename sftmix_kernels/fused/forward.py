@@ -22,6 +22,7 @@ from .stats import FusedStats, empty_stats, fold, fold_splits, no_columns, settl
 from .tiles import (
     Problem,
     RowPart,
+    add_low_rank,
     any_inside,
     capped,
     launch_arguments,
@@ -129,6 +130,12 @@ def _sftmix_fwd_kernel(
     target_logit_u,  # (rows,) zeros
     target_logit_xc,  # (rows,) zeros
     target_logit_xu,  # (rows,) zeros
+    low_c,  # (rows, r), or None with all that follows to stride_uv
+    low_u,  # (rows, r)
+    up,  # (V, r)
+    rank,
+    stride_ln,
+    stride_uv,
     num_rows,
     vocab_size,
     hidden_size,
@@ -149,6 +156,7 @@ def _sftmix_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     block_n, split = tile_coordinates(num_blocks_n, num_splits, GROUP_N)
@@ -171,6 +179,11 @@ def _sftmix_fwd_kernel(
             hidden_c, hidden_u, weight, first_n, first_v, num_rows, vocab_size, hidden_size, stride_hn, stride_wv,
             PAIRED, USE_DESCRIPTORS, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
+        if up is not None:
+            a, b = add_low_rank(
+                a, b, low_c, low_u, up, first_n, first_v, num_rows, vocab_size, rank, stride_ln, stride_uv, PAIRED,
+                PRECISION, BLOCK_R,
+            )  # fmt: skip
         label_c = (y_c - first_v, any_inside(y_c - first_v, BLOCK_V))
         label_u = (y_u - first_v, any_inside(y_u - first_v, BLOCK_V))
         if PAIRED:
@@ -252,6 +265,8 @@ def fused_forward(
     bias: Tensor | None = None,  # (V,)
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
     want_entropy: bool = False,
     want_mean_logit: bool = False,
     tile: Tile | None = None,
@@ -259,13 +274,16 @@ def fused_forward(
 ) -> FusedStats:
     """Log-sum-exps, maxima and target logits of N rows and M mixtures; O(N) memory, no host synchronisation.
 
-    Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. ``tile`` and
+    Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. With low-rank
+    factors, in hidden's dtype, the affine logits are hidden W^T + low up^T. ``tile`` and
     ``num_splits`` force the launch shape (tests). Raises ValueError on CPU tensors outside the interpreter, and where
     both the entropy and the mean logit are wanted: one pass has room for one of them.
     """
     if want_entropy and want_mean_logit:
         raise ValueError("want_mean_logit: expected False beside want_entropy, got True")
-    problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    problem = Problem.prepare(
+        hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up
+    )
     stats = empty_stats(hidden, lam.shape[0], entropy=want_entropy, mean_logit=want_mean_logit)
     with on_device(hidden):
         for part in row_parts(hidden.shape[0], lam.shape[0]):

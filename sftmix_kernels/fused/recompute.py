@@ -5,6 +5,7 @@
     dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])
     G_c = dA + lam dX,  G_u = dB + (1 - lam) dX          dlogits = (G_c; G_u), one slice (N, V_s)
     dhidden = sum over slices G W_slice (float32),  dweight_slice = G^T hidden,  dbias_slice = sum over rows G
+    dlow = sum over slices G up_slice (float32),    dup_slice = G^T low          with low-rank factors
 
 with label smoothing e and z-loss z. At a target the residual comes from the forward's nll: w the label's mass there,
 expm1(-nll) + (1 - w) where w >= 1/2 and exp(-nll) - w elsewhere, so that p = 0.999999 keeps its digits. The forward's
@@ -26,6 +27,7 @@ from .products import add_product, write_product
 from .tiles import (
     Problem,
     RowPart,
+    add_low_rank,
     any_inside,
     can_describe,
     capped,
@@ -109,6 +111,12 @@ def _sftmix_recompute_kernel(
     pair_terms,  # (5, rows)
     dlogits_c,  # (rows, V_s) pointer or descriptor
     dlogits_u,  # (rows, V_s)
+    low_c,  # (rows, r), or None with all that follows to stride_uv
+    low_u,  # (rows, r)
+    up,  # (V_s, r)
+    rank,
+    stride_ln,
+    stride_uv,
     num_rows,
     vocab_size,  # V_s
     hidden_size,
@@ -130,6 +138,7 @@ def _sftmix_recompute_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     block_n, block_v = tile_coordinates(num_blocks_n, tl.cdiv(vocab_size, BLOCK_V), GROUP_N)
@@ -138,6 +147,11 @@ def _sftmix_recompute_kernel(
         hidden_c, hidden_u, weight, first_n, first_v, num_rows, vocab_size, hidden_size, stride_hn, stride_wv,
         PAIRED, USE_DESCRIPTORS, EVEN_D, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
+    if up is not None:
+        a, b = add_low_rank(
+            a, b, low_c, low_u, up, first_n, first_v, num_rows, vocab_size, rank, stride_ln, stride_uv, PAIRED,
+            PRECISION, BLOCK_R,
+        )  # fmt: skip
     # Rows past the end repeat the last one's numbers: finite, and never stored.
     rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)
     y_c = load_target(target_c, rows, rows < num_rows, first_column, vocab_size) - first_v
@@ -255,16 +269,21 @@ def fused_backward(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     total_vocab: int | Tensor | None = None,
+    low: Tensor | None = None,  # (N, r)
+    up: Tensor | None = None,  # (V, r)
     need_dhidden: bool = True,
     need_dweight: bool = True,
     need_dbias: bool = False,
+    need_dlow: bool = False,
+    need_dup: bool = False,
     main_grad: Tensor | None = None,  # (V, D) float32
     scratch_bytes: int | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dhidden, dweight and dbias in the dtypes of their primals, (0,) where not needed; no host synchronisation.
 
-    With ``main_grad`` dweight is added there, a slice at a time and unrounded, and none is made.
+    With low-rank factors, dlow and dup come after them. With ``main_grad`` dweight is added there, a slice at a time
+    and unrounded, and none is made.
 
     The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
     (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
@@ -272,15 +291,23 @@ def fused_backward(
     ``weight`` is a shard (an int or a 0-d tensor; None: its own columns). Raises ValueError on CPU tensors outside the
     interpreter.
     """
-    problem = Problem.prepare(hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    problem = Problem.prepare(
+        hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up
+    )
     _check_carries(hidden, lam, row_carry, pair_carry)
-    gradients = (
+    gradients: tuple[Tensor, ...] = (
         torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device),
         weight.new_empty(weight.shape if need_dweight and main_grad is None else (0,)),
         weight.new_empty(weight.shape[:1] if need_dbias else (0,)),
     )
+    if low is not None and up is not None:
+        shape = low.shape if need_dlow else (0,)
+        gradients += (
+            torch.zeros(shape, dtype=torch.float32, device=hidden.device),
+            up.new_empty(up.shape if need_dup else (0,)),
+        )
     if hidden.shape[0] == 0:
-        return gradients[0].to(hidden.dtype), gradients[1].zero_(), gradients[2].zero_()
+        return tuple(gradient.zero_().to(hidden.dtype) for gradient in gradients)
     columns = weight.shape[0] if total_vocab is None else total_vocab
     terms = _gradient_terms(
         target, lam, row_coef, pair_coef, row_carry, pair_carry, logit_scale=logit_scale,
@@ -300,21 +327,25 @@ def fused_backward(
             main_grad=main_grad if need_dweight else None,
             scratch_bytes=scratch_bytes,
         )
-    total, dweight, dbias = gradients
-    return (total if terms.scale is None else total.mul_(terms.scale)).to(hidden.dtype), dweight, dbias
+    for total in gradients[::3]:  # dhidden and dlow
+        if terms.scale is not None:
+            total.mul_(terms.scale)
+    return tuple(gradient.to(hidden.dtype) for gradient in gradients)
 
 
 def _walk_slices(
     problem: Problem,
     terms: GradientTerms,
     tiles: dict[RowPart, Tile],
-    gradients: tuple[Tensor, Tensor, Tensor],  # (N, D) float32 zeros, (V, D), (V,); (0,) where not needed
+    gradients: tuple[
+        Tensor, ...
+    ],  # float32 zeros (N, D), (V, D), (V,); (N, r), (V, r); (0,) where not needed
     *,
     main_grad: Tensor | None,
     scratch_bytes: int | None,
 ) -> None:
     """Fill the gradients slice by slice: the kernel writes dlogits, library products consume them."""
-    dhidden, dweight, dbias = gradients
+    dhidden, dweight, dbias, *low_rank = gradients
     num_rows, vocab_size = problem.hidden.shape[0], problem.weight.shape[0]
     block_v = max(tile.block_v for tile in tiles.values())
     itemsize = problem.hidden.element_size()
@@ -334,6 +365,24 @@ def _walk_slices(
         if dbias.numel():
             sums = dlogits.sum(dim=0, dtype=torch.float32)
             dbias[columns] = sums if terms.scale is None else sums * terms.scale
+        if low_rank:
+            _low_rank_products(part_problem, dlogits, low_rank, columns, scale=terms.scale)
+
+
+def _low_rank_products(
+    problem: Problem,  # up (V_s, r)
+    dlogits: Tensor,  # (N, V_s)
+    gradients: list[Tensor],  # dlow (N, r) float32, dup (V, r); (0,) where not needed
+    columns: slice,
+    *,
+    scale: Tensor | None,
+) -> None:
+    dlow, dup = gradients
+    assert problem.low is not None and problem.up is not None
+    if dlow.numel():
+        add_product(dlow, dlogits, problem.up[:, : dlow.shape[1]])
+    if dup.numel():
+        write_product(dup[columns], dlogits.T, problem.low[:, : dup.shape[1]], scale)
 
 
 def _check_carries(hidden: Tensor, lam: Tensor, row_carry: Tensor, pair_carry: Tensor) -> None:

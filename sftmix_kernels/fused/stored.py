@@ -6,6 +6,7 @@
     dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])        J = f' with softcap and scale, e smoothing, z z-loss
     G_c = dA + lam dX over a,  G_u = dB + (1 - lam) dX over u
     dhidden = G W,  dweight = sum over chunks of G^T hidden (float32),  dbias = sum of G over rows
+    dlow = G up,    dup = sum over chunks of G^T low (float32)     with low-rank factors: a += up low_c, u += up low_u
 
 One program has a pair (or an unpaired row) and passes over it twice: statistics, then gradients. The label columns are
 computed from scalars, by expm1 where p is near the label's mass, and written last. Three units of work against the four
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..chunked import ChunkedResult, Needs, unit_scale
-from ..rows import Head
+from ..rows import Head, affine, gather_rows
 from ..scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
@@ -269,8 +270,9 @@ class _Loop:
     """The results, filled chunk by chunk, and the buffer of logits that every chunk reuses."""
 
     def __init__(
-        self, head: Head, problem: Problem, needs: Needs, num_pairs: int, chunks: list[_Rows]
-    ) -> None:
+        self, head: Head, problem: Problem, needs: Needs, num_pairs: int, chunks: list[_Rows], *,
+        low: Tensor | None,
+    ) -> None:  # fmt: skip
         hidden, weight = problem.hidden, problem.weight
         self.head, self.problem, self.needs, self.num_pairs = head, problem, needs, num_pairs
 
@@ -281,6 +283,9 @@ class _Loop:
         self.dhidden = hidden.new_empty(hidden.shape if needs.dhidden else (0,))
         self.dweight = floats(*(weight.shape if needs.dweight else (0,)))
         self.dbias = floats(weight.shape[0] if needs.dbias else 0)
+        self.low, rank = low, 0 if low is None else low.shape[1]
+        self.dlow = hidden.new_empty((hidden.shape[0], rank) if needs.dlow else (0,))
+        self.dup = floats(*((weight.shape[0], rank) if needs.dup else (0,)))
         rows = max((chunk.size * (2 if chunk.paired else 1) for chunk in chunks), default=0)
         # Rows of whole 32 bytes, so that loads and stores are 16 bytes a thread whatever V is.
         self.buffer = hidden.new_empty(rows, triton.cdiv(weight.shape[0], 16) * 16)
@@ -297,10 +302,8 @@ class _Loop:
         weight, vocab_size = self.problem.weight, self.problem.weight.shape[0]
         stored = self.buffer[: hidden.shape[0]]
         logits = stored[:, :vocab_size]
-        if self.problem.bias is None:
-            torch.mm(hidden, weight.t(), out=logits)
-        else:
-            torch.addmm(self.problem.bias, hidden, weight.t(), out=logits)
+        up = self.head.up
+        affine(Head(weight, self.problem.bias, up=up), hidden, self.low, runs, logits)
         num_warps = 8
         _sftmix_stored_kernel[(chunk.size,)](
             logits=stored, target=self.problem.target, lam=lam, row_coef=row_coef, pair_coef=pair_coef,
@@ -319,6 +322,11 @@ class _Loop:
             add_product(self.dweight, logits.t(), hidden)
         if self.needs.dbias:
             self.dbias += logits.sum(dim=0, dtype=torch.float32)
+        if self.needs.dlow and up is not None:
+            for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
+                write_product(self.dlow[rows], gradient, up, None)
+        if self.needs.dup and self.low is not None:
+            add_product(self.dup, logits.t(), gather_rows(self.low, runs))
 
 
 def stored_loss(
@@ -331,6 +339,7 @@ def stored_loss(
     pair_coef: Tensor,  # (M,) 0 at pairs with an ignored member
     needs: Needs,
     scratch_bytes: int,
+    low: Tensor | None = None,  # (N, r), with head.up
 ) -> ChunkedResult:
     """:func:`chunked.chunked_loss` by one kernel a chunk; no host synchronisation.
 
@@ -354,7 +363,7 @@ def stored_loss(
     row_coef, pair_coef = row_coef * problem.logit_scale, pair_coef * problem.logit_scale
     row_bytes = triton.cdiv(head.weight.shape[0], 16) * 16 * hidden.element_size()
     chunks = _chunks(hidden.shape[0], lam.shape[0], row_bytes, scratch_bytes)
-    loop = _Loop(head, problem, needs, lam.shape[0], chunks)
+    loop = _Loop(head, problem, needs, lam.shape[0], chunks, low=low)
     with on_device(hidden):
         for chunk in chunks:
             loop.run(chunk, lam.contiguous(), row_coef, pair_coef)
@@ -366,5 +375,5 @@ def stored_loss(
     return ChunkedResult(
         nll, lse, is_top1, mixup_nll, moment if loop.moment == 1 else none, scale, loop.dhidden, loop.dweight,
         loop.dbias, max_logit, target_logit, moment if loop.moment == 2 else none, none, lse_x, none, at_xc,
-        at_xu,
+        at_xu, loop.dlow, loop.dup,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What every kernel shares: the one main loop of a logits tile, the order of tiles, and the loading of operands.
 
-    logits = f(W h + b),  f(a) = cap tanh(s a / cap)  or  s a without a cap
+    logits = f(W h + b),  f(a) = cap tanh(s a / cap)  or  s a without a cap;  W h + up low with low-rank factors
     x      = f(lam A + (1 - lam) B + b)               A = W h_c,  B = W h_u
 
 A tile is BLOCK_N pairs (or rows) by BLOCK_V columns; its two accumulators share each load of the weight. Row offsets
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import INTERPRETED, Tile, choose_tile, current_arch
+from .configs import INTERPRETED, Tile, choose_rank_block, choose_tile, current_arch
 
 
 @triton.jit
@@ -92,6 +92,40 @@ def _load_along_d(ptrs, offs_d, remaining, EVEN_D: tl.constexpr):
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=offs_d < remaining, other=0.0)
+
+
+@triton.jit
+def add_low_rank(
+    acc_c,  # (BLOCK_N, BLOCK_V) float32
+    acc_u,
+    low_c,  # (rows, r)
+    low_u,  # (rows, r) the partners'
+    up,  # (V, r)
+    first_n,  # int64
+    first_v,  # int32
+    num_rows,
+    vocab_size,
+    rank,
+    stride_ln,
+    stride_uv,
+    PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """A + low_c up^T and B + low_u up^T of one tile: a second, short loop over the rank."""
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_n = tl.minimum(first_n + tl.arange(0, acc_c.shape[0]), num_rows - 1)
+    offs_v = tl.minimum(first_v + tl.arange(0, acc_c.shape[1]), vocab_size - 1).to(tl.int64)
+    offs_l = offs_n[:, None] * stride_ln + offs_r[None, :]
+    ptrs_up = up + offs_v[None, :] * stride_uv + offs_r[:, None]
+    for r in range(0, rank, BLOCK_R):
+        w = _load_along_d(ptrs_up + r, offs_r[:, None], rank - r, False)
+        c = _load_along_d(low_c + offs_l + r, offs_r[None, :], rank - r, False)
+        acc_c = tl.dot(c, w, acc_c, input_precision=PRECISION)
+        if PAIRED:
+            u = _load_along_d(low_u + offs_l + r, offs_r[None, :], rank - r, False)
+            acc_u = tl.dot(u, w, acc_u, input_precision=PRECISION)
+    return acc_c, acc_u
 
 
 @triton.jit
@@ -189,6 +223,12 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _whole_steps(factor: Tensor) -> Tensor:
+    """A low-rank factor with zeros up to a multiple of 16 columns: at r = 20 masked loads take 390 bytes of stack."""
+    spare = -factor.shape[1] % 16
+    return unit_stride(factor) if spare == 0 else torch.nn.functional.pad(factor, (0, spare))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``ieee``, or ``tf32`` where torch's own float32 products may use it."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -215,6 +255,8 @@ class Problem(NamedTuple):
     bias: Tensor | None  # (V,)
     softcap: float
     logit_scale: float
+    low: Tensor | None = None  # (N, r), zeros up to a multiple of 16 columns
+    up: Tensor | None = None  # (V, r)
 
     @classmethod
     def prepare(
@@ -226,6 +268,8 @@ class Problem(NamedTuple):
         bias: Tensor | None,
         softcap: float,
         logit_scale: float,
+        low: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> Problem:
         """Raises ValueError where Triton cannot run on ``hidden``'s device."""
         if hidden.device.type == "cpu" and not INTERPRETED:
@@ -235,12 +279,14 @@ class Problem(NamedTuple):
             )
         bias = None if bias is None else bias.contiguous()
         target = target.contiguous()
-        return cls(unit_stride(hidden), unit_stride(weight), target, bias, float(softcap), float(logit_scale))
+        low, up = (None if factor is None else _whole_steps(factor) for factor in (low, up))
+        numbers = float(softcap), float(logit_scale)
+        return cls(unit_stride(hidden), unit_stride(weight), target, bias, *numbers, low, up)
 
     def columns(self, columns: slice) -> Problem:
         """The same with a slice of the vocabulary; targets still count from the vocabulary's start."""
-        bias = None if self.bias is None else self.bias[columns]
-        return self._replace(weight=self.weight[columns], bias=bias)
+        bias, up = (None if t is None else t[columns] for t in (self.bias, self.up))
+        return self._replace(weight=self.weight[columns], bias=bias, up=up)
 
     def choose_tile(self, operation: str, part: RowPart) -> Tile:
         return choose_tile(
@@ -248,6 +294,22 @@ class Problem(NamedTuple):
             dtype=self.hidden.dtype, arch=current_arch(self.hidden.device), paired=part.paired,
             softcap=self.softcap != 0.0,
         )  # fmt: skip
+
+
+def _low_rank_arguments(problem: Problem, part: RowPart) -> dict[str, Any]:
+    """The second operand of the logits; without it all are None, and the kernels are those without it."""
+    low, up = problem.low, problem.up
+    if low is None or up is None:
+        return dict.fromkeys(("low_c", "low_u", "up", "rank", "stride_ln", "stride_uv", "BLOCK_R"))
+    return {
+        "low_c": low[part.first],
+        "low_u": low[part.second],
+        "up": up,
+        "rank": up.shape[1],
+        "stride_ln": low.stride(0),
+        "stride_uv": up.stride(0),
+        "BLOCK_R": choose_rank_block(up.shape[1]),
+    }
 
 
 def launch_arguments(problem: Problem, part: RowPart, tile: Tile) -> dict[str, Any]:
@@ -260,6 +322,7 @@ def launch_arguments(problem: Problem, part: RowPart, tile: Tile) -> dict[str, A
         "hidden_c": operand(rows_c, (tile.block_n, tile.block_d), use_descriptors),
         "hidden_u": operand(rows_u, (tile.block_n, tile.block_d), use_descriptors),
         "weight": operand(weight, (tile.block_v, tile.block_d), use_descriptors),
+        **_low_rank_arguments(problem, part),
         "bias": problem.bias,
         "target_c": problem.target[part.first],
         "target_u": problem.target[part.second],

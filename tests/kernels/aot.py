@@ -106,6 +106,9 @@ def variant_cases() -> Iterator[Case]:
         for paired in (True, False):
             base = (operation, "sm_90", "bfloat16", paired)
             yield Case(*base, "bias", {"bias": True})
+            if operation != "stored":  # whose low-rank product is the library's
+                yield Case(*base, "lora", {"rank": 16})
+                yield Case(*base, "lora-ragged", {"rank": 20, "bias": True}, vocab_size=50257)
             yield Case(*base, "ragged", vocab_size=50257, hidden_size=2056)
             yield Case(*base, "misaligned", aligned=False)
             # Triton turns an integer 1 into a constant, which must not break what expects a variable.
@@ -163,6 +166,8 @@ def call(case: Case) -> None:
     options = {**case.options, "tile": case.tile}
     if options.get("bias"):
         options["bias"] = meta(case.vocab_size, dtype=dtype)
+    if rank := options.pop("rank", 0):
+        options |= {"low": meta(num_rows, rank, dtype=dtype), "up": meta(case.vocab_size, rank, dtype=dtype)}
     if case.operation == "forward":
         fused_forward(hidden, weight, target, lam, **options)
     elif case.operation == "stored":

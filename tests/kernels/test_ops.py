@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from sftmix_kernels import fused_ops, ops, sftmix_loss, token_stats
+from sftmix_kernels import fused_ops, ops, row_ops, sftmix_loss, token_stats
 from tests.parity import make_case
 
 # Inductor needs a C++ compiler for CPU code; without one the same graph runs through aot_eager.
@@ -49,14 +49,14 @@ def test_opcheck_of_the_backwards_and_statistics() -> None:
     carries = torch.rand(3, 20), torch.rand(4, 6)
     statistics = (lam, row_coef, pair_coef, *carries, OPTIONS, [True] * 3, 4096)
     torch.library.opcheck(fused_ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
-    for op in (ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
+    for op in (row_ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
         torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, [False] * 3, 4096))
     row_carry = torch.rand(2, 20)
     torch.library.opcheck(
-        ops.chunked_rows_bwd,
+        row_ops.chunked_rows_bwd,
         (torch.rand(20), hidden, weight, bias, target, row_carry, OPTIONS, [True] * 3, 4096),
     )
-    for op in (ops.chunked_stats, fused_ops.fused_stats):
+    for op in (row_ops.chunked_stats, fused_ops.fused_stats):
         torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, 4096))
 
 

@@ -14,10 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sftmix_kernels import sftmix_loss
+from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
 from tests import parity
 
-from .vocab_parallel_ranks import DTYPES, OPTIONS, SIZES, V, columns, make
+from .vocab_parallel_ranks import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    OPTIONS,
+    REDUCTIONS,
+    SCALING,
+    SIZES,
+    columns,
+    factors,
+    make,
+    upstream_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [(world, name) for world, sizes in SIZES.items() for name in sizes]
@@ -150,19 +161,100 @@ def test_it_compiles_whole_and_gives_the_same_bits(ranks: Results) -> None:
         assert all(torch.equal(a, b) for a, b in zip(rest[:half], gradients, strict=True))
 
 
-def test_low_rank_factors_are_trained_on_a_sharded_head(ranks: Results) -> None:
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("world, name", CASES)
+def test_low_rank_factors_are_trained_on_a_sharded_head(
+    ranks: Results, world: int, name: str, impl: str
+) -> None:
     case = make("plain")
-    torch.manual_seed(0)
-    leaves = [t.requires_grad_() for t in (case.hidden.clone(), torch.randn(2, 6), torch.randn(V, 2))]
+    leaves = [t.requires_grad_() for t in (case.hidden.clone(), *factors(case))]
     hidden, down, up = leaves
-    loss = sftmix_loss(hidden, case.weight + 0.5 * up @ down, case.target, case.lam, impl="reference").loss
-    expected = torch.autograd.grad(loss, leaves)
-    found = [result["low rank"] for result in ranks[2]]
-    torch.testing.assert_close(found[0]["loss"], loss.detach())
+    weight = case.weight + SCALING * up @ down
+    loss = sftmix_loss(hidden, weight, case.target, case.lam, impl="reference").loss
+    expected = dict(zip(("hidden", "down", "up"), torch.autograd.grad(loss, leaves), strict=True))
+    found = [result[name, "low rank", impl] for result in ranks[world]]
     for result in found:
-        torch.testing.assert_close(result["hidden"], expected[0], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result["down"], expected[1], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.cat([f["up"] for f in found]), expected[2], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result["loss"], loss.detach())
+        for key in ("hidden", "down"):
+            torch.testing.assert_close(result[key], expected[key], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([f["up"] for f in found]), expected["up"], rtol=1e-4, atol=1e-6)
+
+
+# --- the reference, and the other two functions --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world, name", CASES)
+def test_the_reference_gathers_logits(ranks: Results, world: int, name: str) -> None:
+    """The specification on several processes is the one on one: the same within the contract, as it stands there."""
+    assert_same(joined(ranks[world], (name, "reference")), make("everything"))
+
+
+def one_process(reduction: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """linear_cross_entropy of the reference with the whole weight."""
+    case = make("everything", num_pairs=0)
+    assert case.bias is not None
+    leaves = [
+        t.to(dtype).requires_grad_() for t in (case.hidden.clone(), case.weight.clone(), case.bias.clone())
+    ]
+    loss = linear_cross_entropy(
+        leaves[0],
+        leaves[1],
+        case.target,
+        bias=leaves[2],
+        reduction=reduction,
+        impl="reference",
+        **case.options,
+    )
+    gradients = torch.autograd.grad(loss, leaves, upstream_of(reduction).to(dtype))
+    return {"loss": loss.detach(), **dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=True))}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("world, name", CASES)
+def test_linear_cross_entropy_is_that_of_one_process(
+    ranks: Results, world: int, name: str, reduction: str, impl: str
+) -> None:
+    """Value and every gradient; with "none" each row has its own upstream gradient, of either sign."""
+    found = joined(ranks[world], (name, reduction, impl))
+    truth, same_dtype = one_process(reduction, torch.float64), one_process(reduction, torch.float32)
+    if reduction != "none":
+        case = make("everything", num_pairs=0)
+        case.options["ntp_denominator"] = 1 if reduction == "sum" else None
+        rows = parity.run(case, impl="reference"), parity.run(case, impl="reference", dtype=torch.float64)
+        torch.testing.assert_close(rows[1]["loss"], truth["loss"])
+        same_dtype["loss"] = truth["loss"] + parity.expected_loss_error(*rows)
+    assert found.keys() == truth.keys()
+    for key, value in truth.items():
+        parity.assert_within_contract(key, found[key], same_dtype[key], value)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("world, name", CASES)
+def test_statistics_are_those_of_one_process(ranks: Results, world: int, name: str, impl: str) -> None:
+    """The entropy, too, of which a shard has a part; with low-rank factors."""
+
+    def whole(dtype: torch.dtype) -> dict[str, Tensor]:
+        case = make("cap, scale, bias", num_pairs=0)
+        down, up = factors(case)
+        assert case.bias is not None
+        found = token_stats(
+            case.hidden.to(dtype), case.weight.to(dtype), case.target, bias=case.bias.to(dtype),
+            lora=(down.to(dtype), up.to(dtype), SCALING), impl="reference", **case.options,
+        )  # fmt: skip
+        return found._asdict()
+
+    found, truth, same_dtype = (
+        joined(ranks[world], (name, "statistics", impl)), whole(torch.float64), whole(torch.float32),
+    )  # fmt: skip
+    assert torch.equal(found.pop("is_top1"), truth.pop("is_top1"))
+    for key, value in truth.items():
+        parity.assert_within_contract(key, found[key], same_dtype[key], value)
+
+
+def test_torchs_own_checks_of_the_operators(ranks: Results) -> None:
+    for result in ranks[2]:
+        assert [set(found.values()) for found in result["opcheck"]] == [{"SUCCESS"}] * 3
 
 
 REFUSED = {
@@ -177,8 +269,9 @@ REFUSED = {
     "target too large": r"ValueError: target: expected class indices in \[0, V\).*, got 37 with V=37",
     "target negative": r"ValueError: target: expected class indices in \[0, V\).*, got -1 with V=37",
     "another dtype": r"ValueError: weight: expected float32 \[V_r=.*, D=6\], got float16",
-    "reference": "ValueError: impl: expected 'chunked' or 'fused' with vocab_parallel, got 'reference'",
+    "stored": "ValueError: schedule: expected 'recompute' or None with vocab_parallel, got 'stored', which makes",
     "double backward": "RuntimeError: sftmix_loss: double backward is not supported",
+    "double backward of the reference": "RuntimeError: trying to differentiate twice a function that was marked",
 }
 
 

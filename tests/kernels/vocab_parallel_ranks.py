@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from sftmix_kernels import LossHead, sftmix_loss
+from sftmix_kernels import LossHead, linear_cross_entropy, sftmix_loss, token_stats, vocab_parallel
 from tests.parity import Case, make_case
 
 V = 37
@@ -32,6 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "everything": {"label_smoothing": 0.2, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 1.3, "bias": True},
 }
 DTYPES = ("float32", "float64", "bfloat16")
+IMPLEMENTATIONS = ("reference", "chunked", "fused")
+REDUCTIONS = ("mean", "sum", "none")
+R, SCALING = 3, 0.5
 
 
 def make(options: str, dtype: str = "float32", *, num_pairs: int = 5) -> Case:
@@ -72,6 +75,61 @@ def run_shard(case: Case, sizes: tuple[int, ...], impl: str | None = None) -> di
     return {name: value.detach() for name, value in result.items()}
 
 
+def factors(case: Case) -> tuple[Tensor, Tensor]:
+    """A [R, D] and B [V, R] of a low-rank adapter."""
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(R, 6, generator=g) / 6**0.5, torch.randn(V, R, generator=g)
+
+
+def upstream_of(reduction: str) -> Tensor:
+    return torch.linspace(-1, 2, 14) if reduction == "none" else torch.tensor(3.0)
+
+
+def run_rows(reduction: str, sizes: tuple[int, ...], impl: str) -> dict[str, Tensor]:
+    """This rank's linear_cross_entropy: value and gradients of its own shard."""
+    case, mine = make("everything", num_pairs=0), columns(sizes, dist.get_rank())
+    assert case.bias is not None
+    leaves = {"dhidden": case.hidden, "dweight": case.weight[mine], "dbias": case.bias[mine]}
+    leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    loss = linear_cross_entropy(
+        leaves["dhidden"], leaves["dweight"], case.target, bias=leaves["dbias"], reduction=reduction, impl=impl,
+        vocab_parallel=dist.group.WORLD, **case.options,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream_of(reduction))
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def run_stats(sizes: tuple[int, ...], impl: str, options: str = "cap, scale, bias") -> dict[str, Tensor]:
+    """This rank's token_stats, with low-rank factors."""
+    case, mine = make(options, num_pairs=0), columns(sizes, dist.get_rank())
+    down, up = factors(case)
+    found = token_stats(
+        case.hidden, case.weight[mine], case.target, bias=None if case.bias is None else case.bias[mine],
+        lora=(down, up[mine], SCALING), impl=impl, vocab_parallel=dist.group.WORLD, **case.options,
+    )  # fmt: skip
+    return found._asdict()
+
+
+def opchecks(sizes: tuple[int, ...]) -> list[dict[str, str]]:
+    """torch's own checks of the operators, on every rank at once."""
+    case, mine = make("cap, scale, bias"), columns(sizes, dist.get_rank())
+    assert case.bias is not None
+    low, up = torch.randn(14, R), torch.randn(V, R)[mine]
+    *head, low, up = (
+        t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], low, up)
+    )
+    target, group = torch.where(case.target >= 0, case.target, -1), dist.group.WORLD
+    assert group is not None
+    coefs, place = (torch.rand(14).double(), torch.rand(5).double()), torch.tensor([mine.start, V])
+    numbers, end = ([4.0, 0.7, 0.0, 0.0], [True] * 5, 4096), (False, group.group_name, low, up)
+    loss, rows = vocab_parallel.vocab_parallel_fwd, vocab_parallel.vocab_parallel_rows_fwd
+    found = [torch.library.opcheck(loss, (*head, target, case.lam, *coefs, place, *numbers, *end))]
+    found.append(torch.library.opcheck(rows, (*head, target, place, *numbers, *end)))
+    *head, low, up = (t.detach() for t in (*head, low, up))
+    arguments = (*head, target, place, numbers[0], 4096, False, group.group_name, low, up)
+    return [*found, torch.library.opcheck(vocab_parallel.vocab_parallel_stats, arguments)]
+
+
 def dtensors(mesh: DeviceMesh) -> dict[str, Any]:
     """A head of DTensors, evenly sharded, and its gradients' placements; the same without a mesh is refused."""
     case = make("everything")
@@ -110,11 +168,17 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         weight = case.weight[mine] if weight is None else weight
         return lambda: sftmix_loss(case.hidden, weight, target, case.lam, vocab_parallel=group, **options)
 
-    def second_backward() -> None:
-        hidden = case.hidden.clone().requires_grad_()
-        loss = sftmix_loss(hidden, case.weight[mine], case.target, case.lam, vocab_parallel=mesh).loss
-        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-        gradient.sum().backward()
+    def second_backward(impl: str | None) -> Any:
+        def run() -> None:
+            hidden, arguments = (
+                case.hidden.clone().requires_grad_(),
+                (case.weight[mine], case.target, case.lam),
+            )
+            loss = sftmix_loss(hidden, *arguments, vocab_parallel=mesh, impl=impl).loss
+            (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+            gradient.sum().backward()
+
+        return run
 
     sharded = distribute_tensor(case.weight, mesh, [Shard(0)])
     partial = DTensor.from_local(case.weight, mesh, [Partial()])
@@ -130,34 +194,42 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "target too large": call(target=torch.where(case.target == 0, V, case.target)),
         "target negative": call(target=torch.where(case.target == 0, -1, case.target)),
         "another dtype": call(case.weight[mine].half()),
-        "reference": call(impl="reference"),
-        "double backward": second_backward,
+        "stored": call(impl="fused", schedule="stored"),
+        "double backward": second_backward(None),
+        "double backward of the reference": second_backward("reference"),
     }
     return {name: message(function) for name, function in calls.items()}
 
 
 def compiled(sizes: tuple[int, ...]) -> list[Tensor]:
-    """Loss and gradients of the compiled call."""
+    """Value and gradients of one compiled graph of all three functions."""
     case, mine = make("everything"), columns(sizes, dist.get_rank())
-    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine])]
-    group = dist.group.WORLD
+    down, up = factors(case)
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], down, up[mine])]
+    group, upstream = dist.group.WORLD, upstream_of("none")
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return sftmix_loss(hidden, weight, case.target, case.lam, vocab_parallel=group, softcap=5.0).loss
+    def loss(hidden: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        more: dict[str, Any] = {"vocab_parallel": group, "softcap": 5.0, "lora": (down, up, SCALING)}
+        pairs = sftmix_loss(hidden, weight, case.target, case.lam, **more).loss
+        rows = linear_cross_entropy(hidden, weight, case.target, reduction="none", **more)
+        return (
+            pairs + (upstream * rows).sum() + token_stats(hidden, weight, case.target, **more).entropy.sum()
+        )
 
     value = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
     expected = loss(*leaves)
     return [value, *torch.autograd.grad(value, leaves), expected, *torch.autograd.grad(expected, leaves)]
 
 
-def low_rank(sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Loss and gradients with a low-rank adapter whose B is sharded like the weight."""
+def low_rank(sizes: tuple[int, ...], impl: str) -> dict[str, Tensor]:
+    """Loss and gradients with a low-rank adapter whose B is sharded like the weight, which is frozen."""
     case, mine = make("plain"), columns(sizes, dist.get_rank())
-    leaves = {"hidden": case.hidden, "down": torch.randn(2, 6), "up": torch.randn(V, 2)[mine]}
+    down, up = factors(case)
+    leaves = {"hidden": case.hidden, "down": down, "up": up[mine]}
     leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
     loss = sftmix_loss(
-        leaves["hidden"], case.weight[mine], case.target, case.lam, vocab_parallel=dist.group.WORLD,
-        lora=(leaves["down"], leaves["up"], 0.5),
+        leaves["hidden"], case.weight[mine], case.target, case.lam, vocab_parallel=dist.group.WORLD, impl=impl,
+        lora=(leaves["down"], leaves["up"], SCALING),
     ).loss  # fmt: skip
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -173,6 +245,12 @@ def main(folder: Path) -> None:
         for options in OPTIONS:
             results[name, options] = run_shard(make(options), sizes)
         results[name, "again"] = run_shard(make("everything"), sizes)
+        results[name, "reference"] = run_shard(make("everything"), sizes, "reference")
+        for impl in IMPLEMENTATIONS:
+            results[name, "statistics", impl] = run_stats(sizes, impl)
+            results[name, "low rank", impl] = low_rank(sizes, impl)
+            for reduction in REDUCTIONS:
+                results[name, reduction, impl] = run_rows(reduction, sizes, impl)
     for dtype in DTYPES:
         results[dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"])
     results["no pairs"] = run_shard(make("plain", num_pairs=0), SIZES[world]["uneven"])
@@ -182,8 +260,7 @@ def main(folder: Path) -> None:
         results["dtensors"] = dtensors(mesh)
         results["refusals"] = refusals(mesh)
         results["compiled"] = compiled(SIZES[2]["uneven"])
-        torch.manual_seed(0)
-        results["low rank"] = low_rank(SIZES[2]["uneven"])
+        results["opcheck"] = opchecks(SIZES[2]["uneven"])
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
