@@ -77,6 +77,13 @@ def test_parity(name: str, options: str, rank: int, num_pairs: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["chunked", "recompute", "stored"])
+def test_parity_over_slices_and_chunks(name: str) -> None:
+    """Three slices of the vocabulary, several chunks of rows: what is summed over them and what is written once."""
+    case = make_case(34, 1100, 24, num_pairs=14, bias=True, scratch_bytes=1100 * 4 * 16)
+    check(case, 20, **IMPLEMENTATIONS[name])
+
+
+@pytest.mark.parametrize("name", ["chunked", "recompute", "stored"])
 @pytest.mark.parametrize("num_pairs", [0, 20])
 def test_parity_in_float16(name: str, num_pairs: int) -> None:
     case = make_case(48, 61, 40, num_pairs=num_pairs, dtype=torch.float16, bias=True, ignored=(1,))
