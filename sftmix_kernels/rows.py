@@ -152,12 +152,12 @@ def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSum
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy of each row's softmax, log l - sum(e z) / l with e = exp(z), l its sum; two blocks of scratch."""
+    """Entropy of each row: log l - sum(e z) / l with e = exp(z), l its sum. Two blocks of scratch, and a mask."""
     shifted = logits - logits.amax(dim=1, keepdim=True)
     weights = shifted.exp()
     total = weights.sum(dim=1)
     # A column whose exponential underflowed to 0 adds nothing, also at a logit of -inf.
-    moment = torch.where(weights > 0, weights * shifted, torch.zeros_like(weights)).sum(dim=1)
+    moment = shifted.masked_fill_(weights == 0, 0.0).mul_(weights).sum(dim=1)
     return total.log() - moment / total
 
 

@@ -49,8 +49,10 @@ def choose_sizes(
     quarter = scratch_bytes // 4
     block_bytes = min(quarter, CACHE_BYTES) if device == "cpu" else quarter
     block = max(1, block_bytes // (3 * wide_bytes))
-    pairs = chunk_size(num_pairs, 2 * row_bytes, scratch_bytes - wide_bytes * block * (1 if direct else 3))
-    singles = chunk_size(num_singles, row_bytes, scratch_bytes - (0 if direct else 3 * wide_bytes * block))
+    kept = wide_bytes * block * (1 if direct else 3)
+    pairs = chunk_size(num_pairs, 2 * row_bytes, scratch_bytes - kept)
+    # Both buffers live as long as the call: unpaired rows beside pairs leave room for the mixture too.
+    singles = chunk_size(num_singles, row_bytes, scratch_bytes - (0 if direct and not num_pairs else kept))
     block = min(block, max(pairs, 1))
     block_singles = min(3 * block, max(singles, 1))
     wide = (block if direct else 3 * block) if num_pairs else 0

@@ -272,12 +272,16 @@ def fused_forward(
     tile: Tile | None = None,
     num_splits: int | None = None,
 ) -> FusedStats:
-    """Log-sum-exps, maxima and target logits of N rows and M mixtures; O(N) memory, no host synchronisation.
+    """Log-sum-exps, maxima and target logits of N rows and M mixtures; no host synchronisation.
 
     Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. With low-rank
     factors, in hidden's dtype, the affine logits are hidden W^T + low up^T. ``tile`` and
-    ``num_splits`` force the launch shape (tests). Raises ValueError on CPU tensors outside the interpreter, and where
-    both the entropy and the mean logit are wanted: one pass has room for one of them.
+    ``num_splits`` force the launch shape (tests).
+
+    Memory: 4 (8 N + 6 M) bytes of results and, for S splits of the vocabulary, 12 S (N + M) of partial sums; no logits.
+
+    Raises ValueError on CPU tensors outside the interpreter, and where both the entropy and the mean logit are wanted:
+    one pass has room for one of them.
     """
     if want_entropy and want_mean_logit:
         raise ValueError("want_mean_logit: expected False beside want_entropy, got True")

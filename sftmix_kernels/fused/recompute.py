@@ -286,10 +286,14 @@ def fused_backward(
     and unrounded, and none is made.
 
     The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
-    (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout; with 16-bit
-    inputs dhidden's running sum is a float32 [N, D]. ``total_vocab`` is the V of label smoothing's e / V where
-    ``weight`` is a shard (an int or a 0-d tensor; None: its own columns). Raises ValueError on CPU tensors outside the
-    interpreter.
+    (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout. ``total_vocab``
+    is the V of label smoothing's e / V where ``weight`` is a shard (an int or a 0-d tensor; None: its own columns).
+
+    Memory above inputs and gradients: N V_s itemsize, O(N + M) of statistics and, with 16-bit inputs, a float32 dhidden
+    4 N D; float16 adds a float32 product 4 V_s D. Off GPUs of capability 8.0, which have no 16-bit product with a
+    float32 result, copies of one product's operands: 4 (N V_s + max(N, V_s) D).
+
+    Raises ValueError on CPU tensors outside the interpreter.
     """
     problem = Problem.prepare(
         hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up

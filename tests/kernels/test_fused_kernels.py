@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels.watching import LargestTensor
 from tests.parity import Case, assert_parity, make_case, run
 
 pytest.importorskip("triton")
@@ -373,21 +373,6 @@ def test_float32_sums_keep_what_many_small_tiles_add(num_pairs: int, num_splits:
     stats = fused_forward(*arguments, tile=POINTERS, num_splits=num_splits)
     for found in (stats.nll, stats.nll_xc, stats.nll_xu):
         assert (found.double() - nll).abs().le(6.1e-8).all(), found  # half of 1's last digit
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any torch operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.nbytes = max(self.nbytes, tensor.nbytes)
-        return out
 
 
 @pytest.mark.parametrize("scratch_bytes", [None, 1, 64 * 64 * 4])

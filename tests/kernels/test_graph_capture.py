@@ -13,15 +13,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftmix_kernels import LossHead, SFTMixLoss, linear_cross_entropy, sftmix_loss, token_stats
+from tests.kernels.watching import Bodies
 from tests.parity import make_case
 
 implementations = pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
@@ -37,23 +36,6 @@ WAITS = (
     "unique",
     "bincount",
 )
-
-
-class Bodies(TorchDispatchMode):
-    """Runs every sftmix_kernels operator by its body, under the same modes, and keeps the names of what it calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.called.append(func.name().removeprefix("aten::").split(".")[0])
-        own = OPDEFS.get(func.name().split(".")[0])
-        if own is None:
-            return func(*args, **kwargs)
-        with self:
-            return own._init_fn(*args, **kwargs)
 
 
 @pytest.fixture

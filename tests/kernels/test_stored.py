@@ -17,7 +17,8 @@ if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
 from sftmix_kernels.fused import stored, stored_loss
-from tests.kernels.test_fused_kernels import LargestTensor, long_tail
+from tests.kernels.test_fused_kernels import long_tail
+from tests.kernels.watching import LargestTensor
 
 F32, F16 = torch.float32, torch.float16
 both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
