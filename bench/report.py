@@ -96,13 +96,13 @@ def tables(figures: Iterable[Figure]) -> str:
     return "\n\n".join(part for part in parts if part) or "No figures yet."
 
 
-def rewritten(readme: str, text: str) -> str:
+def rewritten(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with ``text`` between its markers. Raises ``ValueError`` where a marker is missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}, got neither or one")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"README.md: expected the lines {begin!r} and {end!r}, got neither or one")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
