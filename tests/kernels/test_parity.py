@@ -275,15 +275,3 @@ def test_frozen_inputs_get_no_gradient(impl: str, dtype: torch.dtype) -> None:
         assert tensors[frozen].grad is None
         other = "hidden" if frozen == "weight" else "weight"
         assert torch.equal(tensors[other].grad, both[name])
-
-
-@served
-def test_strided_inputs(impl: str, dtype: torch.dtype) -> None:
-    """Transposed weight and every second column of hidden give what their contiguous copies give."""
-    case = make_case(20, 50, 16, num_pairs=8, dtype=dtype)
-    strided = Case(
-        torch.stack([case.hidden, case.hidden], dim=2).flatten(1)[:, ::2],
-        case.weight.t().contiguous().t(), case.target, case.lam,
-    )  # fmt: skip
-    assert not strided.hidden.is_contiguous() and not strided.weight.is_contiguous()
-    assert_parity(strided, impl=impl)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from typing import Any
 
@@ -15,9 +14,17 @@ from tests.parity import Case, assert_parity, assert_within_contract, make_case,
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # bfloat16 products are wrong in Triton's interpreter, so fused bfloat16 is a GPU test (tests/gpu).
-SERVED = [("chunked", F32), ("chunked", F16), ("chunked", BF16), ("fused", F32), ("fused", F16)]
+SERVED = [
+    ("chunked", F32), ("chunked", F16), ("chunked", BF16), ("fused", F32), ("fused", F16), ("stored", F32),
+    ("stored", F16),
+]  # fmt: skip
 served = pytest.mark.parametrize("impl,dtype", SERVED, ids=[f"{i}-{str(d)[6:]}" for i, d in SERVED])
 implementations = pytest.mark.parametrize("impl", ["chunked", "fused"])
+
+
+def way(impl: str) -> dict[str, str]:
+    """The arguments for ``impl``, where "stored" is that schedule of "fused"."""
+    return {"impl": "fused", "schedule": "stored"} if impl == "stored" else {"impl": impl}
 
 
 def outputs(case: Case, *, impl: str, **extra: Any) -> dict[str, Tensor]:
@@ -25,7 +32,7 @@ def outputs(case: Case, *, impl: str, **extra: Any) -> dict[str, Tensor]:
     leaves = [t.detach().requires_grad_() for t in (case.hidden, case.weight, case.bias) if t is not None]
     bias = leaves[2] if case.bias is not None else None
     out = sftmix_loss(
-        leaves[0], leaves[1], case.target, case.lam, bias=bias, impl=impl, **{**case.options, **extra}
+        leaves[0], leaves[1], case.target, case.lam, bias=bias, **way(impl), **{**case.options, **extra}
     )
     gradients = torch.autograd.grad(out.loss, leaves)
     return {**out._asdict(), **dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=False))}
@@ -40,18 +47,6 @@ def contiguous(case: Case) -> Case:
         t.contiguous().clone() for t in (case.hidden, case.weight, case.target, case.lam)
     )
     return Case(hidden, weight, target, lam, copy(case.bias), options)
-
-
-def assert_strides_do_not_matter(
-    case: Case, *, impl: str, without: tuple[str, ...] = ("loss", "is_top1")
-) -> dict[str, Tensor]:
-    """``case`` as it lies in memory, against the contract that a contiguous copy of it sets."""
-    plain = contiguous(case)
-    truth, same_dtype = run(plain, impl="reference", dtype=torch.float64), run(plain, impl="reference")
-    ours = outputs(case, impl=impl)
-    for name in ours.keys() - set(without):
-        assert_within_contract(name, ours[name], same_dtype[name], truth[name])
-    return ours
 
 
 # --- smallest sizes ------------------------------------------------------------------------------------------------
@@ -77,7 +72,7 @@ def test_small_sizes(
 ) -> None:
     num_rows, vocab_size, width, num_pairs, _ = shape
     case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, bias=True)
-    assert_parity(case, impl=impl, scratch_bytes=4 * vocab_size * rows_per_chunk)
+    assert_parity(case, **way(impl), scratch_bytes=4 * vocab_size * rows_per_chunk)
 
 
 @served
@@ -87,26 +82,53 @@ def test_one_class_has_no_loss_and_no_gradient(
     impl: str, dtype: torch.dtype, num_pairs: int, width: int
 ) -> None:
     """p = 1 whatever the logit: exact zeros, not small numbers."""
-    out = run(make_case(13, 1, width, num_pairs=num_pairs, dtype=dtype, bias=True), impl=impl)
+    out = run(make_case(13, 1, width, num_pairs=num_pairs, dtype=dtype, bias=True), **way(impl))
     for name in ("loss", "nll", "mixup_nll", "dhidden", "dweight", "dbias"):
         assert not out[name].any(), name
     assert out["is_top1"].all()
 
 
+OPTIONS = [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}]
+plain_and_smoothed = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed"])
+
+
 @served
-def test_no_rows(impl: str, dtype: torch.dtype) -> None:
+@plain_and_smoothed
+def test_no_rows(impl: str, dtype: torch.dtype, options: dict[str, float]) -> None:
     hidden, weight = torch.empty(0, 8, dtype=dtype), torch.randn(5, 8).to(dtype)
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, torch.randn(5).to(dtype)))
     target, lam = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    loss = sftmix_loss(hidden, weight, target, lam, impl=impl).loss + linear_cross_entropy(
-        hidden.view(0, 3, 8), weight, target.view(0, 3), impl=impl
+    options = {**options, **way(impl)}
+    loss = sftmix_loss(hidden, weight, target, lam, bias=bias, **options).loss + linear_cross_entropy(
+        hidden.view(0, 3, 8), weight, target.view(0, 3), **options
     )
     assert loss == 0
     loss.backward()
     assert weight.grad is not None and not weight.grad.any() and weight.grad.shape == (5, 8)
+    assert bias.grad is not None and not bias.grad.any() and bias.grad.shape == (5,)
     assert hidden.grad is not None and hidden.grad.shape == (0, 8)
+    if impl == "stored":  # neither has schedules to choose from
+        return
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none", **options)
+    assert rows.shape == (0,) and not torch.autograd.grad(rows.sum(), weight)[0].any()
     stats = token_stats(hidden, weight, target, impl=impl)
     assert [t.shape for t in stats] == [(0,)] * 4
+
+
+@served
+@plain_and_smoothed
+@pytest.mark.parametrize("num_pairs", [0, 5])
+def test_every_row_ignored(impl: str, dtype: torch.dtype, options: dict[str, float], num_pairs: int) -> None:
+    """No row is supervised, whatever the sums are divided by: exact zeros, not NaN and not e (lse - mean logit)."""
+    for denominator in (None, 7):
+        case = make_case(
+            13, 20, 8, num_pairs=num_pairs, dtype=dtype, ignored=tuple(range(13)), bias=True, **options,
+            ntp_denominator=denominator,
+        )  # fmt: skip
+        out = run(case, **way(impl))
+        for name in ("loss", "nll", "mixup_nll", "dhidden", "dweight", "dbias", "is_top1"):
+            assert not out[name].any(), name
+        assert out["lse"].isfinite().all() and out["dweight"].shape == (20, 8)
 
 
 # --- rows that bear no loss ----------------------------------------------------------------------------------------
@@ -115,22 +137,22 @@ def test_no_rows(impl: str, dtype: torch.dtype) -> None:
 @served
 @pytest.mark.parametrize("place", ["first", "last", "spread"])
 def test_long_rows_of_ignored_tokens(impl: str, dtype: torch.dtype, place: str) -> None:
-    """1,500 rows, 20 of them supervised: the loss and dweight are those of the 20, the others' gradients zero."""
-    num_rows, kept = 1500, 20
+    """1,500 rows (300 by stored, a program each), 20 of them supervised: loss and dweight are theirs, the rest zero."""
+    num_rows, kept = 300 if impl == "stored" else 1500, 20
     case = make_case(num_rows, 50, 16, dtype=dtype)
     supervised = {
         "first": torch.arange(kept), "last": torch.arange(num_rows - kept, num_rows),
-        "spread": torch.arange(kept) * 75 + 31,
+        "spread": (torch.arange(kept) * 2 + 1) * num_rows // (2 * kept),
     }[place]  # fmt: skip
     target = torch.full_like(case.target, -100)
     target[supervised] = case.target[supervised]
     case.target = target
-    out = assert_parity(case, impl=impl, scratch_bytes=50 * 4 * 40)
+    out = assert_parity(case, **way(impl), scratch_bytes=50 * 4 * 40)
     ignored = torch.ones(num_rows, dtype=torch.bool)
     ignored[supervised] = False
     assert not out["dhidden"][ignored].any() and not out["nll"][ignored].any()
     assert out["dhidden"][supervised].any(dim=1).all()
-    only = run(Case(case.hidden[supervised], case.weight, target[supervised], case.lam), impl=impl)
+    only = run(Case(case.hidden[supervised], case.weight, target[supervised], case.lam), **way(impl))
     torch.testing.assert_close(out["loss"], only["loss"], rtol=1e-6, atol=0)
     torch.testing.assert_close(out["nll"][supervised], only["nll"], rtol=1e-6, atol=1e-6)
 
@@ -138,9 +160,9 @@ def test_long_rows_of_ignored_tokens(impl: str, dtype: torch.dtype, place: str) 
 @served
 def test_pairs_whose_partners_are_all_ignored_are_plain_rows(impl: str, dtype: torch.dtype) -> None:
     case = make_case(40, 50, 16, num_pairs=20, dtype=dtype, ignored=tuple(range(20, 40)))
-    out = assert_parity(case, impl=impl)
+    out = assert_parity(case, **way(impl))
     assert not out["mixup_nll"].any() and not out["dhidden"][20:].any()
-    plain = run(Case(case.hidden[:20], case.weight, case.target[:20], case.lam[:0]), impl=impl)
+    plain = run(Case(case.hidden[:20], case.weight, case.target[:20], case.lam[:0]), **way(impl))
     torch.testing.assert_close(out["loss"], plain["loss"], rtol=1e-6, atol=0)
 
 
@@ -159,7 +181,7 @@ def test_a_row_does_not_feel_its_neighbours(impl: str, dtype: torch.dtype, num_p
         case.lam, None, case.options,
     )  # fmt: skip
     truth, same_dtype = run(case, impl="reference", dtype=torch.float64), run(case, impl="reference")
-    ours = run(crowd, impl=impl, scratch_bytes=70 * 4 * 12)
+    ours = run(crowd, **way(impl), scratch_bytes=70 * 4 * 12)
     for name in ("nll", "lse", "dhidden"):
         assert_within_contract(name, ours[name][:32], same_dtype[name], truth[name])
     assert_within_contract("mixup_nll", ours["mixup_nll"], same_dtype["mixup_nll"], truth["mixup_nll"])
@@ -171,7 +193,7 @@ def test_nan_in_one_row_stays_in_that_row(impl: str, dtype: torch.dtype, num_pai
     """A broken row must show in the loss and in dweight, and nowhere in another row's statistics or gradient."""
     case = make_case(32, 70, 24, num_pairs=num_pairs, dtype=dtype)
     case.hidden[29] = float("nan")
-    out = run(case, impl=impl, scratch_bytes=70 * 4 * 12)
+    out = run(case, **way(impl), scratch_bytes=70 * 4 * 12)
     others = torch.arange(32) != 29
     assert out["loss"].isnan() and out["nll"][29].isnan() and out["dhidden"][29].isnan().all()
     assert out["dweight"].isnan().all()
@@ -189,74 +211,10 @@ def test_runs_are_bitwise_equal_whatever_ran_between(impl: str, dtype: torch.dty
     )  # fmt: skip
     results = []
     for other in (3, 200, 17):
-        results.append(run(case, impl=impl, scratch_bytes=131 * 4 * 10))
-        run(make_case(other, other + 5, other, num_pairs=1, dtype=dtype), impl=impl)
+        results.append(run(case, **way(impl), scratch_bytes=131 * 4 * 10))
+        run(make_case(other, other + 5, other, num_pairs=1, dtype=dtype), **way(impl))
     for name, first in results[0].items():
         assert all(torch.equal(first, later[name]) for later in results[1:]), name
-
-
-# --- strides -------------------------------------------------------------------------------------------------------
-
-
-@served
-@pytest.mark.parametrize("layout", ["transposed", "every second column", "every second row", "one column in"])
-def test_strided_hidden_and_weight(impl: str, dtype: torch.dtype, layout: str) -> None:
-    def strided(t: Tensor) -> Tensor:
-        if layout == "transposed":
-            return t.t().contiguous().t()
-        if layout == "every second column":
-            return torch.stack([t, torch.full_like(t, float("nan"))], dim=2).flatten(1)[:, ::2]
-        if layout == "every second row":
-            return torch.stack([t, torch.full_like(t, float("nan"))], dim=1).flatten(0, 1)[::2]
-        return torch.nn.functional.pad(t, (1, 2), value=float("nan"))[:, 1:-2]  # rows unaligned and apart
-
-    case = make_case(33, 70, 24, num_pairs=13, dtype=dtype, bias=True)
-    case.hidden, case.weight = strided(case.hidden), strided(case.weight)
-    assert not case.hidden.is_contiguous() and not case.weight.is_contiguous()
-    assert_strides_do_not_matter(case, impl=impl)
-
-
-@served
-def test_strided_vectors(impl: str, dtype: torch.dtype) -> None:
-    case = make_case(33, 70, 24, num_pairs=13, dtype=dtype, bias=True)
-    assert case.bias is not None
-    weights = {"row_weight": torch.rand(33), "pair_weight": torch.rand(13)}
-
-    def every_second(t: Tensor) -> Tensor:
-        return torch.stack([t, torch.full_like(t, 1 << 40 if t.dtype == torch.int64 else float("nan"))], 1)[
-            :, 0
-        ]
-
-    strided = Case(
-        case.hidden, case.weight, every_second(case.target), every_second(case.lam), every_second(case.bias),
-        {k: every_second(v) for k, v in weights.items()},
-    )  # fmt: skip
-    assert strided.target.stride() == (2,)
-    ours = assert_strides_do_not_matter(strided, impl=impl)
-    plain = outputs(Case(case.hidden, case.weight, case.target, case.lam, case.bias, weights), impl=impl)
-    assert all(torch.equal(ours[k], plain[k]) for k in plain)
-
-
-@served
-def test_expanded_inputs(impl: str, dtype: torch.dtype) -> None:
-    """Stride 0: one hidden state for all rows, one lam, one weight per row; then one weight row for all classes."""
-    case = make_case(33, 70, 24, num_pairs=13, dtype=dtype)
-    case.hidden = case.hidden[:1].expand(33, 24)
-    case.lam, case.options = torch.tensor(0.3).expand(13), {"row_weight": torch.tensor(0.5).expand(33)}
-    assert_strides_do_not_matter(case, impl=impl)
-
-    # Equal classes: p = 1/V, and dhidden is (sum of dlogits) w = 0 but for the rounding of dlogits.
-    case = make_case(33, 70, 24, num_pairs=13, dtype=dtype)
-    one_row, one_column = case.weight[:1].expand(70, 24), case.weight[:, :1].expand(70, 24)
-    case.weight = one_row
-    out = assert_strides_do_not_matter(case, impl=impl, without=("loss", "is_top1", "dhidden"))
-    for name in ("nll", "mixup_nll"):
-        torch.testing.assert_close(out[name], torch.full_like(out[name], math.log(70)), rtol=1e-5, atol=0)
-    assert out["dweight"].shape == (70, 24)
-    assert out["dhidden"].abs().max() <= torch.finfo(dtype).eps * case.weight.abs().max()
-
-    case.weight = one_column
-    assert_strides_do_not_matter(case, impl=impl)
 
 
 # --- offsets past 2^31 ---------------------------------------------------------------------------------------------
