@@ -26,7 +26,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "floa
 # Statistics, coefficients (float64) and what makes them: bytes a row and a pair, whatever V and D are.
 PER_ROW, PER_PAIR = 160, 160
 needs_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="on a GPU: tests/gpu/test_memory_gpu.py"
+    torch.cuda.is_available(), reason="on a GPU: tests/gpu/test_memory_graphs.py"
 )
 
 
