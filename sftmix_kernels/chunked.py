@@ -289,12 +289,10 @@ def chunked_loss(
 ) -> ChunkedResult:
     """Statistics of every row and pair and, where ``needs`` asks, the gradients of the loss divided by ``scale``.
 
-    The logits of one chunk, in hidden's dtype, and the float32 logits of the block of it that is being turned into
-    gradients take at most ``scratch_bytes`` together (but a chunk has at least one row or pair; with a softcap a
-    block's slopes come on top). dweight [V, D] is float32; with ``main_grad`` it is added there, times ``scale``.
-
-    Memory: ``scratch_bytes``, 2 n D itemsize for a chunk of n rows, O(N + M); dhidden N D itemsize and dweight 4 V D
-    until the backward; 16-bit: (itemsize + 4) D min(V, PRODUCT_COLUMNS). The entropy: two float32 blocks and a mask.
+    One chunk's logits, in hidden's dtype, and the float32 logits of the block of it in work take ``scratch_bytes`` at
+    most (a chunk has at least a row or pair; a softcap's slopes come on top). ``main_grad`` += dweight times ``scale``.
+    Memory beside: 2 n D itemsize for a chunk of n rows, O(N + M), dhidden N D itemsize and dweight 4 V D until the
+    backward; 16-bit: (itemsize + 4) D min(V, PRODUCT_COLUMNS). The entropy: two float32 blocks and a mask.
     """
     num_rows, num_pairs = hidden.shape[0], lam.shape[0]
     sizes = choose_sizes(
