@@ -33,9 +33,9 @@ bench: $(READY)
 	$(BIN)/python -m pytest tests/test_bench.py --benchmark-only -q
 	$(BIN)/python -m bench.loss --shapes small
 
-# The Python that runs it must already have torch, triton and pytest.
+# PART=1, 2 or 3 takes a part. The Python that runs it must already have torch, triton and pytest.
 gpu:
-	$(PYTHON) -m bench.gpu --out $(OUT)
+	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(PART),--part $(PART))
 
 install: $(READY)
 

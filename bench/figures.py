@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-TASKS = ("ntp", "sftmix", "stats", "gemm")
+# planned: SFTMix on the 60 % of rows that a row plan keeps; step_*: a whole training step (bench/train.py).
+TASKS = ("ntp", "sftmix", "stats", "gemm", "planned", "step_ntp", "step_sftmix")
 DIRECTIONS = ("fwd", "fwd_bwd")
 OUT_OF_TIME = "not run: the time budget was spent"
 
@@ -47,6 +48,8 @@ class Figure:
     peak_bytes: int | None
     provisional: bool = False
     error: str | None = None
+    dhidden_error: float | None = None  # against float64, as norms
+    dweight_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS or self.direction not in DIRECTIONS:
@@ -61,6 +64,10 @@ class Figure:
         """What a newer run replaces: everything that says which figure this is, and nothing of when."""
         sizes = (str(self.N), str(self.V), str(self.D), self.dtype)
         return (self.device, *sizes, self.task, self.direction, self.provider, self.schedule, self.lam)
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.device.endswith(" cores")
 
     @property
     def label(self) -> str:

@@ -24,10 +24,20 @@ import torch
 from bench import machine, report
 from bench.figures import OUT_OF_TIME, TASKS, Figure, write_figures
 from bench.measure import Case, describe_error, interleave, measure_peak
-from bench.problem import TOLERANCE, Problem, check_gradients, check_loss, true_dhidden, true_value
+from bench.problem import (
+    TOLERANCE,
+    Problem,
+    check_gradients,
+    check_loss,
+    gradient_errors,
+    true_dhidden,
+    true_gradients,
+    true_value,
+)
 from bench.providers import Call, Provider, choose, directions
 from bench.shapes import Shape, parse_shapes
 
+LOSS_TASKS = tuple(task for task in TASKS if not task.startswith("step_"))
 FACTS = ("run_id", "commit", "device", "versions", "command", "provisional")
 _WRITE_EVERY_S = 5.0
 
@@ -40,17 +50,18 @@ class Entry:
     task: str
     direction: str
     case: Case
+    errors: tuple[float, float] | None = None  # of dhidden and dweight against float64
 
     @property
     def lam(self) -> str:
-        return self.provider.lam if self.task == "sftmix" else ""
+        return self.provider.lam if self.task in ("sftmix", "planned") else ""
 
 
 class Group:
     """All figures of one shape and dtype, timed against each other."""
 
-    def __init__(self, shape: Shape, dtype: str, device: str) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, shape: Shape, dtype: str, device: str, *, errors: bool = False) -> None:
+        self.shape, self.dtype, self.device, self.errors = shape, dtype, device, errors
         self.entries: list[Entry] = []
         self._truth: dict[str, tuple[float, torch.Tensor, torch.Tensor]] = {}
 
@@ -58,6 +69,11 @@ class Group:
     def problem(self) -> Problem:
         """Made when first needed, so that a shape without time left costs none."""
         return Problem(self.shape, self.dtype, self.device)
+
+    @cached_property
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the next-token loss, in float64."""
+        return true_gradients(self.problem)
 
     def clear_gradients(self) -> None:
         if "problem" in self.__dict__:
@@ -67,10 +83,13 @@ class Group:
         """Build, verify and measure the memory of a provider on a task."""
         error = OUT_OF_TIME if time.monotonic() > deadline else None
         call: Call = lambda: None  # noqa: E731
+        errors = None
         if error is None:
             try:
                 call = provider.build(self.problem, task)
                 self._verify(provider, task, call)
+                if self.errors and task == "ntp":
+                    errors = gradient_errors(self.problem, self.gradients)
             except Exception as problem:  # a peer may fail in any way: the figure then says how
                 error = describe_error(problem)
             self.clear_gradients()
@@ -81,13 +100,17 @@ class Group:
             case = Case(name, run, self.clear_gradients, error=error)
             # Verification has run the backward once, but not the call without autograd, which compiles anew.
             measure_peak(case, self.device, is_warm=direction == "fwd_bwd" and task != "gemm")
-            self.entries.append(Entry(provider, task, direction, case))
+            self.entries.append(Entry(provider, task, direction, case, errors))
 
     def _verify(self, provider: Provider, task: str, call: Call) -> None:
         if task == "gemm":
             return
-        kind = provider.lam if task == "sftmix" else ""
-        if kind not in self._truth:
+        kind = provider.lam if task == "sftmix" else "planned" if task == "planned" else ""
+        if kind == "planned" and kind not in self._truth:
+            kept = self.problem.planned()
+            rows, dhidden = true_dhidden(kept, "row")
+            self._truth[kind] = (true_value(kept, "row"), self.problem.kept_rows()[rows], dhidden)
+        elif kind not in self._truth:
             self._truth[kind] = (true_value(self.problem, kind), *true_dhidden(self.problem, kind))
         expected, rows, dhidden = self._truth[kind]
         if task == "stats":
@@ -120,13 +143,15 @@ class Group:
             N=shape.N,
             V=shape.V,
             D=shape.D,
-            M=shape.M if entry.task == "sftmix" else 0,
+            M={"sftmix": shape.M, "planned": shape.num_kept_pairs}.get(entry.task, 0),
             rounds=len(case.times_ms),
             ms_median=round(statistics.median(case.times_ms), 4) if good else None,
             ms_min=round(min(case.times_ms), 4) if good else None,
             extra_peak_bytes=None if peak is None else max(0, peak - gradients),
             peak_bytes=peak,
             error=error,
+            dhidden_error=entry.errors[0] if entry.errors and good and has_gradients else None,
+            dweight_error=entry.errors[1] if entry.errors and good and has_gradients else None,
         )
 
 
@@ -163,6 +188,7 @@ def run_group(
             begin = time.monotonic()
             group.add(provider, task, half_way)
             print(f"  ready: {provider.spec} {task} ({time.monotonic() - begin:.1f} s)", file=sys.stderr)
+    group.__dict__.pop("gradients", None)  # in float64 four times the size of bfloat16's
     saved = time.monotonic()
     cases = [entry.case for entry in group.entries]
     for done in interleave(
@@ -182,21 +208,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", default="small", help="comma list of toy, small, cpu, record, NxVxD")
     parser.add_argument("--skip-first", action="store_true", help="leave out the first of these shapes")
     parser.add_argument("--providers", help="comma list of names or name:schedule; default all that can run")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="comma list of " + ", ".join(TASKS))
+    parser.add_argument(
+        "--tasks", default=",".join(LOSS_TASKS), help="comma list of " + ", ".join(LOSS_TASKS)
+    )
     parser.add_argument("--dtype", help="comma list of float32, bfloat16, float16; default the shape's own")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the JSON lines")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop timing after so long")
     parser.add_argument("--device", dest="backend", choices=("cpu", "cuda"), help="default: cuda if there")
+    parser.add_argument("--errors", action="store_true", help="errors of both gradients against float64")
     parser.add_argument("--provisional", action="store_true", help="mark figures of a busy machine")
     args = parser.parse_args(argv)
     try:
         args.groups = parse_shapes(args.shapes)[int(args.skip_first) :]
         args.chosen = choose(args.providers)
         args.tasks = args.tasks.split(",")
-        if unknown := set(args.tasks) - set(TASKS):
-            raise ValueError(f"tasks: expected {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(args.tasks) - set(LOSS_TASKS):
+            raise ValueError(f"tasks: expected {', '.join(LOSS_TASKS)}, got {', '.join(sorted(unknown))}")
         if args.dtype and (unknown := set(args.dtype.split(",")) - set(TOLERANCE)):
             raise ValueError(f"dtype: expected {', '.join(TOLERANCE)}, got {', '.join(sorted(unknown))}")
         if args.rounds < 1 or args.warmup < 0:
@@ -226,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shape, default_dtype in args.groups:
         for dtype in args.dtype.split(",") if args.dtype else [default_dtype]:
             print(f"{shape} {dtype}", file=sys.stderr)
-            finished += run_group(Group(shape, dtype, args.backend), providers, args, save)
+            finished += run_group(
+                Group(shape, dtype, args.backend, errors=args.errors), providers, args, save
+            )
     print(report.tables(finished))
     for spec, reason in absent.items():
         print(f"not measured: {spec}: {reason}")

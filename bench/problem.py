@@ -42,6 +42,38 @@ class Problem:
         angle = torch.rand(self.shape.M, generator=generator, device=self.device) * (torch.pi / 2)
         self.lam = angle.sin().square()
 
+    @classmethod
+    def on_meta(cls, shape: Shape, dtype: str) -> Problem:
+        """The same sizes without values, for counting."""
+        problem = cls.__new__(cls)
+        problem.shape, problem.dtype, problem.device = shape, dtype, "meta"
+        kind = {"dtype": getattr(torch, dtype), "device": "meta", "requires_grad": True}
+        problem.hidden = torch.empty(shape.N, shape.D, **kind)
+        problem.weight = torch.empty(shape.V, shape.D, **kind)
+        problem.target = torch.empty(shape.N, dtype=torch.int64, device="meta")
+        problem.lam = torch.empty(shape.M, device="meta")
+        return problem
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.hidden, self.weight, self.target, self.lam]
+
+    def kept_rows(self) -> Tensor:
+        """What a row plan keeps of the rows where 40 % are prompt tokens: the first 60 % of the pairs, both halves."""
+        pairs = torch.arange(self.shape.num_kept_pairs, device=self.device)
+        return torch.cat([pairs, pairs + self.shape.M])
+
+    def planned(self) -> Problem:
+        """The kept rows as a problem of their own."""
+        problem = Problem.__new__(Problem)
+        rows = self.kept_rows()
+        problem.shape, problem.dtype, problem.device = (
+            Shape(len(rows), self.shape.V, self.shape.D), self.dtype, self.device
+        )  # fmt: skip
+        problem.hidden, problem.weight = self.hidden.detach()[rows], self.weight.detach()
+        problem.target, problem.lam = self.target[rows], self.lam[: len(rows) // 2]
+        return problem
+
     def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
@@ -73,6 +105,33 @@ def true_dhidden(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
     part = _slice_loss(problem, hidden, problem.weight.detach().float(), problem.lam_of(kind), pairs)
     (gradient,) = torch.autograd.grad(part.loss, hidden)
     return rows, gradient[rows]
+
+
+def true_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
+    """dhidden [N, D] and dweight [V, D] of the mean next-token loss in float64, a slice of rows at a time."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach().double()
+    dhidden = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device)
+    dweight = torch.zeros_like(weight)
+    for start in range(0, problem.shape.N, _REFERENCE_PAIRS):
+        rows = slice(start, start + _REFERENCE_PAIRS)
+        part = hidden[rows].double()
+        dlogits = torch.softmax(part @ weight.t(), dim=1)
+        dlogits[torch.arange(len(part), device=part.device), problem.target[rows]] -= 1
+        dlogits /= problem.shape.N
+        dhidden[rows] = dlogits @ weight
+        dweight.addmm_(dlogits.t(), part)
+    return dhidden, dweight
+
+
+def gradient_errors(problem: Problem, truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Relative errors, as norms, of the gradients that the last backward left in hidden and weight."""
+    errors = []
+    for gradient, true in zip((problem.hidden.grad, problem.weight.grad), truth, strict=True):
+        assert gradient is not None
+        blocks = zip(gradient.split(8192), true.split(8192), strict=True)
+        squares = sum(float((part.double() - rest).square().sum()) for part, rest in blocks)
+        errors.append((squares / float(true.square().sum())) ** 0.5)
+    return errors[0], errors[1]
 
 
 def check_loss(problem: Problem, loss: Tensor, expected: float) -> None:

@@ -78,13 +78,20 @@ def fused_missing(device: str) -> str | None:
 # ---- ours ----
 
 
-def build_ours(problem: Problem, task: str, *, impl: str) -> Call:
+def build_ours(problem: Problem, task: str, *, impl: str, schedule: str | None = None) -> Call:
     p = problem
+    how: dict[str, Any] = {"impl": impl, "schedule": schedule}
     if task == "ntp":
-        return lambda: linear_cross_entropy(p.hidden, p.weight, p.target, impl=impl)
+        return lambda: linear_cross_entropy(p.hidden, p.weight, p.target, **how)
     if task == "stats":
         return lambda: token_stats(p.hidden, p.weight, p.target, impl=impl)
-    return lambda: sftmix_loss(p.hidden, p.weight, p.target, p.lam, mixup_weight=MIXUP_WEIGHT, impl=impl).loss
+    if task == "planned":
+        kept = p.kept_rows()
+        target, lam = p.target[kept], p.lam[: len(kept) // 2]
+        return lambda: (
+            sftmix_loss(p.hidden[kept], p.weight, target, lam, mixup_weight=MIXUP_WEIGHT, **how).loss
+        )
+    return lambda: sftmix_loss(p.hidden, p.weight, p.target, p.lam, mixup_weight=MIXUP_WEIGHT, **how).loss
 
 
 def build_reference_compiled(problem: Problem, task: str) -> Call:
@@ -200,6 +207,7 @@ def build_composed(problem: Problem, task: str, *, loss: HardLabelLoss, lam: str
 
 
 LOSSES = ("ntp", "sftmix")
+OURS = (*LOSSES, "stats", "planned")
 
 
 def torch_linear_ce_missing(device: str) -> str | None:
@@ -215,7 +223,16 @@ def _composed(
 
 LIGER = partial(liger, accum="input")
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("ours", "recompute", (*LOSSES, "stats"), partial(build_ours, impl="fused"), fused_missing),
+    Provider(
+        "ours", "recompute", OURS, partial(build_ours, impl="fused", schedule="recompute"), fused_missing
+    ),
+    Provider(
+        "ours",
+        "stored",
+        (*LOSSES, "planned"),
+        partial(build_ours, impl="fused", schedule="stored"),
+        fused_missing,
+    ),
     Provider("ours", "chunked", (*LOSSES, "stats"), partial(build_ours, impl="chunked"), anywhere),
     Provider("ours", "reference", (*LOSSES, "stats"), partial(build_ours, impl="reference"), anywhere),
     Provider("torch", "eager", (*LOSSES, "stats"), build_torch, anywhere),
@@ -255,4 +272,6 @@ def directions(provider: Provider, task: str) -> tuple[str, ...]:
     """Statistics have no backward; one bare product is a forward, three or four a forward and backward."""
     if task == "gemm":
         return ("fwd",) if provider.schedule == "1 GEMM" else ("fwd_bwd",)
+    if task == "planned":
+        return ("fwd_bwd",)
     return ("fwd",) if task == "stats" else ("fwd", "fwd_bwd")

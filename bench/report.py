@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
+from bench import targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 
@@ -13,6 +14,12 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- measured: written by `python -m bench.report`, do not edit -->"
 END = "<!-- end of measured -->"
+# Tasks that have no column.
+_ASIDE = {
+    "planned": "SFTMix on the 60 % of rows that a row plan keeps",
+    "step_ntp": "Whole training step, next-token loss",
+    "step_sftmix": "Whole training step, SFTMix",
+}
 COLUMNS = (
     ("NTP fwd", "ntp", "fwd", "ms"),
     ("NTP fwd+bwd", "ntp", "fwd_bwd", "ms"),
@@ -40,7 +47,8 @@ def _cell(figure: Figure | None, unit: str) -> str:
 
 def _table(figures: list[Figure]) -> list[str]:
     """The figures of one device, dtype and shape as a Markdown table that also reads as text."""
-    losses = [figure for figure in figures if figure.task != "gemm"]
+    shown = {task for _, task, *_ in COLUMNS}
+    losses = [figure for figure in figures if figure.task in shown]
     found = {(figure.label, figure.task, figure.direction): figure for figure in losses}
     rows = [["provider", *(title for title, *_ in COLUMNS)]]
     for label in dict.fromkeys(figure.label for figure in losses):
@@ -60,6 +68,17 @@ def _notes(figures: list[Figure]) -> list[str]:
     gemms = [f"{item.schedule} {_cell(item, 'ms')} ms" for item in figures if item.task == "gemm"]
     if gemms:
         notes.append(f"Bare library products of the same sizes: {', '.join(gemms)}.")
+    for task, what in _ASIDE.items():
+        times = [f"{item.label} {_cell(item, 'ms')} ms" for item in figures if item.task == task]
+        if times:
+            notes.append(f"{what}: {', '.join(times)}.")
+    errors = [
+        f"{item.label} {item.dhidden_error:.2g} and {item.dweight_error:.2g}"
+        for item in figures
+        if item.dhidden_error is not None and item.dweight_error is not None
+    ]
+    if errors:
+        notes.append(f"Errors of dhidden and dweight against float64, next-token loss: {'; '.join(errors)}.")
     failures: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
         if figure.error is not None:
@@ -81,10 +100,19 @@ def _origin(figures: list[Figure]) -> list[str]:
     return lines
 
 
-def tables(figures: Iterable[Figure]) -> str:
-    """Markdown of all figures: one table per device, dtype and shape, newest run of each figure."""
+def _targets(figures: list[Figure]) -> list[str]:
+    """What is aimed at, met or missed, for each GPU."""
     parts = []
+    for device in dict.fromkeys(figure.device for figure in figures):
+        own = [figure for figure in figures if figure.device == device]
+        parts += [f"**Targets on {device}** (bfloat16, forward and backward)", targets.table(own)]
+    return parts
+
+
+def tables(figures: Iterable[Figure]) -> str:
+    """Markdown of all figures: a GPU's targets, then a table per device, dtype and shape, newest run of each figure."""
     ordered = sorted(newest(figures), key=lambda figure: (figure.device, figure.dtype))
+    parts = _targets([figure for figure in ordered if figure.on_gpu and figure.dtype == "bfloat16"])
     groups: dict[tuple[str, str, int, int, int], list[Figure]] = {}
     for figure in ordered:
         groups.setdefault(_group_key(figure), []).append(figure)

@@ -22,11 +22,18 @@ class Shape:
     def M(self) -> int:
         return self.N // 2
 
+    @property
+    def num_kept_pairs(self) -> int:
+        """Pairs that a row plan keeps where 40 % of the tokens are prompt."""
+        return max(self.M * 3 // 5, 1)
+
     def __str__(self) -> str:
         return f"{self.N}x{self.V}x{self.D}"
 
 
-# toy rehearses the GPU run in the interpreter, small serves pytest-benchmark, cpu and record are published.
+_OTHER_HEADS = ((151936, 3584), (256000, 2304), (49152, 576), (32000, 4096))
+# toy rehearses the GPU run in the interpreter, small serves pytest-benchmark, the others are published; ends are the
+# least and the most rows of the heads that record has with 8192.
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "toy": (Shape(16, 128, 32),),
     "small": (Shape(128, 4096, 64), Shape(96, 1031, 72)),
@@ -43,8 +50,15 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
         Shape(16384, 128256, 4096),
         Shape(32768, 128256, 4096),
     ),
+    "ends": tuple(Shape(N, V, D) for V, D in _OTHER_HEADS for N in (1024, 32768)),
 }
-DEFAULT_DTYPE = {"toy": "float32", "small": "float32", "cpu": "float32", "record": "bfloat16"}
+DEFAULT_DTYPE = {
+    "toy": "float32",
+    "small": "float32",
+    "cpu": "float32",
+    "record": "bfloat16",
+    "ends": "bfloat16",
+}
 
 
 def parse_shapes(text: str) -> list[tuple[Shape, str]]:

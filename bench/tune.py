@@ -10,6 +10,7 @@ or does not fit the chip is printed with its error. The table takes the rows tha
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from bench.machine import device_name, versions
 from bench.measure import Case, interleave
+from bench.report import RESULTS
 from bench.shapes import Shape, parse_shapes
 
 if TYPE_CHECKING:
@@ -35,11 +37,15 @@ SIZES = {
     False: ((128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
             (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 2)),
 }  # fmt: skip
+COMPILED = RESULTS / "tile_candidates.json"
+# On sm_90: what a tile may keep on the stack (spills move by up to 48 bytes between Triton's versions), and have.
+MOST_STACK = 64
+MOST_SHARED = 227 * 1024
 TOY_SIZES = ((16, 16, 16, 4, 2), (16, 32, 16, 4, 2))
 TOY_SHAPE = "16x64x32"
 
 
-def candidates(paired: bool, *, toy: bool, bulk: bool) -> Iterator[Tile]:
+def sizes_of(paired: bool, *, bulk: bool, toy: bool = False) -> Iterator[Tile]:
     """Every size with pointers and, where the chip has them, with bulk copies."""
     from sftmix_kernels.fused import Tile
 
@@ -49,6 +55,27 @@ def candidates(paired: bool, *, toy: bool, bulk: bool) -> Iterator[Tile]:
                 block_n, block_v, block_d, num_warps=num_warps, num_stages=num_stages,
                 use_descriptors=use_descriptors,
             )  # fmt: skip
+
+
+def misfits(operation: str, paired: bool) -> dict[str, str]:
+    """Tiles that are not worth device time on sm_90, with what the compiler said of them (COMPILED)."""
+    found = {}
+    for line in json.loads(COMPILED.read_text(encoding="utf-8"))["tiles"]:
+        if (line["operation"], line["paired"]) != (operation, paired):
+            continue
+        reasons = [f"{line['stack']} bytes of stack"] if line["stack"] > MOST_STACK else []
+        reasons += [f"{note}: wgmma serialised" for note in line["notes"]]
+        reasons += ["no wgmma"] if not line["counts"]["wgmma"] else []
+        reasons += [f"{line['shared']} bytes of shared memory"] if line["shared"] > MOST_SHARED else []
+        if reasons:
+            found[line["tile"]] = ", ".join(reasons)
+    return found
+
+
+def candidates(operation: str, paired: bool, *, bulk: bool, hopper: bool, toy: bool = False) -> list[Tile]:
+    """The sizes to time; on a Hopper chip without its misfits."""
+    left_out = misfits(operation, paired) if hopper else {}
+    return [tile for tile in sizes_of(paired, bulk=bulk, toy=toy) if source(tile) not in left_out]
 
 
 def source(tile: Tile) -> str:
@@ -102,10 +129,13 @@ def tune(shape: Shape, dtype: torch.dtype, *, softcap: float, rounds: int, devic
     from sftmix_kernels.fused.configs import OPERATIONS
 
     bulk = device == "cuda" and not torch.version.hip and torch.cuda.get_device_capability() >= (9, 0)
+    hopper = bulk and torch.cuda.get_device_capability()[0] == 9
     for operation in OPERATIONS:
         for paired in (True, False):
             kernels = Kernels(shape, dtype, paired=paired, softcap=softcap, device=device)
-            tiles = list(candidates(paired, toy=device == "cpu", bulk=bulk or device == "cpu"))
+            tiles = candidates(
+                operation, paired, toy=device == "cpu", bulk=bulk or device == "cpu", hopper=hopper
+            )
             cases = [Case(source(tile), partial(kernels.call, operation, tile), _nothing) for tile in tiles]
             for _ in interleave(
                 cases, rounds=rounds, warmup=1, device=device, deadline=time.monotonic() + 120
@@ -114,6 +144,9 @@ def tune(shape: Shape, dtype: torch.dtype, *, softcap: float, rounds: int, devic
             timed = sorted((statistics.median(case.times_ms), case.name) for case in cases if case.times_ms)
             yield f"# {operation}, {'pairs' if paired else 'rows'}"
             yield from (f"#   {ms:9.3f} ms  {name}" for ms, name in timed)
+            if hopper:
+                left_out = misfits(operation, paired).items()
+                yield from (f"#   not timed     {name}: {why} by the compiler" for name, why in left_out)
             yield from (f"#   failed        {case.name}: {case.error}" for case in cases if case.error)
             if timed:
                 yield f"({operation!r}, {paired}): {timed[0][1]},  # {timed[0][0]:.3f} ms at {shape}"

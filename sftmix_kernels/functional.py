@@ -12,6 +12,7 @@ from . import main_grad as main_grads
 from .arguments import HeadOptions, coefficients, scratch_of
 from .autocast import follows_autocast
 from .choice import check_schedule, choose, why_not_fused
+from .default_schedule import resolve_schedule
 from .inputs import Inputs, check_inputs
 from .lora_head import LoRA
 from .reference import SFTMixLoss, TokenStats
@@ -28,6 +29,12 @@ def _choose(
     if inputs.shard is not None:
         check_vocab_schedule(schedule)
     return impl, scratch_of(scratch_bytes, impl)
+
+
+def _operator(impl: str, schedule: str | None) -> Any:
+    if impl == "chunked":
+        return ops.chunked_fwd
+    return ops.stored_fwd if schedule == "stored" else fused_ops.fused_fwd
 
 
 @follows_autocast
@@ -89,11 +96,13 @@ def sftmix_loss(
             vocab_parallel, and not under FSDP2, which owns its gradients (main_grad.py).
         impl: "reference", "chunked", "fused"; None takes "fused" on a GPU (where triton is
             installed and has the dtype, otherwise "chunked") and "chunked" on a CPU.
-        schedule: how "fused" makes gradients: "recompute" (None) keeps no logits and makes them again in the backward,
+        schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
-            one product less, and holds them with a float32 dweight [V, D] until the backward.
+            one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
+            fused/schedule.py's cost model, on this chip; "recompute" with vocab_parallel and in the interpreter.
         scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice, or
-            the stored schedule's chunk, by default 4096 rows and at most half of all).
+            the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule None "stored"
+            is taken only where its float32 dweight fits too, and its chunk gets the rest.
 
     Returns:
         SFTMixLoss: ``loss`` is differentiable in hidden, weight and bias; everything else is detached. With no
@@ -140,17 +149,17 @@ def sftmix_loss(
         pair_valid = valid[:size] & valid[size : 2 * size]
         pair_coef = mixup_weight * coefficients(pair_weight, pair_valid, mixup_denominator)
         needs = inputs.needs()
-        stored = schedule == "stored" and any(needs)  # without gradients the forward needs no logits at all
+        if impl == "fused" and inputs.shard is None:
+            schedule, scratch = resolve_schedule(schedule, *inputs.head[:2], needs=needs, scratch=scratch)
         arguments = (*inputs.head, torch.where(valid, target, -1), lam, row_coef, pair_coef)
         numbers = (options.as_list(), needs, scratch)
         if main_grad is not None:
             found = main_grads.main_grad_loss(
                 *arguments, main_grad, options=options.as_list(), needs=needs[:3], scratch_bytes=scratch,
-                fused=impl == "fused", stored=stored,
+                fused=impl == "fused", stored=schedule == "stored",
             )  # fmt: skip
         elif inputs.shard is None:
-            op = ops.chunked_fwd if impl == "chunked" else ops.stored_fwd if stored else fused_ops.fused_fwd
-            found = op(*arguments, *numbers, *inputs.low_rank)
+            found = _operator(impl, schedule)(*arguments, *numbers, *inputs.low_rank)
         else:
             place, group = inputs.shard.place, inputs.shard.group_name
             found = vocab_parallel_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)

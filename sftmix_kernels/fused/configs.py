@@ -161,6 +161,11 @@ def _power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
+def programs_per_processor(tile: Tile) -> int:
+    """Programs of ``tile`` that one multiprocessor holds at once."""
+    return 2 if tile.num_warps <= 4 else 1
+
+
 def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int) -> int:
     """Into how many stretches the forward cuts the vocabulary.
 

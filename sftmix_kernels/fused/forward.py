@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Tile, choose_num_splits
+from .configs import Tile, choose_num_splits, programs_per_processor
 from .stats import FusedStats, empty_stats, fold, fold_splits, no_columns, settled
 from .tiles import (
     Problem,
@@ -213,8 +213,8 @@ def _num_program_slots(device: torch.device, tile: Tile) -> int:
     """Programs of ``tile`` that run at once on ``device``; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
-    per_processor = 2 if tile.num_warps <= 4 else 1
-    return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
+    num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return num_processors * programs_per_processor(tile)
 
 
 def _forward_part(

@@ -2,6 +2,7 @@
 
     python -m tests.kernels.aot [--part I/N]        one JSON line per kernel; must run without TRITON_INTERPRET
     python -m tests.kernels.aot --full              for every chip, into bench/results/compile_matrix.json: minutes
+    python -m tests.kernels.aot --candidates        bench.tune's tiles on sm_90, into bench/results/tile_candidates.json
 
 The public functions are called on meta tensors with the launch replaced by a recorder, so that the kernels see the
 very arguments of a real launch: constants, divisibility, descriptors. Then Triton compiles for a target, and the
@@ -29,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench import tune
 from sftmix_kernels.chunked import Needs
 from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, stored_loss, tiles
 from sftmix_kernels.rows import Head
@@ -131,6 +133,14 @@ def variant_cases() -> Iterator[Case]:
     )
     yield Case("forward", "sm_90", "bfloat16", True, "control-32x256", tile=Tile(32, 256, 64, num_warps=8))
     yield Case("forward", "sm_90", "float32", True, "control-tf32", tf32=True)
+
+
+def candidate_cases() -> Iterator[Case]:
+    """Every tile that bench.tune would time on sm_90, as it would be launched there."""
+    for operation in ("forward", "recompute"):
+        for paired in (True, False):
+            for tile in tune.sizes_of(paired, bulk=True):
+                yield Case(operation, "sm_90", "bfloat16", paired, tune.source(tile), tile=tile)
 
 
 def launches(case: Case) -> list[tuple[JITFunction, dict[str, Any]]]:
@@ -273,11 +283,29 @@ def write_table(path: Path) -> None:
     path.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{text}\n]}}\n', encoding="utf-8")
 
 
+def write_candidates(path: Path) -> None:
+    """One line per operation, pairs or rows, and tile: what the compiler says of it."""
+    rows = []
+    for case in candidate_cases():
+        for kernel, arguments in launches(case):
+            if kernel is not stats._sftmix_fwd_combine_kernel:
+                where = {"operation": case.operation, "paired": case.paired, "tile": case.variant}
+                rows.append({**where, **compile_launch(kernel, arguments, case.arch)})
+    text = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(
+        f'{{"triton": "{triton.__version__}", "arch": "sm_90", "tiles": [\n{text}\n]}}\n', "utf-8"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
     parser.add_argument("--full", action="store_true", help="every chip; writes the committed table")
+    parser.add_argument("--candidates", action="store_true", help="bench.tune's tiles; writes their table")
     arguments = parser.parse_args()
+    if arguments.candidates:
+        write_candidates(tune.COMPILED)
+        return
     if arguments.full:
         write_table(TABLE)
         return

@@ -17,6 +17,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
+from bench import tune
+from sftmix_kernels.fused import configs
 from tests.kernels import aot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,3 +170,17 @@ def test_the_committed_table_fits_every_chip(table: list[Line]) -> None:
     for line in table:
         assert line["shared"] <= aot.SHARED_LIMIT[line["arch"]], line
         assert line["stack"] <= MOST_STACK, line
+
+
+def test_the_table_of_candidate_tiles_is_of_these_kernels(matrix: list[Line]) -> None:
+    """bench.tune leaves tiles out by that table: where it holds what is compiled here, it is the same."""
+    compiled = json.loads(tune.COMPILED.read_text(encoding="utf-8"))
+    if compiled["triton"] != triton.__version__:
+        pytest.skip(f"the table is of triton {compiled['triton']}")
+    found = {(row["operation"], row["paired"], row["tile"]): row for row in compiled["tiles"]}
+    for operation, paired in ((o, p) for o in configs.OPERATIONS for p in (True, False)):
+        row = found[operation, paired, tune.source(configs._TILES_16BIT["sm_90"][operation, paired])]
+        case = aot.Case(operation, "sm_90", "bfloat16", paired).name
+        (line,) = (line for line in main_kernels(matrix) if line["case"] == case)
+        for what in ("registers", "stack", "shared", "counts"):
+            assert row[what] == line[what], "run `python -m tests.kernels.aot --candidates`"
