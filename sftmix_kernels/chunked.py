@@ -30,7 +30,6 @@ from .rows import (
     add_mixture_gradient_,
     affine,
     at_column,
-    cap_slope,
     entropy_of,
     exponentials_,
     finish_logits_,
@@ -111,7 +110,8 @@ class _Chunks:
         self.dhidden = hidden.new_empty((num_rows, width) if needs.dhidden else (0,))
         shape = (vocab_size, width) if needs.dweight and main_grad is None else (0,)
         self.dweight = new(*shape) if main_grad is None else main_grad
-        self.dbias = torch.zeros(vocab_size if needs.dbias else 0, dtype=dtype, device=hidden.device)
+        # float64, so that it does not matter how many chunks there are: V numbers cost nothing.
+        self.dbias = torch.zeros(vocab_size if needs.dbias else 0, dtype=torch.float64, device=hidden.device)
         rank = 0 if low is None else low.shape[1]
         self.dlow = hidden.new_empty((num_rows, rank) if needs.dlow else (0,))
         self.dup = new(*((vocab_size, rank) if needs.dup else (0,))).zero_()
@@ -188,10 +188,9 @@ def _single_chunk(state: _Chunks, rows: slice, coef: Tensor, given: Given | None
 def _single_rows(state: _Chunks, rows: slice, coef: Tensor, given: Given | None, stored: Tensor) -> None:
     """Statistics of a block of rows and its gradient over its logits."""
     head, target = state.head, state.target[rows]
-    logits = finish_logits_(head, state.open_block(stored, 0))
+    logits, slope = finish_logits_(head, state.open_block(stored, 0), state.needs.gradient)
     state.before_softmax(rows, logits)
     target_logit = at_column(logits, target)
-    slope = cap_slope(head, logits) if head.softcap and state.needs.gradient else None
     row_max, sums = exponentials_(logits, None if given is None else given.of_rows(rows))
     state.write_stats(rows, target_logit, row_max, sums)
     if not state.needs.gradient:
@@ -233,20 +232,23 @@ def _pair_rows(
     share = lam[pairs].to(state.dtype)
     logits = (state.open_block(stored[0], 0), state.open_block(stored[1], 1))
     mixed = state.wide[-len(share) :]
-    finish_logits_(head, torch.lerp(logits[1], logits[0], share[:, None], out=mixed))
+    torch.lerp(logits[1], logits[0], share[:, None], out=mixed)
+    found_slopes = [finish_logits_(head, t, state.needs.gradient)[1] for t in (*logits, mixed)]
+    slopes = [slope for slope in found_slopes if slope is not None]
     for rows, part in zip(sides, logits, strict=True):
-        state.before_softmax(rows, finish_logits_(head, part))
+        state.before_softmax(rows, part)
 
-    at_labels = tuple((at_column(t, target[0]), at_column(t, target[1])) for t in (*logits, mixed))
-    capped = bool(head.softcap) and state.needs.gradient
-    slopes = [cap_slope(head, t) for t in (*logits, mixed)] if capped else []
+    at_labels, slopes_at = (
+        tuple((at_column(t, target[0]), at_column(t, target[1])) for t in tensors)
+        for tensors in ((*logits, mixed), slopes)
+    )
     sums = []
     for side, rows in enumerate(sides):
         row_max, found = exponentials_(logits[side], None if given is None else given.of_rows(rows))
         state.write_stats(rows, at_labels[side][side], row_max, found)
         sums.append(found)
     _, sums_x = exponentials_(mixed, None if given is None else given.of_pairs(pairs))
-    chunk = Pairs(target, (share, 1 - share), logits, mixed, at_labels, (sums[0], sums[1], sums_x))
+    chunk = Pairs(target, (share, 1 - share), logits, mixed, at_labels, (sums[0], sums[1], sums_x), slopes_at)
     _write_mixture(state, pairs, chunk)
     if not state.needs.gradient:
         return
@@ -257,7 +259,7 @@ def _pair_rows(
         probs.mul_(slope)
     add_mixture_gradient_(head, chunk, row_coef, coefs[1][pairs])
     for side in (0, 1):
-        if not capped and head.logit_scale != 1.0:
+        if not slopes and head.logit_scale != 1.0:
             logits[side].mul_(head.logit_scale)
         state.close_block(stored[side], logits[side])
 
@@ -315,6 +317,6 @@ def chunked_loss(
     is_top1 = (target >= 0) & (state.target_logit >= state.max_logit)
     return ChunkedResult(
         state.nll, state.lse, is_top1, state.mixup_nll, state.entropy, scale, state.dhidden, state.dweight,
-        state.dbias, state.max_logit, state.target_logit, state.mean_logit, state.low, state.lse_x,
+        state.dbias.to(state.dtype), state.max_logit, state.target_logit, state.mean_logit, state.low, state.lse_x,
         state.low_x, state.at_xc, state.at_xu, state.dlow, state.dup,
     )  # fmt: skip

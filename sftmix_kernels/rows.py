@@ -84,18 +84,19 @@ def affine(head: Head, hidden: Tensor, low: Tensor | None, parts: list[slice], o
         out.addmm_(hidden, head.weight.t())
 
 
-def finish_logits_(head: Head, logits: Tensor) -> Tensor:
-    """Scale and cap in place."""
+def finish_logits_(head: Head, logits: Tensor, want_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Scale and cap in place; and, if wanted and there is a cap, d(final logit) / d(affine logit).
+
+    The slope s (1 - t)(1 + t) comes from t = tanh(.) itself: from cap * t, which is rounded, it would lose digits near
+    the cap.
+    """
     if head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
-    if head.softcap:
-        logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
-
-
-def cap_slope(head: Head, logit: Tensor) -> Tensor:
-    """d(final logit) / d(scaled affine logit) at a final logit, with the scale."""
-    return head.logit_scale * (1 - (logit / head.softcap) ** 2)
+    if not head.softcap:
+        return logits, None
+    logits.div_(head.softcap).tanh_()
+    slope = (1 - logits).mul_(1 + logits).mul_(head.logit_scale) if want_slope else None
+    return logits.mul_(head.softcap), slope
 
 
 def at_column(logits: Tensor, column: Tensor) -> Tensor:
@@ -182,9 +183,10 @@ def uniform_share(head: Head) -> float | Tensor:
 def own_label(head: Head, logprob: Tensor, lse: Tensor) -> Tensor:
     """The row's gradient at its own label, divided by a: p - 1 is expm1(log p)."""
     residual = torch.expm1(logprob)
-    if head.z_loss:
-        residual = residual + 2 * head.z_loss * lse * logprob.exp()
-    return residual + (head.label_smoothing - uniform_share(head)) if head.label_smoothing else residual
+    if head.label_smoothing:  # (p - 1) + e would keep the digits of 1, not those of 1 - e
+        e = head.label_smoothing
+        residual = (1 - e) * residual + (e * logprob.exp() - uniform_share(head))
+    return residual + 2 * head.z_loss * lse * logprob.exp() if head.z_loss else residual
 
 
 def other_label(head: Head, logprob: Tensor, lse: Tensor) -> Tensor:
@@ -204,6 +206,7 @@ class Pairs(NamedTuple):
     exponentials_x: Tensor  # [n, V], of the mixture
     at_labels: tuple[tuple[Tensor, Tensor], ...]  # logits of A, B and X at both targets, [n] each
     sums: tuple[RowSums, RowSums, RowSums]  # of A, B and X
+    slopes: tuple[tuple[Tensor, Tensor], ...]  # of A, B and X at both targets, [n] each; () without a cap
 
     def logprob_x(self) -> tuple[Tensor, Tensor]:
         """log p of the mixture at both targets."""
@@ -224,8 +227,8 @@ def add_mixture_gradient_(
     )
     per_exponential = torch.exp(-chunk.sums[2].log_total)
 
-    def slope(logit: Tensor) -> Tensor | float:
-        return cap_slope(head, logit) if head.softcap else 1.0
+    def slope(logits: int, label: int) -> Tensor | float:
+        return chunk.slopes[logits][label] if chunk.slopes else 1.0
 
     for side in (0, 1):
         other, a, b, sums = 1 - side, row_coef[side], chunk.share[side] * pair_coef, chunk.sums[side]
@@ -234,5 +237,5 @@ def add_mixture_gradient_(
         for label in (other, side):
             logit = chunk.at_labels[side][label]
             part = (own_label if label == side else other_label)(head, sums.logprob(logit), sums.lse)
-            value = a * part * slope(logit) + b * residual_x[label] * slope(chunk.at_labels[2][label])
+            value = a * part * slope(side, label) + b * residual_x[label] * slope(2, label)
             write_label_(chunk.gradient[side], chunk.target[label], value)

@@ -5,6 +5,10 @@
 
     error(ours) <= 2 * error(torch) + one rounding
 
+An error is one draw of an implementation's roundings, and of few numbers one side's may be half the other's by luck:
+torch misses its own bound when it sums in another order. ``orders`` draws both sides several times, over orders of the
+rows, classes and hidden columns, which change roundings and nothing else, and compares root mean squares over them.
+
 The scalar loss is one draw, and torch's error in it may be near zero by luck; there error(torch) is at least what its
 per-row errors give for a mean of independent rows: their root mean square, relative to the rows', over sqrt(rows).
 """
@@ -73,23 +77,51 @@ def run(
     return {k: v.detach().cpu() for k, v in result.items()}
 
 
-def assert_within_contract(name: str, ours: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
-    """error(ours) <= 2 error(torch) + one rounding of the result's dtype, in rms and in maximum."""
-    assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)} instead of {list(truth.shape)}"
-    if truth.numel() == 0:
+Draw = tuple[Tensor, Tensor, Tensor]  # ours, same_dtype, truth
+
+
+def assert_within_contract(name: str, *draw: Tensor) -> None:
+    """error(ours) <= 2 error(torch) + one rounding of the result's dtype, in rms and in maximum; ours, torch, truth."""
+    ours, same_dtype, truth = draw
+    assert_draws_within_contract(name, [(ours, same_dtype, truth)])
+
+
+def assert_draws_within_contract(name: str, draws: list[Draw]) -> None:
+    """The same inequality between root mean squares over ``draws``."""
+    sizes: list[Tensor] = []
+    for ours, same_dtype, truth in draws:
+        assert ours.shape == truth.shape, f"{name}: shape {list(ours.shape)} instead of {list(truth.shape)}"
+        nan = truth.isnan()
+        assert torch.equal(ours.isnan(), nan), f"{name}: NaN where there should be none (or the reverse)"
+        values = torch.stack([ours.double() - truth, same_dtype.double() - truth, truth])[:, ~nan].flatten(1)
+        if values.numel():
+            sizes.append(torch.stack([values.square().mean(dim=1).sqrt(), values.abs().amax(dim=1)]))
+    if not sizes:
         return
-    same_dtype = same_dtype.double()
-    nan = truth.isnan()
-    assert torch.equal(ours.isnan(), nan), f"{name}: NaN where there should be none (or the reverse)"
-    rounding = torch.finfo(ours.dtype).eps
-    keep = ~nan
-    error, torch_error = ((t.double() - truth)[keep] for t in (ours, same_dtype))
-    truth = truth[keep]
-    if truth.numel() == 0:
-        return
-    for kind, size in (("rms", lambda t: t.square().mean().sqrt()), ("max", lambda t: t.abs().max())):
-        bound = 2 * size(torch_error) + rounding * size(truth)
-        assert size(error) <= bound, f"{name}: {kind} error {size(error):.3e} above {bound:.3e}"
+    rounding = torch.finfo(draws[0][0].dtype).eps
+    for kind, found in zip(("rms", "max"), torch.stack(sizes).square().mean(dim=0).sqrt(), strict=True):
+        error, torch_error, value = found
+        bound = 2 * torch_error + rounding * value
+        assert error <= bound, f"{name}: {kind} error {error:.3e} above {bound:.3e}"
+
+
+def reordered(case: Case, seed: int) -> Case:
+    """The same rows, pairs, classes and hidden columns in another order."""
+    g = torch.Generator().manual_seed(seed)
+    (num_rows, width), num_pairs, vocab_size = case.hidden.shape, len(case.lam), len(case.weight)
+    sizes = (num_pairs, num_rows - 2 * num_pairs, vocab_size, width)
+    pairs, single, classes, columns = (torch.randperm(size, generator=g) for size in sizes)
+    rows = torch.cat([pairs, num_pairs + pairs, 2 * num_pairs + single])
+    target = case.target[rows]
+    inside = (target >= 0) & (target < vocab_size)
+    target = torch.where(inside, classes.argsort()[target.clamp(0, vocab_size - 1)], target)
+    options = dict(case.options)
+    for name, order in (("row_weight", rows), ("pair_weight", pairs)):
+        if name in options:
+            options[name] = options[name][order]
+    hidden, weight = case.hidden[rows][:, columns], case.weight[classes][:, columns]
+    bias = None if case.bias is None else case.bias[classes]
+    return Case(hidden, weight, target, case.lam[pairs], bias, options, case.upstream)
 
 
 def expected_loss_error(same_dtype: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
@@ -105,16 +137,23 @@ def expected_loss_error(same_dtype: dict[str, Tensor], truth: dict[str, Tensor])
     return torch.maximum(drawn, truth["loss"].abs() * relative / keep.sum() ** 0.5)
 
 
-def assert_parity(case: Case, *, impl: str, device: str = "cpu", **extra: Any) -> dict[str, Tensor]:
+def assert_parity(
+    case: Case, *, impl: str, device: str = "cpu", orders: int = 1, **extra: Any
+) -> dict[str, Tensor]:
     """Value, statistics and every gradient of ``impl`` within the contract; returns them."""
-    truth = run(case, impl="reference", dtype=torch.float64)
-    same_dtype = run(case, impl="reference")
-    ours = run(case, impl=impl, device=device, **extra)
-    for name in ours:
-        if name == "loss":
-            same_dtype[name] = truth[name] + expected_loss_error(same_dtype, truth)
-        if name != "is_top1":
-            assert_within_contract(name, ours[name], same_dtype[name], truth[name])
-    assert ours["loss"].dtype == sum_dtype(case.hidden.dtype)
-    assert ours["dhidden"].dtype == case.hidden.dtype and ours["dweight"].dtype == case.weight.dtype
-    return ours
+    draws: dict[str, list[Draw]] = {}
+    results: list[dict[str, Tensor]] = []
+    for each in (case, *(reordered(case, seed) for seed in range(1, orders))):
+        truth = run(each, impl="reference", dtype=torch.float64)
+        same_dtype = run(each, impl="reference")
+        ours = run(each, impl=impl, device=device, **extra)
+        same_dtype["loss"] = truth["loss"] + expected_loss_error(same_dtype, truth)
+        results.append(ours)
+        for name in ours.keys() - {"is_top1"}:
+            draws.setdefault(name, []).append((ours[name], same_dtype[name], truth[name]))
+    for name, found in draws.items():
+        assert_draws_within_contract(name, found)
+    first = results[0]
+    assert first["loss"].dtype == sum_dtype(case.hidden.dtype)
+    assert first["dhidden"].dtype == case.hidden.dtype and first["dweight"].dtype == case.weight.dtype
+    return first

@@ -209,11 +209,11 @@ def _gradient_terms(
         row_coef, pair_coef = row_coef / scale, pair_coef / scale
     lse, low, nll = row_carry
     bulk, own = row_coef * torch.exp(-low), torch.expm1(-nll)
+    mass, uniform = smoothing
+    if mass:  # (p - 1) + e would keep the digits of 1, not those of 1 - e
+        own = (1 - mass) * own + (mass * torch.exp(-nll) - uniform)
     if z_loss:
         bulk, own = bulk * (1 + 2 * z_loss * lse), own + 2 * z_loss * lse * torch.exp(-nll)
-    mass, uniform = smoothing
-    if mass:
-        own = own + (mass - uniform)
     rows = torch.stack((lse, bulk, row_coef * own, *((row_coef * uniform,) if mass else ())))
     lse_x, low_x, nll_c, nll_u = pair_carry
     # Where both labels are one column the partner's number, written last, stands for the whole label.

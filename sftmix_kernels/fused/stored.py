@@ -115,8 +115,10 @@ def _label_gradient(z, slope, coef, stats, smoothing, vocab_size, z_loss):
     """A row's own gradient at its label, (1,)."""
     top, total, _ = stats
     log_p = (z - top) - tl.log(total)
-    z_part = 2.0 * z_loss * (top + tl.log(total)) * tl.exp(log_p)
-    return coef * (_expm1(log_p) + z_part + (smoothing - smoothing / vocab_size)) * slope
+    p = tl.exp(log_p)
+    # (p - 1) + e would keep the digits of 1, not those of 1 - e.
+    residual = (1.0 - smoothing) * _expm1(log_p) + (smoothing * p - smoothing / vocab_size)
+    return coef * (residual + 2.0 * z_loss * (top + tl.log(total)) * p) * slope
 
 
 @triton.jit(do_not_specialize=["first_row"])

@@ -98,8 +98,8 @@ def draws(impl: str, **fixed: Any) -> st.SearchStrategy[Draw]:
         "label_smoothing": st.sampled_from((0.0, 0.1, 0.9)),
         "z_loss": st.sampled_from((0.0, 1e-3, 0.1)),
         "upstream": st.sampled_from((1.0, 0.0078125, 1024.0, -3.0)),
-        # Sums over chunks are sequential, torch's are not: chunks of one row lose to it in the last float32 digit.
-        "rows_per_chunk": st.sampled_from((48, 24, 1000)),
+        # Not 1: hundreds of float32 additions to dweight, one after the other, err by up to 1.2 times the bound.
+        "rows_per_chunk": st.sampled_from((48, 24, 1000, 8, 4, 2)),
     }
     return st.builds(Draw, **{**fields, **{k: st.just(v) for k, v in fixed.items()}})
 
@@ -113,8 +113,10 @@ def bounded(impl: str) -> Any:
 
 
 def check(draw: Draw, *, impl: str) -> None:
+    """Chunks of few rows are judged over four orders: torch multiplies up to 3 rows by another kernel than many."""
     scratch_bytes = draw.rows_per_chunk * draw.vocab_size * 4
-    assert_parity(draw.case(), impl=impl, scratch_bytes=scratch_bytes)
+    orders = 4 if impl == "chunked" and draw.rows_per_chunk < 24 else 1
+    assert_parity(draw.case(), impl=impl, orders=orders, scratch_bytes=scratch_bytes)
 
 
 @given(draws("chunked"))
@@ -153,6 +155,16 @@ def test_contract_on_the_grid_of_options(impl: str, names: tuple[str, ...]) -> N
     for dtype in DTYPES[impl]:
         draw = Draw(vocab_size=67, width=24, lam=None, dtype=dtype, **fields)
         check(draw, impl=impl)
+
+
+@pytest.mark.parametrize("schedule", [None, "recompute", "stored"], ids=["chunked", "recompute", "stored"])
+def test_strong_smoothing_leaves_the_label_its_digits(schedule: str | None) -> None:
+    """At its label a row of even logits has -(1 - e)(1 - 1/V): p - 1 + e - e/V would err by a rounding of 1."""
+    torch.manual_seed(0)
+    hidden, target = 0.01 * torch.randn(64, 64), torch.randint(0, 64, (64,))
+    case = Case(hidden, torch.eye(64), target, torch.rand(24), None, {"label_smoothing": 0.999})
+    case.options |= {"mixup_weight": 1e-6}
+    assert_parity(case, impl="fused" if schedule else "chunked", schedule=schedule)
 
 
 # --- identities, in float64 so that only a wrong formula can break them -------------------------------------------
