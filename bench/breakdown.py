@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for provider in choose(args.providers):
             loss = provider.build(problem, args.task)
 
-            def call(loss: Callable[[], torch.Tensor] = loss) -> None:
+            def call(problem: Problem = problem, loss: Callable[[], torch.Tensor] = loss) -> None:
                 problem.clear_gradients()
                 loss().backward()
 

@@ -40,7 +40,7 @@ from .rows import (
     unit_scale,
     write_label_,
 )  # fmt: skip
-from .scratch import Sizes, blocks, choose_sizes
+from .scratch import PRODUCT_COLUMNS, Sizes, blocks, choose_sizes
 
 
 class Needs(NamedTuple):
@@ -169,10 +169,6 @@ class _Chunks:
         """Round the block's gradient to where its logits were; nothing to do when it is there."""
         if stored.dtype != gradient.dtype:
             stored.copy_(gradient)
-
-
-# Columns of a 16-bit product of dweight: wide enough for its speed.
-PRODUCT_COLUMNS = 4096
 
 
 def _single_chunk(state: _Chunks, rows: slice, coef: Tensor, given: Given | None) -> None:

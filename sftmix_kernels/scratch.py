@@ -15,6 +15,8 @@ import torch
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
 # Stays in a CPU's caches. On other devices a block is a quarter of the scratch: fewer and larger launches.
 CACHE_BYTES = 8 * 2**20
+# Columns of one 16-bit product of dweight: wide enough for its speed.
+PRODUCT_COLUMNS = 4096
 
 
 def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int) -> int:

@@ -30,8 +30,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None
         total.addmm_(left.float(), right.float())
 
 
-def write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None) -> None:
-    """out = left @ right * scale, accumulated in float32 and rounded once."""
+def write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+    """out = left @ right * scale, accumulated in float32 and rounded once, to operands' dtype or not at all."""
+    if scale is None and out.dtype != left.dtype and multiplies_into_float32(left):
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+        return
     if scale is None and (left.dtype == torch.float32 or multiplies_into_float32(left)):
         torch.mm(left, right, out=out)
         return

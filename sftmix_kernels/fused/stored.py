@@ -283,7 +283,8 @@ class _Loop:
 
         self.row_stats, self.pair_stats = floats(5, hidden.shape[0]), floats(4, num_pairs)
         self.dhidden = hidden.new_empty(hidden.shape if needs.dhidden else (0,))
-        self.dweight = floats(*(weight.shape if needs.dweight else (0,)))
+        self.dweight = self.row_stats.new_empty(weight.shape if needs.dweight else (0,))
+        self.is_written = False
         self.dbias = floats(weight.shape[0] if needs.dbias else 0)
         self.low, rank = low, 0 if low is None else low.shape[1]
         self.dlow = hidden.new_empty((hidden.shape[0], rank) if needs.dlow else (0,))
@@ -321,7 +322,9 @@ class _Loop:
             for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
                 write_product(self.dhidden[rows], gradient, weight, None)
         if self.needs.dweight:
-            add_product(self.dweight, logits.t(), hidden)
+            # The first chunk writes: zeros would cost a pass over [V, D] to make and another to read.
+            (add_product if self.is_written else write_product)(self.dweight, logits.t(), hidden)
+            self.is_written = True
         if self.needs.dbias:
             self.dbias += logits.sum(dim=0, dtype=torch.float32)
         if self.needs.dlow and up is not None:
@@ -375,6 +378,8 @@ def stored_loss(
     with on_device(hidden):
         for chunk in chunks:
             loop.run(chunk, lam.contiguous(), row_coef, pair_coef)
+    if not chunks:
+        loop.dweight.zero_()
     # Outputs of an operator must not share memory: every plane is copied out.
     nll, lse, max_logit, target_logit, moment = (plane.clone() for plane in loop.row_stats)
     mixup_nll, lse_x, at_xc, at_xu = (plane.clone() for plane in loop.pair_stats)
