@@ -79,7 +79,7 @@ MUTATIONS = (
         "Liger 968", "the first row's upstream for all rows, in `chunked`",
         COMPLAINTS + "test_liger_968_reduction_none_takes_any_upstream[chunked-float32]",
         (
-            "ops.py", "coef = torch.where(target >= 0, grad_rows, torch.zeros_like(grad_rows))",
+            "row_ops.py", "coef = torch.where(target >= 0, grad_rows, torch.zeros_like(grad_rows))",
             "coef = torch.where(target >= 0, grad_rows[0], torch.zeros_like(grad_rows))",
         ),
     ),
@@ -110,14 +110,14 @@ MUTATIONS = (
         "apple 59", "a target of a later shard taken for this one's last column",
         "tests/kernels/test_vocab_parallel.py::test_apple_59_a_sentinel_matches_no_column_of_another_shard",
         (
-            "vocab_parallel.py", "(column >= 0) & (column < num_columns), column, -1)",
+            "vocab_stats.py", "(column >= 0) & (column < num_columns), column, -1)",
             "(column >= 0), column.clamp(max=num_columns - 1), -1)",
         ),
     ),
     fault(
         "apple 53", "the bias added twice, in `chunked`",
         COMPLAINTS + "test_apple_53_bias_added_once[chunked]",
-        ("chunked.py", "torch.addmm(head.bias, hidden,", "torch.addmm(2 * head.bias, hidden,"),
+        ("rows.py", "torch.addmm(head.bias, first,", "torch.addmm(2 * head.bias, first,"),
     ),
     fault(
         "apple 53", "and in `fused`",
