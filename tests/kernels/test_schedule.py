@@ -139,8 +139,8 @@ def test_none_takes_the_schedule_of_the_choice(from_32_rows: list[tuple[Any, ...
     assert call(31, schedule="stored") == ["stored_fwd"]
     assert call(32, grad="h")[0] == call(32, grad="w")[0] == "stored_fwd"
     assert call(32, grad="") == call(32, grad="", schedule="stored") == ["fused_fwd"]
-    assert from_32_rows[0] == (33, 16, torch.float32, "sm_90", (True, True, False), None)
-    assert from_32_rows[-1] == (33, 16, torch.float32, "sm_90", (False, True, False), None)
+    assert from_32_rows[0] == (33, 16, torch.float32, "sm_90", (True, True, False, False, False), None)
+    assert from_32_rows[-1] == (33, 16, torch.float32, "sm_90", (False, True, False, False, False), None)
     case = make_case(40, 33, 16)
     with Called() as seen:
         linear_cross_entropy(
