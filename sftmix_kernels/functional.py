@@ -66,7 +66,11 @@ def sftmix_loss(
 
     Rows come as M confident rows, their M partners in the same order, then any number of unpaired rows. The mixture
     of a pair is taken between last hidden states and between one-hot targets with the pair's ``lam``; a pair with an
-    ignored member adds nothing to it. M = 0, like ``mixup_weight=0``, is plain next-token loss, bit for bit.
+    ignored member adds nothing to it. M = 0, like ``mixup_weight=0``, is plain next-token loss, bit for bit. In nats:
+
+        loss = sum_n row_weight_n nll_n / ntp_denominator + mixup_weight sum_m pair_weight_m mixup_m / mixup_denominator
+        nll_n = lse z_n - z_n[y_n],   mixup_m = lse x_m - lam_m x_m[y_c] - (1 - lam_m) x_m[y_u]
+        z_n = f(a_n),   x_m = f(lam_m a_c + (1 - lam_m) a_u),   a = W h + b,   f scales, then caps
 
     Args:
         hidden: [N, D] last hidden states (after the final norm); float32, float16, bfloat16 or float64.
@@ -107,6 +111,11 @@ def sftmix_loss(
     Returns:
         SFTMixLoss: ``loss`` is differentiable in hidden, weight and bias; everything else is detached. With no
         supervised row ``loss`` is 0 and its gradients are 0.
+
+    Memory above inputs and gradients, with S = ``scratch_bytes`` and O(N + M) of statistics:
+        no gradient needed: nothing more by "fused", S by "chunked"; "recompute": S + 4 N D, in float32 S;
+        "stored" and "chunked": S + 4 V D + N D itemsize, in float32 on a CPU S (the rest is handed over as gradients).
+        What is smaller stands with chunked_loss, fused_forward, fused_backward and stored_loss.
 
     Raises:
         ValueError: naming the argument, on a wrong shape, dtype, device or value. On a GPU, and under compile, wrong
@@ -199,8 +208,9 @@ def linear_cross_entropy(
     any upstream gradient per row is right, so the backward recomputes the logits: 4 products instead of 3 where
     ``chunked`` runs, no difference for ``fused``, whose ``schedule`` must then not be "stored".
 
-    Returns: a scalar, or with "none" a tensor of target's shape; float32 (float64 for float64 inputs).
-    Raises: ValueError naming the argument.
+    Returns: a scalar, or with "none" a tensor of target's shape, in nats; float32 (float64 for float64 inputs).
+    Raises: ValueError as :func:`sftmix_loss` does, and on another ``reduction``, or "none" with "stored".
+    Memory as of :func:`sftmix_loss`; with "none" nothing of size [V, D] is kept until the backward.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
@@ -281,8 +291,10 @@ def token_stats(
 
     Args as in :func:`sftmix_loss`. A tie for the largest logit counts as a hit.
 
-    Returns: TokenStats of [N] tensors, detached; log-probability 0 and no hit at ignored rows.
-    Raises: ValueError naming the argument.
+    Returns: TokenStats of [N] tensors, detached, float32 (float64 for float64 inputs) in nats, ``is_top1`` bool;
+        log-probability 0 and no hit at ignored rows. Entropy is lse z - sum_j p_j z_j, p = softmax z.
+    Raises: ValueError as :func:`sftmix_loss` does.
+    Memory: O(N) by "fused"; "chunked" 25/16 of ``scratch_bytes`` in float32 (the entropy's blocks are the 9/16).
     """
     options = HeadOptions(softcap, logit_scale)
     inputs = check_inputs(

@@ -68,7 +68,7 @@ class LossHead(nn.Linear):
         stats: bool = False,
         **options: Any,
     ) -> Tensor | SFTMixLoss | TokenStats:
-        """Logits [..., V] without ``target``; with it SFTMixLoss, or TokenStats if ``stats``.
+        """Logits [..., V], in the weight's dtype, without ``target``; with it SFTMixLoss, or TokenStats if ``stats``.
 
         ``options`` are those of :func:`sftmix_kernels.sftmix_loss`; without ``lam`` there are no pairs (M = 0).
         Raises: ValueError from the loss, for ``lam`` or ``stats`` without a target, for ``main_grad`` under FSDP2.
@@ -117,7 +117,7 @@ def adapt_head(layer: nn.Module) -> nn.Module:
 
     peft's own forward expects a tensor from the layer inside and fails on a loss. The layer's class is replaced by a
     subclass of it, so names, merging and saving stay peft's. A LossHead, or a layer that is adapted, is returned as is.
-    Raises ValueError for another module,.
+    Raises: ValueError for another module.
     """
     if isinstance(layer, LossHead | LoraLossHead):
         return layer

@@ -25,13 +25,13 @@ from torch import Tensor
 
 
 class SFTMixLoss(NamedTuple):
-    """What :func:`sftmix_kernels.sftmix_loss` returns. All but ``loss`` are detached.
+    """What :func:`sftmix_kernels.sftmix_loss` returns. All but ``loss`` are detached; floats are of loss's dtype.
 
     loss       scalar float32 (float64 for float64 inputs)
     nll        [N], -log p(target) of each row, unweighted, in nats; 0 at ignored rows
     lse        [N], log-sum-exp of each row's logits, in nats
     is_top1    [N] bool, the target's logit is the row's largest; False at ignored rows
-    mixup_nll  [M], cross-entropy of each pair's mixture, unweighted; 0 at pairs with an ignored member,
+    mixup_nll  [M], cross-entropy of each pair's mixture, unweighted, in nats; 0 at pairs with an ignored member,
                NaN where the number 0 was given as ``mixup_weight`` and no mixture was computed
     """
 
@@ -43,7 +43,7 @@ class SFTMixLoss(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """What :func:`sftmix_kernels.token_stats` returns; every field is [N] and detached.
+    """What :func:`sftmix_kernels.token_stats` returns; every field is [N] and detached, floats as of SFTMixLoss.
 
     logprob  log p(target), in nats; 0 at ignored rows
     lse      log-sum-exp of the row's logits, in nats
