@@ -129,7 +129,9 @@ def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.extra = inputs[7:10]
 
 
-def _fused_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fused_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 12
     *inputs, low, up = ctx.saved_tensors
     return wanted(fused_bwd(grad_loss, *inputs, *ctx.extra, low, up), ctx.extra[1], 7)
 
@@ -162,7 +164,11 @@ def _(hidden: Tensor, *rest: Any) -> Tensors:
     return term, term.new_empty(3, hidden.shape[0])
 
 
-def _fused_rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _fused_rows_autograd(
+    ctx: Any, grad_rows: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_rows is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 9
     *inputs, target, row_carry, low, up = ctx.saved_tensors
     none, pair_carry = row_carry.new_empty(0), row_carry.new_empty(4, 0)
     valid = (target >= 0).double()

@@ -243,7 +243,9 @@ def _stored_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.main_grad, ctx.needs, ctx.weight_dtype = inputs[7], inputs[9], inputs[1].dtype
 
 
-def _stored_autograd(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _stored_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    if grad_loss is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 11
     _refuse_grad_mode()
     scale, dhidden, dweight, dbias = ctx.saved_tensors
     factor = scale * grad_loss

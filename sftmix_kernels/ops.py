@@ -195,7 +195,11 @@ def _is_one(grad_loss: Tensor) -> bool:
     return not traced and grad_loss.device.type == "cpu" and bool(grad_loss == 1)
 
 
-def _chunked_autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _chunked_autograd(
+    ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 12
     scale, *gradients = ctx.saved_tensors
     same_dtype = ctx.weight_dtype == gradients[1].dtype
     if not (same_dtype and not torch.is_grad_enabled() and _is_one(grad_loss)):

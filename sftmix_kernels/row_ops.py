@@ -103,7 +103,11 @@ def rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.extra = inputs[4:7]
 
 
-def _chunked_rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _chunked_rows_autograd(
+    ctx: Any, grad_rows: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_rows is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 9
     *inputs, low, up = ctx.saved_tensors
     return wanted(chunked_rows_bwd(grad_rows, *inputs, *ctx.extra, low, up), ctx.extra[1], 4)
 

@@ -159,7 +159,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.extra = inputs[8:13]
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 15
     *inputs, low, up = ctx.saved_tensors
     return wanted(vocab_parallel_bwd(grad_loss, *inputs, *ctx.extra, low, up), ctx.extra[1], 10)
 
@@ -206,7 +208,9 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.extra = inputs[5:10]
 
 
-def _rows_autograd(ctx: Any, grad_rows: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _rows_autograd(ctx: Any, grad_rows: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_rows is None:  # an undefined upstream gradient is one of zeros
+        return (None,) * 12
     *inputs, target, place, row_carry, low, up = ctx.saved_tensors
     lam, pair_carry = row_carry.new_empty(0, dtype=torch.float32), row_carry.new_empty(4, 0)
     coefs = (target >= 0).double(), lam.double()
