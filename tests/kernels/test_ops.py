@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from sftmix_kernels import fused_ops, ops, row_ops, sftmix_loss, token_stats
+from sftmix_kernels import fused_ops, linear_cross_entropy, ops, row_ops, sftmix_loss, token_stats
 from tests.parity import make_case
 
 # Inductor needs a C++ compiler for CPU code; without one the same graph runs through aot_eager.
@@ -126,3 +126,33 @@ def test_statistics_are_detached() -> None:
     out = sftmix_loss(case.hidden.requires_grad_(), case.weight, case.target, case.lam)
     assert out.loss.requires_grad
     assert not any(t.requires_grad for t in (out.nll, out.lse, out.is_top1, out.mixup_nll))
+
+
+class Drops(torch.autograd.Function):
+    """Whose backward gives no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "options", [{"impl": "chunked"}, {"impl": "fused"}, {"impl": "fused", "schedule": "stored"}]
+)
+@pytest.mark.parametrize("name", ["loss", "rows", "main_grad"])
+def test_an_undefined_upstream_gradient_gives_none(options: dict[str, Any], name: str) -> None:
+    case = make_case(8, 9, 4, num_pairs=2)
+    weight, main_grad = case.weight.requires_grad_(), None
+    if name == "rows":
+        options = {**options, "schedule": None}
+        value = linear_cross_entropy(case.hidden, weight, case.target, reduction="none", **options)
+    else:
+        main_grad = torch.zeros(9, 4) if name == "main_grad" else None
+        value = sftmix_loss(case.hidden, weight, case.target, case.lam, main_grad=main_grad, **options).loss
+    Drops.apply(value).sum().backward()
+    assert weight.grad is None or not weight.grad.any()
+    assert main_grad is None or not main_grad.any()
