@@ -184,7 +184,7 @@ def stored_s(sizes: Sizes, num_rows: int) -> float:
     chip, V, D, item = sizes.chip, sizes.vocab_size, sizes.hidden_size, sizes.dtype.itemsize
     budget = sizes.stored_budget or DEFAULT_ROWS * sizes.row_bytes
     pairs = math.ceil(num_rows / 2)
-    total = 0.0
+    total, written = 0.0, False
     for size, count in _pieces(pairs, chunk_size(pairs, 2 * sizes.row_bytes, budget)):
         rows, logits = 2 * size, 2 * size * sizes.row_bytes
         seconds = product_s(chip, rows, V, D, itemsize=item, output_bytes=logits)
@@ -195,10 +195,14 @@ def stored_s(sizes: Sizes, num_rows: int) -> float:
         if sizes.need_dhidden:  # a pair's two runs of rows
             seconds += 2 * product_s(chip, size, D, V, itemsize=item, output_bytes=size * D * item)
         if sizes.need_dweight:
-            seconds += product_s(chip, V, D, rows, itemsize=item, output_bytes=8 * V * D)
+            added, first = (
+                product_s(chip, V, D, rows, itemsize=item, output_bytes=b * V * D) for b in (8, 4)
+            )
+            seconds += added
+            total, written = total if written else total + first - added, True
         total += count * seconds
-    if sizes.need_dweight:  # zeros, and the backward's product with the upstream gradient
-        total += pass_s(chip, sizes.dweight_bytes) + pass_s(chip, (4 + item) * V * D)
+    if sizes.need_dweight:  # the backward's product with the upstream gradient
+        total += pass_s(chip, (4 + item) * V * D)
     if sizes.need_dhidden:
         total += pass_s(chip, (2 * item + (8 if item < 4 else 0)) * num_rows * D)
     return total
