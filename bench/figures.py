@@ -48,6 +48,7 @@ class Figure:
     peak_bytes: int | None
     provisional: bool = False
     error: str | None = None
+    caveat: str | None = None  # what is wrong with a figure that is shown all the same
     dhidden_error: float | None = None  # against float64, as norms
     dweight_error: float | None = None
 

@@ -14,6 +14,8 @@ MIXUP_WEIGHT = 0.2
 BATCH_LAM = 0.375
 # Largest relative error of the loss, and of the gradients (as norms), of a provider that is timed.
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (3e-3, 3e-2), "float16": (1e-3, 1e-2)}
+# A peer's loss that is wrong by no more than this (relative) is timed all the same, and marked.
+INEXACT = 5e-3
 _REFERENCE_PAIRS = 512
 _SAMPLE_PAIRS = 32
 
@@ -134,11 +136,16 @@ def gradient_errors(problem: Problem, truth: tuple[Tensor, Tensor]) -> tuple[flo
     return errors[0], errors[1]
 
 
+class InexactLossError(ArithmeticError):
+    """A loss outside the tolerance, but within :data:`INEXACT` of the true one."""
+
+
 def check_loss(problem: Problem, loss: Tensor, expected: float) -> None:
     """Raise ``ArithmeticError`` if the loss is not the true one within rounding."""
     error = abs(float(loss.detach()) - expected) / abs(expected)
     if not error <= TOLERANCE[problem.dtype][0]:
-        raise ArithmeticError(f"loss {float(loss.detach()):.7g} where {expected:.7g} is right")
+        kind = InexactLossError if error <= INEXACT else ArithmeticError
+        raise kind(f"loss {float(loss.detach()):.7g} where {expected:.7g} is right")
 
 
 def check_gradients(problem: Problem, rows: Tensor, expected: Tensor) -> None:

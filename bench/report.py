@@ -41,7 +41,7 @@ def _cell(figure: Figure | None, unit: str) -> str:
     if figure.ms_median is None:
         return "not run" if figure.error == OUT_OF_TIME else "failed"
     if unit == "ms":
-        return f"{figure.ms_median:.4g}"
+        return f"{figure.ms_median:.4g}" + ("†" if figure.caveat else "")
     return "" if figure.extra_peak_bytes is None else f"{figure.extra_peak_bytes / 2**20:.1f}"
 
 
@@ -79,6 +79,8 @@ def _notes(figures: list[Figure]) -> list[str]:
     ]
     if errors:
         notes.append(f"Errors of dhidden and dweight against float64, next-token loss: {'; '.join(errors)}.")
+    caveats = {(item.label, item.task): item.caveat for item in figures if item.caveat}
+    notes += [f"† {label}, {task}: {caveat}" for (label, task), caveat in caveats.items()]
     failures: dict[tuple[str, str], list[str]] = {}
     for figure in figures:
         if figure.error is not None:

@@ -161,6 +161,26 @@ def test_wrong_values_and_gradients_are_refused(tmp_path: Path, monkeypatch: Any
         assert message in out
 
 
+@pytest.mark.parametrize("name", ["broken", "ours"])
+def test_a_slightly_wrong_loss_of_a_peer_is_timed_and_marked(
+    name: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """0.3 % off: a peer's figure carries a mark and both values; ours is refused."""
+
+    def inexact(p: problem.Problem) -> Tensor:
+        loss = providers.torch_ntp(p.hidden, p.weight, p.target)
+        return loss + loss.detach() * 0.003
+
+    monkeypatch.setattr(providers, "PROVIDERS", (dataclasses.replace(broken_provider(inexact), name=name),))
+    figures = run_toy(tmp_path, "--tasks", "ntp")
+    out = capsys.readouterr().out
+    if name == "ours":
+        assert all(figure.ms_median is None and figure.caveat is None for figure in figures)
+        return
+    assert all(figure.ms_median and "is right" in (figure.caveat or "") for figure in figures)
+    assert "†" in out and "is right" in out
+
+
 def test_rounds_are_interleaved_and_stop_at_the_deadline() -> None:
     """Each round times every case once, starting one case later; a late run still has one round of all."""
     order: list[str] = []

@@ -2,7 +2,9 @@
 
 The entries come from a compile-only study (registers, stack, matrix instructions): two accumulators of
 block_n x block_v float32 take ``2 * block_n * block_v / (32 * num_warps)`` registers a thread, and 128 is the most
-that leaves room for the epilogue. tests/kernels/test_compile_matrix.py compiles each entry and holds that.
+that leaves room for the epilogue. Of those that compile well, sm_90 takes a pair's tile of 128 x 128: it reads 85 flops
+a byte from L2 where 64 x 128 reads 64, too few for what L2 delivers (predicted, not measured: bench/NOTES.md).
+tests/kernels/test_compile_matrix.py compiles each entry and holds that.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
         ("recompute", False): Tile(128, 64, 64, num_warps=4, num_stages=3),
     },
     "sm_90": {
-        ("forward", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
+        ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 256, 64, num_warps=8, num_stages=3, **_BULK),
-        ("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK),
+        ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
         ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
     },
     "sm_100": {
@@ -77,6 +79,11 @@ _TILES_16BIT_SOFTCAP: dict[str, dict[tuple[str, bool], Tile]] = {
     "sm_100": {
         ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
     },
+}
+
+# A bias beside 128 x 128 leaves 168 bytes of the recomputing kernel on the stack, beside 64 x 128 none.
+_TILES_16BIT_BIAS: dict[str, dict[tuple[str, bool], Tile]] = {
+    "sm_90": {("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK)},
 }
 
 # float32 products run on the ordinary cores: small tiles, one table for all chips.
@@ -123,6 +130,7 @@ def choose_tile(
     arch: str,
     paired: bool,
     softcap: bool = False,
+    bias: bool = False,
 ) -> Tile:
     """The tile for one kernel launch. ``num_rows`` counts pairs when ``paired``, rows otherwise.
 
@@ -140,8 +148,10 @@ def choose_tile(
     if dtype == torch.float32:
         return _TILES_32BIT[operation, paired]
     family, kernel = table_arch(arch), (operation, paired)
-    default = _TILES_16BIT[family][kernel]
-    return _TILES_16BIT_SOFTCAP.get(family, {}).get(kernel, default) if softcap else default
+    tables = ((softcap, _TILES_16BIT_SOFTCAP), (bias, _TILES_16BIT_BIAS), (True, _TILES_16BIT))
+    return next(
+        table[family][kernel] for wanted, table in tables if wanted and kernel in table.get(family, {})
+    )
 
 
 def choose_row_block(vocab_size: int) -> int:

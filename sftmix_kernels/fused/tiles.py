@@ -292,7 +292,7 @@ class Problem(NamedTuple):
         return choose_tile(
             operation, num_rows=part.size, vocab_size=self.weight.shape[0], hidden_size=self.weight.shape[1],
             dtype=self.hidden.dtype, arch=current_arch(self.hidden.device), paired=part.paired,
-            softcap=self.softcap != 0.0,
+            softcap=self.softcap != 0.0, bias=self.bias is not None,
         )  # fmt: skip
 
 
