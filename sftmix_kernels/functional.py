@@ -92,8 +92,7 @@ def sftmix_loss(
         vocab_parallel: a ProcessGroup or a 1-D DeviceMesh over whose ranks the rows of ``weight`` (and ``bias``, and
             B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
             and the same rows. Every rank gets the same loss and the whole gradients of hidden and of A
-            (vocab_parallel.py). Not with the schedule "stored", whose gradients are made before all columns' sums
-            are known.
+            (vocab_parallel.py). Not with "stored", which makes gradients before all columns' sums are known.
         main_grad: [V, D] float32 (float64 for float64 inputs): the gradient of weight is added here in the backward,
             unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
             then; "chunked" makes the logits again in the backward, 4 products instead of 3). Not beside lora or
@@ -103,7 +102,8 @@ def sftmix_loss(
         schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
             one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
-            fused/schedule.py's cost model, on this chip; "recompute" with vocab_parallel and in the interpreter.
+            fused/schedule.py's cost model, on this chip; "recompute" with vocab_parallel, when interpreted, and with
+            main_grad, which is asked for to save the memory that "stored" would take.
         scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice, or
             the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule None "stored"
             is taken only where its float32 dweight fits too, and its chunk gets the rest.
@@ -159,7 +159,8 @@ def sftmix_loss(
         pair_coef = mixup_weight * coefficients(pair_weight, pair_valid, mixup_denominator)
         needs = inputs.needs()
         if impl == "fused" and inputs.shard is None:
-            schedule, scratch = resolve_schedule(schedule, *inputs.head[:2], needs=needs, scratch=scratch)
+            preferred = schedule if schedule or main_grad is None else "recompute"
+            schedule, scratch = resolve_schedule(preferred, *inputs.head[:2], needs=needs, scratch=scratch)
         arguments = (*inputs.head, torch.where(valid, target, -1), lam, row_coef, pair_coef)
         numbers = (options.as_list(), needs, scratch)
         if main_grad is not None:

@@ -52,6 +52,13 @@ def call(num_rows: int = 40, *, grad: str = "hw", **options: Any) -> list[str]:
     return seen.names
 
 
+def test_main_grad_takes_the_schedule_without_a_second_buffer(from_32_rows: list[tuple[Any, ...]]) -> None:
+    """Where 40 rows would go to ``stored``; a named schedule is obeyed."""
+    assert call()[0] == "stored_fwd"
+    assert call(main_grad=torch.zeros(33, 16))[0] == "main_grad_fwd"
+    assert call(main_grad=torch.zeros(33, 16), schedule="stored")[0] == "stored_main_grad_fwd"
+
+
 @pytest.fixture
 def from_32_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A chip on which ``stored`` is faster from 32 rows on; what the choice was asked."""
