@@ -97,8 +97,7 @@ def sftmix_loss(
             unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
             then; "chunked" makes the logits again in the backward, 4 products instead of 3). Not beside lora or
             vocab_parallel, and not under FSDP2, which owns its gradients (main_grad.py).
-        impl: "reference", "chunked", "fused"; None takes "fused" on a GPU (where triton is
-            installed and has the dtype, otherwise "chunked") and "chunked" on a CPU.
+        impl: "reference", "chunked", "fused"; None takes "fused" on a GPU whose triton has the dtype, else "chunked".
         schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
             one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
