@@ -4,7 +4,7 @@ Every call of ours that bench.loss times is traced on meta tensors (bench/trace.
 peak are counts of the code itself. Seconds come from the roofline of sftmix_kernels/fused/schedule.py, whose chip
 constants are figures of others. Peers are taken from published figures, where there are any.
 
-    python -m bench.model                        the prediction, one shape after the other, and issue 4's rows
+    python -m bench.model                        the prediction, one shape after the other, and the numbered rows
     python -m bench.model --results FOLDER       the same beside the GPU figures measured there
     python -m bench.model --write | --check      bench/NOTES.md's section, rewritten or compared
 """

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import targets
+from bench import cpu_targets, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
+from bench.shapes import SHAPE_SETS
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
@@ -111,10 +112,22 @@ def _targets(figures: list[Figure]) -> list[str]:
     return parts
 
 
+def _cpu_targets(figures: list[Figure]) -> list[str]:
+    """The same for each CPU, at the shapes that are published; ratios within one run."""
+    sizes = {(shape.N, shape.V, shape.D) for shape in SHAPE_SETS["cpu"]}
+    parts = []
+    for device in dict.fromkeys(figure.device for figure in figures):
+        table = cpu_targets.table(f for f in figures if f.device == device and (f.N, f.V, f.D) in sizes)
+        parts += [f"**Targets on {device}** (forward and backward, `chunked`)", table] if table else []
+    return parts
+
+
 def tables(figures: Iterable[Figure]) -> str:
-    """Markdown of all figures: a GPU's targets, then a table per device, dtype and shape, newest run of each figure."""
+    """Markdown of all figures: targets, then a table per device, dtype and shape, newest run of each figure."""
+    figures = list(figures)
     ordered = sorted(newest(figures), key=lambda figure: (figure.device, figure.dtype))
     parts = _targets([figure for figure in ordered if figure.on_gpu and figure.dtype == "bfloat16"])
+    parts += _cpu_targets([figure for figure in figures if not figure.on_gpu])
     groups: dict[tuple[str, str, int, int, int], list[Figure]] = {}
     for figure in ordered:
         groups.setdefault(_group_key(figure), []).append(figure)

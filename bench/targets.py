@@ -1,4 +1,4 @@
-"""What the figures are held against: the rows of issue 4, from measured figures or from predicted ones.
+"""What the GPU figures are held against, in numbered rows, from measured figures or from predicted ones.
 
 A row is a ratio of two figures of one shape, or of a figure and a bound; where one of them is missing or failed, the
 row is open. The same functions read bench/results and bench/model.py's prediction.
