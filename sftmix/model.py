@@ -19,12 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.config import ModelConfig
-from sftmix.parallel import cast_parameters
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS = 12  # per sequence; two sequences are compared
 PROBE_LOGIT = 100.0  # the head is also probed with logits this large, where no softcap can hide
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter ``dtype``, in place; buffers keep theirs (rotary frequencies need float32)."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 class SFTMixModel(nn.Module):

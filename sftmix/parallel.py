@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.lora import decoder_blocks, is_lora
+from sftmix.model import cast_parameters
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,12 +99,6 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
     return model
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter ``dtype``, in place; buffers keep theirs (rotary frequencies need float32)."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _after_blocks(model: SFTMixModel) -> list[nn.Module]:
