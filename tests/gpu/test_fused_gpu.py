@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sftmix_kernels import sftmix_loss
 from tests.parity import Case, assert_parity, make_case, run
 
 pytestmark = [
@@ -179,6 +180,35 @@ def test_offsets_past_two_to_the_31() -> None:
         truth = (h.double() * w[target].double()).sum(1)
         stats = fused_forward(h, w, target, torch.empty(0, device="cuda"))
         torch.testing.assert_close(stats.target_logit.double(), truth, rtol=1e-4, atol=1e-3)
+
+
+def last_rows(schedule: str, device: str, *, num_rows: int, vocab_size: int, scratch_bytes: int) -> None:
+    """Loss and gradient of the last rows of many against float64 of those alone."""
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(num_rows, 64, device=device, generator=g).to(F16)
+    weight = (torch.randn(vocab_size, 64, device=device, generator=g) / 8).to(F16)
+    target = torch.randint(vocab_size, (num_rows,), device=device, generator=g)
+    hidden.requires_grad_()
+    lam = torch.empty(0, device=device)
+    options: dict[str, Any] = {"impl": "fused", "schedule": schedule, "scratch_bytes": scratch_bytes}
+    out = sftmix_loss(hidden, weight, target, lam, ntp_denominator=1, **options)
+    out.loss.backward()
+    assert hidden.grad is not None
+    last = slice(num_rows - 16, num_rows)
+    rows = hidden.detach()[last].double().requires_grad_()
+    nll = torch.nn.functional.cross_entropy(rows @ weight.double().T, target[last], reduction="none")
+    nll.sum().backward()
+    assert rows.grad is not None
+    torch.testing.assert_close(out.nll[last].double(), nll.detach(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(hidden.grad[last].double(), rows.grad, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("schedule", ["recompute", "stored"])
+def test_dlogits_offsets_past_two_to_the_31(schedule: str) -> None:
+    """A slice, or a chunk, of 2.1e9 dlogits (4.3 GB)."""
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    last_rows(schedule, "cuda", num_rows=16512, vocab_size=262144, scratch_bytes=9 * 2**29)
 
 
 def test_a_second_gpu_is_launched_on() -> None:
