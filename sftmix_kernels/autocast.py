@@ -45,6 +45,7 @@ def follows_autocast(function: Callable[P, T]) -> Callable[P, T]:
         if isinstance(named.get("lora"), tuple):
             named["lora"] = tuple(cast_like_linear(value, device_type, dtype) for value in named["lora"])
         with torch.autocast(device_type, enabled=False):
+            # The same arguments, cast: a ParamSpec cannot say so.
             return function(*arguments, *args[2:], **named)  # type: ignore[arg-type]
 
     return wrapper

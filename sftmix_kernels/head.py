@@ -108,8 +108,13 @@ class LoraLossHead:
     ) -> Tensor | SFTMixLoss | TokenStats:
         """As :meth:`LossHead.forward`, with the active adapter; without a target the layer's own logits."""
         if target is None and lam is None:
-            return super().forward(hidden, **options)  # type: ignore[misc, no-any-return]
-        return self.base_layer(hidden, target, lam, lora=lora_of(self), **options)  # type: ignore[no-any-return]
+            # peft's layer, which adapt_head puts behind this class; object, as a type checker sees it, has no forward.
+            logits: Tensor = super().forward(hidden, **options)  # type: ignore[misc]
+            return logits
+        result: Tensor | SFTMixLoss | TokenStats = self.base_layer(
+            hidden, target, lam, lora=lora_of(self), **options
+        )
+        return result
 
 
 def adapt_head(layer: nn.Module) -> nn.Module:

@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
         weight = self.weight if main_grad is None else sending_gradient_to(self.weight, main_grad)
         join: Callable[[Tensor], Tensor] | None = None
         if self.shard is not None:
-            (hidden, low), join = reference_shard((hidden, low), self.shard.group_name)  # type: ignore[assignment]
+            hidden, low, join = reference_shard(hidden, low, self.shard.group_name)
         return hidden, weight, {"bias": self.bias, "low": low, "up": self.up, "join": join}
 
 

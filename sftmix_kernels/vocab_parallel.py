@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .chunked import Needs, chunked_loss
 from .fused_ops import five, needed
 from .ops import FiveTensors, Tensors, fake_like, fake_stats, refuse_double_backward, total_loss, wanted
 from .reference import sum_dtype
 from .rows import Given, Head, head_of, row_term
+from .vocab_shard import group_named
 from .vocab_stats import Rows, own_columns, whole_stats
 
 
@@ -108,7 +108,7 @@ def _summed(gradient: Tensor, dtype: torch.dtype, group_name: str) -> Tensor:
     """The ranks' gradients of rows summed, then rounded to ``dtype``; an empty one is not needed."""
     total = gradient.to(sum_dtype(dtype))
     if total.numel():
-        dist.all_reduce(total, group=_resolve_process_group(group_name))  # type: ignore[arg-type]
+        dist.all_reduce(total, group=group_named(group_name))
     return total.to(dtype)
 
 

@@ -47,7 +47,13 @@ def _group_of(vocab_parallel: Any) -> ProcessGroup:
             "vocab_parallel: expected a torch.distributed ProcessGroup this rank is in or a 1-D DeviceMesh, got "
             f"{type(vocab_parallel).__name__} {vocab_parallel!r}"
         )
-    return vocab_parallel.get_group()  # type: ignore[no-any-return]
+    group: ProcessGroup = vocab_parallel.get_group()
+    return group
+
+
+def group_named(name: str) -> ProcessGroup:
+    """The process group that an operator was given by name."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # GroupName in torch's types, a str at run time
 
 
 def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
@@ -57,7 +63,8 @@ def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
         )
     if type(value).__name__ != "DTensor":
         return value
-    mesh, placements = value.device_mesh, value.placements  # type: ignore[attr-defined]
+    dtensor: Any = value  # imported by name only: a plain import would load torch.distributed.tensor
+    mesh, placements = dtensor.device_mesh, dtensor.placements
     if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(
             f"{name}: expected a DTensor Shard(0) on a 1-D mesh, got {placements} on a {mesh.ndim}-D mesh"
@@ -66,7 +73,8 @@ def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
         dist.get_process_group_ranks(mesh.get_group()) != dist.get_process_group_ranks(group)
     ):
         raise ValueError(f"{name}: expected a DTensor on the ranks of vocab_parallel, got one on {mesh}")
-    return value.to_local()  # type: ignore[attr-defined, no-any-return]
+    local: Tensor = dtensor.to_local()
+    return local
 
 
 def _check_shard(hidden: object, weight: Tensor, bias: Tensor | None) -> None:
@@ -145,22 +153,22 @@ class _SumGradient(torch.autograd.Function):
 
 
 def reference_shard(
-    rows: tuple[Tensor | None, ...], group_name: str
-) -> tuple[list[Tensor | None], Callable[[Tensor], Tensor]]:
-    """For the reference: ``rows`` whose gradients are summed over the ranks, and its ``join``.
+    hidden: Tensor, low: Tensor | None, group_name: str
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """For the reference: hidden and low, whose gradients are summed over the ranks, and its ``join``.
 
-    Collectives: sizes and logits of every projection in the forward, one sum for each of ``rows`` in the backward;
+    Collectives: sizes and logits of every projection in the forward, one sum for each of both in the backward;
     the host waits for the sizes. First derivatives only.
     """
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
-    summed = [None if t is None else _SumGradient.apply(t, group) for t in rows]
-    return summed, lambda logits: _JoinColumns.apply(logits, group)
+    group = group_named(group_name)
+    summed: list[Any] = [None if t is None else _SumGradient.apply(t, group) for t in (hidden, low)]
+    return summed[0], summed[1], lambda logits: _JoinColumns.apply(logits, group)
 
 
 @torch.library.custom_op("sftmix_kernels::shard_place", mutates_args=())
 def shard_place(weight: Tensor, group_name: str) -> Tensor:
     """[first column of this shard, V], int64 on weight's device."""
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    group = group_named(group_name)
     size = torch.full((1,), weight.shape[0], dtype=torch.int64, device=weight.device)
     sizes = gather(size, group)[:, 0]
     return torch.stack([sizes[: dist.get_rank(group)].sum(), sizes.sum()])

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .chunked import Needs, chunked_loss
 from .reference import sum_dtype
 from .rows import Head
-from .vocab_shard import gather
+from .vocab_shard import gather, group_named
 
 
 class Rows(NamedTuple):
@@ -129,7 +128,7 @@ def whole_stats(
 ) -> Whole:
     """Statistics of all columns; one collective. ``entropy`` is for a head without label smoothing."""
     local = _shard_stats(rows, head, fused=fused, scratch_bytes=scratch_bytes, entropy=entropy)
-    packed = gather(torch.cat(local), _resolve_process_group(group_name))  # type: ignore[arg-type]
+    packed = gather(torch.cat(local), group_named(group_name))
     of = _Stats(*packed.split([t.shape[0] for t in local], dim=1))
 
     lse, rounded, low = _log_sum(of.lse, of.low)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from .configs import Tile, choose_slice_width
 from .products import add_product, write_product
 from .tiles import (
@@ -298,7 +299,11 @@ def fused_backward(
     problem = Problem.prepare(
         hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up
     )
-    _check_carries(hidden, lam, row_carry, pair_carry)
+    for name, carry, (planes, size) in (  # of the forward's FusedStats
+        ("row_carry", row_carry, (3, hidden.shape[0])),
+        ("pair_carry", pair_carry, (4, lam.shape[0])),
+    ):
+        checks.check_tensor(name, carry, {"planes": planes, "size": size}, (torch.float32,))
     gradients: tuple[Tensor, ...] = (
         torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device),
         weight.new_empty(weight.shape if need_dweight and main_grad is None else (0,)),
@@ -387,15 +392,3 @@ def _low_rank_products(
         add_product(dlow, dlogits, problem.up[:, : dlow.shape[1]])
     if dup.numel():
         write_product(dup[columns], dlogits.T, problem.low[:, : dup.shape[1]], scale)
-
-
-def _check_carries(hidden: Tensor, lam: Tensor, row_carry: Tensor, pair_carry: Tensor) -> None:
-    for name, carry, shape in (
-        ("row_carry", row_carry, (3, hidden.shape[0])),
-        ("pair_carry", pair_carry, (4, lam.shape[0])),
-    ):
-        if carry.dtype != torch.float32 or tuple(carry.shape) != shape:
-            got = f"{str(carry.dtype).removeprefix('torch.')} {list(carry.shape)}"
-            raise ValueError(
-                f"{name}: expected float32 {list(shape)}, FusedStats.{name} of the forward, got {got}"
-            )

@@ -172,7 +172,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @implementations
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_trl_6629_softcap_and_logit_scale(impl: str, options: dict[str, float]) -> None:
+def test_trl_6629_softcap_and_logit_scale(impl: str, options: dict[str, Any]) -> None:
     """Every way in honours them: the loss, the drop-in, the statistics and the head."""
     case = make_case(20, 50, 16, num_pairs=6)
     logits = case.hidden.double() @ case.weight.double().T * options.get("logit_scale", 1.0)
@@ -181,14 +181,14 @@ def test_trl_6629_softcap_and_logit_scale(impl: str, options: dict[str, float]) 
     want = F.cross_entropy(logits, case.target).float()
     without = F.cross_entropy(case.hidden @ case.weight.T, case.target)
     assert (want - without).abs() > 0.01
-    head = LossHead(16, 50, **options)  # type: ignore[arg-type]
+    head = LossHead(16, 50, **options)
     head.weight.data = case.weight
     args = (case.hidden, case.weight, case.target)
     for got in (
-        sftmix_loss(*args, case.lam, impl=impl, mixup_weight=0, **options).loss,  # type: ignore[arg-type]
-        sftmix_loss(*args, case.lam, impl=impl, **options).nll.mean(),  # type: ignore[arg-type]
-        linear_cross_entropy(*args, impl=impl, **options),  # type: ignore[arg-type]
-        -token_stats(*args, impl=impl, **options).logprob.mean(),  # type: ignore[arg-type]
+        sftmix_loss(*args, case.lam, impl=impl, mixup_weight=0, **options).loss,
+        sftmix_loss(*args, case.lam, impl=impl, **options).nll.mean(),
+        linear_cross_entropy(*args, impl=impl, **options),
+        -token_stats(*args, impl=impl, **options).logprob.mean(),
         head(case.hidden, case.target, impl=impl).loss,
         -head(case.hidden, case.target, stats=True, impl=impl).logprob.mean(),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.mutations import MUTATIONS, ROOT
+from tests.kernels.mutations import MUTATIONS, ROOT, Mutation
 
 TABLE = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
 ROWS = [line.strip("| \n").split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
@@ -17,8 +17,8 @@ COMPLAINTS = [row for row in ROWS if len(row) == 3 and row[0] != "complaint"]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.complaint}: {m.what}")
-def test_every_fault_fits_the_code_and_the_table(mutation: object) -> None:
-    complaint, what, test, edits = mutation  # type: ignore[misc]
+def test_every_fault_fits_the_code_and_the_table(mutation: Mutation) -> None:
+    complaint, what, test, edits = mutation
     for edit in edits:
         assert (ROOT / edit.file).read_text(encoding="utf-8").count(edit.old) == 1, edit
         assert edit.old != edit.new

@@ -43,8 +43,11 @@ def expected(schedule: str | None, gradients: int, *, trained: bool = True) -> t
 def leaves(case: Case, trained: str) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight and bias; those whose first letter is in ``trained`` require a gradient."""
     assert case.bias is not None
-    tensors = {"h": case.hidden, "w": case.weight, "b": case.bias}
-    return tuple(t.detach().requires_grad_(name in trained) for name, t in tensors.items())  # type: ignore[return-value]
+    hidden, weight, bias = (t.detach() for t in (case.hidden, case.weight, case.bias))
+    hidden.requires_grad_("h" in trained)
+    weight.requires_grad_("w" in trained)
+    bias.requires_grad_("b" in trained)
+    return hidden, weight, bias
 
 
 def count(monkeypatch: pytest.MonkeyPatch, loss: Callable[[], Tensor]) -> tuple[float, float]:
