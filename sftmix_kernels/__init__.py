@@ -4,16 +4,21 @@
 """
 
 from .functional import linear_cross_entropy, sftmix_loss, token_stats
+from .hardware import ProductSupport, product_factor, product_support, time_product
 from .head import LossHead, adapt_head
 from .reference import SFTMixLoss, TokenStats
 
 __version__ = "0.1.0"
 __all__ = [
     "LossHead",
+    "ProductSupport",
     "SFTMixLoss",
     "TokenStats",
     "adapt_head",
     "linear_cross_entropy",
+    "product_factor",
+    "product_support",
     "sftmix_loss",
+    "time_product",
     "token_stats",
 ]
