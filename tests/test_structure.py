@@ -21,7 +21,8 @@ SOURCES = {
 }
 # A module of the kernels may import those of a lower rank only.
 KERNEL_RANKS = {
-    "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "scratch": 0, "hardware": 0, "rows": 1, "arguments": 1, "lora_head": 1,
+    "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "scratch": 0, "hardware": 0, "rows": 1,
+    "arguments": 1, "lora_head": 1,
     "vocab_shard": 1, "chunked": 2, "fused": 3, "ops": 4, "default_schedule": 4, "vocab_stats": 4, "row_ops": 5,
     "fused_ops": 6, "vocab_parallel": 7, "main_grad": 7, "inputs": 8, "functional": 9, "head": 10, "": 11,
 }  # fmt: skip
