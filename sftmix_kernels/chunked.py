@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .forward import Group, Statistics, forward_statistics, groups_of
+from .layer import Layer
 from .reference import sum_dtype
 from .rows import (
     Given,
@@ -30,13 +32,10 @@ from .rows import (
     add_mixture_gradient_,
     affine,
     at_column,
-    entropy_of,
     exponentials_,
     finish_logits_,
-    gather_rows,
     next_token_gradient_,
     own_label,
-    scatter_rows,
     unit_scale,
     write_label_,
 )  # fmt: skip
@@ -89,63 +88,68 @@ class _Chunks:
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, target: Tensor, needs: Needs, num_pairs: int, sizes: Sizes,
+        self, layer: Layer, hidden: Tensor, target: Tensor, needs: Needs, num_pairs: int, sizes: Sizes,
         main_grad: Tensor | None, low: Tensor | None,
     ) -> None:  # fmt: skip
-        num_rows, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
-        self.head, self.hidden, self.target, self.needs, self.dtype = head, hidden, target, needs, dtype
-        self.sizes, self.is_written, self.low_rank = sizes, main_grad is not None, low
-        self.product_scale: Tensor | None = None  # what a 16-bit dweight product is multiplied by
-        self.stored = hidden.new_empty(sizes.stored, head.weight.shape[0])
-        self.wide = hidden.new_empty(sizes.wide, head.weight.shape[0], dtype=dtype)
+        head, dtype = layer.head, sum_dtype(hidden.dtype)
+        self.layer, self.head, self.hidden, self.target, self.needs = layer, head, hidden, target, needs
+        self.dtype, self.sizes, self.is_written, self.low_rank = dtype, sizes, main_grad is not None, low
+        self.product_scale: Tensor | None = (
+            None  # what a dweight product is multiplied by on its way to main_grad
+        )
+        vocab_size, width = head.weight.shape
+        self.stored = hidden.new_empty(sizes.stored, vocab_size, dtype=layer.dtype)
+        self.wide = hidden.new_empty(sizes.wide, vocab_size, dtype=dtype)
+        self.stats = Statistics(head, hidden, num_pairs)
 
         def new(*size: int) -> Tensor:
             return torch.empty(size, dtype=dtype, device=hidden.device)
 
-        self.nll, self.lse, self.low, self.max_logit, self.target_logit = (new(num_rows) for _ in range(5))
-        self.entropy = new(num_rows if needs.entropy else 0)
-        self.mean_logit = new(num_rows if head.label_smoothing else 0)
-        self.mixup_nll, self.lse_x, self.low_x, self.at_xc, self.at_xu = (new(num_pairs) for _ in range(5))
-        vocab_size, width = head.weight.shape
-        self.dhidden = hidden.new_empty((num_rows, width) if needs.dhidden else (0,))
+        self.dhidden = hidden.new_empty(hidden.shape if needs.dhidden else (0,))
         shape = (vocab_size, width) if needs.dweight and main_grad is None else (0,)
         self.dweight = new(*shape) if main_grad is None else main_grad
         # float64, so that it does not matter how many chunks there are: V numbers cost nothing.
         self.dbias = torch.zeros(vocab_size if needs.dbias else 0, dtype=torch.float64, device=hidden.device)
         rank = 0 if low is None else low.shape[1]
-        self.dlow = hidden.new_empty((num_rows, rank) if needs.dlow else (0,))
+        self.dlow = hidden.new_empty((hidden.shape[0], rank) if needs.dlow else (0,))
         self.dup = new(*((vocab_size, rank) if needs.dup else (0,))).zero_()
 
-    def before_softmax(self, rows: slice, logits: Tensor) -> None:
-        """What must be read off the final logits [n, V] while they are there."""
-        if self.needs.entropy:
-            self.entropy[rows] = entropy_of(logits)
-        if self.head.label_smoothing:
-            self.mean_logit[rows] = logits.sum(dim=1) / logits.shape[1]
-
-    def write_stats(self, rows: slice, target_logit: Tensor, row_max: Tensor, sums: RowSums) -> None:
-        valid, zero = self.target[rows] >= 0, torch.zeros_like(row_max)
-        self.nll[rows] = torch.where(valid, -sums.logprob(target_logit), zero)
-        self.lse[rows], self.low[rows], self.max_logit[rows] = sums.lse, sums.low, row_max
-        self.target_logit[rows] = torch.where(valid, target_logit, zero)
-
-    def products(self, hidden: Tensor, gradient: Tensor, parts: list[slice]) -> None:
-        """dhidden of ``parts`` and the chunk's share of dweight and dbias, from dlogits [n, V]."""
-        if self.needs.dbias:
+    def products(
+        self, group: Group, chunk: slice, hidden: Tensor, low: Tensor | None, gradient: Tensor
+    ) -> None:
+        """dhidden and dlow of a chunk's rows and its share of dweight, dbias and dup, from dlogits [n, V]."""
+        needs = self.needs
+        if needs.dbias:
             self.dbias += gradient.sum(dim=0, dtype=self.dtype)
-        if self.needs.dhidden:
-            scatter_rows(self.dhidden, torch.mm(gradient, self.head.weight), parts)
-        if self.needs.dweight:
+        if needs.dhidden or needs.dlow:
+            self._products_of_rows(group, chunk, gradient)
+        if needs.dweight:
             self.add_to_dweight(hidden, gradient)
-        if self.needs.dlow and self.head.up is not None:
-            scatter_rows(self.dlow, torch.mm(gradient, self.head.up), parts)
-        if self.needs.dup and self.low_rank is not None:
-            self.dup += torch.mm(gradient.t(), gather_rows(self.low_rank, parts))
+        if needs.dup and low is not None:
+            self.dup += torch.mm(gradient.t(), low)
+
+    def _products_of_rows(self, group: Group, chunk: slice, gradient: Tensor) -> None:
+        """dhidden = G W and dlow = G up, summed over slices of a widened weight before they are rounded."""
+        dhidden: Tensor | None = None
+        dlow: Tensor | None = None
+        for columns, head in self.layer.slices():
+            part = gradient[:, columns]
+            if self.needs.dhidden:
+                dhidden = (
+                    torch.mm(part, head.weight) if dhidden is None else dhidden.addmm_(part, head.weight)
+                )
+            if self.needs.dlow and head.up is not None:
+                dlow = torch.mm(part, head.up) if dlow is None else dlow.addmm_(part, head.up)
+        for into, found in ((self.dhidden, dhidden), (self.dlow, dlow)):
+            if found is not None:
+                group.of(into, chunk).copy_(found.unflatten(0, (group.sides, -1)))
 
     def add_to_dweight(self, hidden: Tensor, gradient: Tensor) -> None:
         """dweight += G^T hidden; the first chunk writes it. 16-bit products are rounded, then summed in float32."""
         written, self.is_written = self.is_written, True
         if hidden.dtype == self.dtype:
+            if self.product_scale is not None:
+                hidden = hidden * self.product_scale
             torch.addmm(self.dweight, gradient.t(), hidden, beta=1 if written else 0, out=self.dweight)
             return
         # In slices of the vocabulary, so that no second [V, D] is made.
@@ -158,117 +162,101 @@ class _Chunks:
             else:
                 self.dweight[columns] += product.to(self.dtype).mul_(self.product_scale)
 
-    def open_block(self, stored: Tensor, slot: int) -> Tensor:
-        """The block's logits in the dtype of sums: ``stored`` itself, or a copy in a slot of the wide buffer."""
+    def open_block(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's logits [sides, b, V] in the dtype of sums, itself or a copy, and room for the mixture [b, V]."""
+        sides, count, vocab_size = stored.shape
         if stored.dtype == self.dtype:
-            return stored
-        first = slot * stored.shape[0]
-        return self.wide[first : first + stored.shape[0]].copy_(stored)
-
-    def close_block(self, stored: Tensor, gradient: Tensor) -> None:
-        """Round the block's gradient to where its logits were; nothing to do when it is there."""
-        if stored.dtype != gradient.dtype:
-            stored.copy_(gradient)
+            return stored, self.wide[:count]
+        rows = sides * count
+        wide = self.wide[:rows].view(sides, count, vocab_size).copy_(stored)
+        return wide, self.wide[rows : rows + count]
 
 
-def _single_chunk(state: _Chunks, rows: slice, coef: Tensor, given: Given | None) -> None:
-    """One chunk of unpaired rows (or of plain next-token loss): a product, blocks of rows, two products."""
-    hidden, logits = state.hidden[rows], state.stored[: rows.stop - rows.start]
-    affine(state.head, hidden, state.low_rank, [rows], logits)
-    for part in blocks(rows.start, rows.stop, state.sizes.block_singles):
-        _single_rows(state, part, coef, given, logits[part.start - rows.start : part.stop - rows.start])
+def _chunk(
+    state: _Chunks, group: Group, chunk: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
+    given: Given | None,
+) -> None:  # fmt: skip
+    """One chunk: a product for all its rows, blocks of rows, two products."""
+    layer, count = state.layer, chunk.stop - chunk.start
+    hidden = layer.widen(group.of(state.hidden, chunk).flatten(0, 1))
+    low = None if state.low_rank is None else layer.widen(group.of(state.low_rank, chunk).flatten(0, 1))
+    stored = state.stored[: group.sides * count]
+    for columns, head in layer.slices():
+        affine(head, hidden, low, stored[:, columns])
+    planes = stored.view(group.sides, count, -1)
+    size = state.sizes.block if group.sides == 2 else state.sizes.block_singles
+    for part in blocks(0, count, size):
+        rows = slice(chunk.start + part.start, chunk.start + part.stop)
+        block, mixed = state.open_block(planes[:, part])
+        if group.sides == 2:
+            _pair_rows(state, group, rows, lam[rows], coefs, given, block, mixed)
+        else:
+            _single_rows(state, group, rows, coefs[0], given, block)
+        if planes.dtype != block.dtype:  # round the block's gradient to where its logits were
+            planes[:, part].copy_(block)
     if state.needs.gradient:
-        state.products(hidden, logits, [rows])
+        state.products(group, chunk, hidden, low, stored)
 
 
-def _single_rows(state: _Chunks, rows: slice, coef: Tensor, given: Given | None, stored: Tensor) -> None:
-    """Statistics of a block of rows and its gradient over its logits."""
-    head, target = state.head, state.target[rows]
-    logits, slope = finish_logits_(head, state.open_block(stored, 0), state.needs.gradient)
-    state.before_softmax(rows, logits)
-    target_logit = at_column(logits, target)
-    row_max, sums = exponentials_(logits, None if given is None else given.of_rows(rows))
-    state.write_stats(rows, target_logit, row_max, sums)
-    if not state.needs.gradient:
-        return
-    next_token_gradient_(head, logits, coef[rows], sums)
-    write_label_(logits, target, coef[rows] * own_label(head, sums.logprob(target_logit), sums.lse))
+def _finish_rows(
+    state: _Chunks, group: Group, rows: slice, given: Given | None, logits: Tensor, own_logit: Tensor
+) -> RowSums:
+    """Statistics of a block's rows from their final logits [sides, b, V], which become exponentials."""
+    if state.head.label_smoothing:
+        group.of(state.stats.mean_logit, rows).copy_(logits.sum(dim=-1) / logits.shape[-1])
+    of_rows = None if given is None else RowSums(group.of(given.lse, rows), group.of(given.low, rows))
+    row_max, sums = exponentials_(logits, of_rows)
+    state.stats.write_rows(group, rows, group.of(state.target, rows), own_logit, row_max, sums)
+    return sums
+
+
+def _single_rows(
+    state: _Chunks, group: Group, rows: slice, row_coef: Tensor, given: Given | None, block: Tensor
+) -> None:
+    """Statistics of a block of unpaired rows and its gradient over its logits [1, b, V]."""
+    head, target, coef = state.head, group.of(state.target, rows), group.of(row_coef, rows)
+    logits, slope = finish_logits_(head, block, state.needs.gradient)
+    own_logit = at_column(logits, target)
+    sums = _finish_rows(state, group, rows, given, logits, own_logit)
+    next_token_gradient_(head, logits, coef, sums)
+    write_label_(logits, target, coef * own_label(head, sums.logprob(own_logit), sums.lse))
     if slope is not None:
         logits.mul_(slope)
     elif head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
-    state.close_block(stored, logits)
-
-
-def _pair_chunk(
-    state: _Chunks, pairs: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
-    given: Given | None,
-) -> None:  # fmt: skip
-    """One chunk of pairs: a product for both members, blocks of pairs, two products."""
-    n, num_pairs, buffer = pairs.stop - pairs.start, lam.shape[0], state.stored
-    partners = slice(num_pairs + pairs.start, num_pairs + pairs.stop)
-    hidden = gather_rows(state.hidden, [pairs, partners])
-    affine(state.head, hidden, state.low_rank, [pairs, partners], buffer[: 2 * n])
-    for part in blocks(pairs.start, pairs.stop, state.sizes.block):
-        first, last = part.start - pairs.start, part.stop - pairs.start
-        stored = (buffer[first:last], buffer[n + first : n + last])
-        _pair_rows(state, part, lam, coefs, given, stored)
-    if state.needs.gradient:
-        state.products(hidden, buffer[: 2 * n], [pairs, partners])
 
 
 def _pair_rows(
-    state: _Chunks, pairs: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
-    given: Given | None, stored: tuple[Tensor, Tensor],
+    state: _Chunks, group: Group, rows: slice, lam: Tensor, coefs: tuple[Tensor, Tensor],
+    given: Given | None, block: Tensor, mixed: Tensor,
 ) -> None:  # fmt: skip
-    """Statistics of a block of pairs and their gradients over their logits."""
-    head, num_pairs = state.head, lam.shape[0]
-    sides = (pairs, slice(num_pairs + pairs.start, num_pairs + pairs.stop))
-    target = (state.target[sides[0]], state.target[sides[1]])
-    share = lam[pairs].to(state.dtype)
-    logits = (state.open_block(stored[0], 0), state.open_block(stored[1], 1))
-    mixed = state.wide[-len(share) :]
-    torch.lerp(logits[1], logits[0], share[:, None], out=mixed)
-    found_slopes = [finish_logits_(head, t, state.needs.gradient)[1] for t in (*logits, mixed)]
-    slopes = [slope for slope in found_slopes if slope is not None]
-    for rows, part in zip(sides, logits, strict=True):
-        state.before_softmax(rows, part)
-
-    at_labels, slopes_at = (
-        tuple((at_column(t, target[0]), at_column(t, target[1])) for t in tensors)
-        for tensors in ((*logits, mixed), slopes)
+    """Statistics of a block of pairs and their gradients over their logits [2, b, V]; ``mixed`` [b, V] is scratch."""
+    head, target = state.head, group.of(state.target, rows)
+    lam = lam.to(state.dtype)
+    share = torch.stack([lam, 1 - lam])
+    torch.lerp(block[1], block[0], lam[:, None], out=mixed)
+    (logits, slope), (mixed, slope_x) = (
+        finish_logits_(head, t, state.needs.gradient) for t in (block, mixed)
     )
-    sums = []
-    for side, rows in enumerate(sides):
-        row_max, found = exponentials_(logits[side], None if given is None else given.of_rows(rows))
-        state.write_stats(rows, at_labels[side][side], row_max, found)
-        sums.append(found)
-    _, sums_x = exponentials_(mixed, None if given is None else given.of_pairs(pairs))
-    chunk = Pairs(target, (share, 1 - share), logits, mixed, at_labels, (sums[0], sums[1], sums_x), slopes_at)
-    _write_mixture(state, pairs, chunk)
-    if not state.needs.gradient:
-        return
-    row_coef = (coefs[0][sides[0]], coefs[0][sides[1]])
-    for side in (0, 1):
-        next_token_gradient_(head, logits[side], row_coef[side], sums[side])
-    for probs, slope in zip((*logits, mixed), slopes, strict=False):
-        probs.mul_(slope)
-    add_mixture_gradient_(head, chunk, row_coef, coefs[1][pairs])
-    for side in (0, 1):
-        if not slopes and head.logit_scale != 1.0:
-            logits[side].mul_(head.logit_scale)
-        state.close_block(stored[side], logits[side])
 
+    def at_labels(of: Tensor, of_mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        both = of_mixture.expand(2, -1, -1)
+        return at_column(of, target), at_column(of, target.flip(0)), at_column(both, target)
 
-def _write_mixture(state: _Chunks, pairs: slice, chunk: Pairs) -> None:
-    logprob, lse_x = chunk.logprob_x(), chunk.sums[2].lse
-    state.low_x[pairs] = chunk.sums[2].low
-    here, zero = (chunk.target[0] >= 0, chunk.target[1] >= 0), torch.zeros_like(lse_x)
-    cross_entropy = -(chunk.share[0] * logprob[0] + chunk.share[1] * logprob[1])
-    state.mixup_nll[pairs] = torch.where(here[0] & here[1], cross_entropy, zero)
-    state.lse_x[pairs] = lse_x
-    state.at_xc[pairs] = torch.where(here[0], chunk.at_labels[2][0], zero)
-    state.at_xu[pairs] = torch.where(here[1], chunk.at_labels[2][1], zero)
+    own, other, logit_x = at_labels(logits, mixed)
+    slopes = None if slope is None or slope_x is None else at_labels(slope, slope_x)
+    sums = _finish_rows(state, group, rows, given, logits, own)
+    _, sums_x = exponentials_(mixed, None if given is None else RowSums(given.lse_x[rows], given.low_x[rows]))
+    state.stats.write_mixtures(rows, target, share, logit_x, sums_x)
+    row_coef = group.of(coefs[0], rows)
+    next_token_gradient_(head, logits, row_coef, sums)
+    if slope is not None and slope_x is not None:
+        logits.mul_(slope)
+        mixed.mul_(slope_x)
+    pairs = Pairs(target, share, own, other, logit_x, sums, sums_x, slopes)
+    add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, coefs[1][rows]))
+    if slope is None and head.logit_scale != 1.0:
+        logits.mul_(head.logit_scale)
 
 
 def chunked_loss(
@@ -287,32 +275,47 @@ def chunked_loss(
 ) -> ChunkedResult:
     """Statistics of every row and pair and, where ``needs`` asks, the gradients of the loss divided by ``scale``.
 
-    One chunk's logits, in hidden's dtype, and the float32 logits of the block of it in work take ``scratch_bytes`` at
-    most (a chunk has at least a row or pair; a softcap's slopes come on top). ``main_grad`` += dweight times ``scale``.
-    Memory beside: 2 n D itemsize for a chunk of n rows, O(N + M), dhidden N D itemsize and dweight 4 V D until the
-    backward; 16-bit: (itemsize + 4) D min(V, PRODUCT_COLUMNS). The entropy: two float32 blocks and a mask.
+    One chunk's logits, in the dtype of products, and the float32 logits of the block of it in work take
+    ``scratch_bytes`` at most (a chunk has at least a row or pair; a softcap's slopes come on top). ``main_grad`` +=
+    dweight times ``scale``. Memory beside: 2 n D itemsize for a chunk of n rows, O(N + M), dhidden N D itemsize and
+    dweight 4 V D until the backward; 16-bit products: (itemsize + 4) D min(V, PRODUCT_COLUMNS); 16-bit inputs whose
+    products are float32 (layer.py): 8 n D, and a slice of the weight, WIDENED_BYTES or 512 D. Without gradients
+    :func:`forward_statistics` runs, with its memory.
     """
     num_rows, num_pairs = hidden.shape[0], lam.shape[0]
+    if not needs.gradient:
+        found = forward_statistics(
+            hidden, head, target, lam, scratch_bytes=scratch_bytes, entropy=needs.entropy, low=low
+        )
+        absent = tuple(found.nll.new_empty(0) for _ in range(5))
+        return _result(found, target, found.nll.new_ones(()), absent)
+    layer = Layer(head)
     sizes = choose_sizes(
-        num_rows, num_pairs, head.weight.shape[0], dtype=hidden.dtype, wide_dtype=sum_dtype(hidden.dtype),
+        num_rows, num_pairs, head.weight.shape[0], dtype=layer.dtype, wide_dtype=sum_dtype(hidden.dtype),
         device=hidden.device.type, scratch_bytes=scratch_bytes,
     )  # fmt: skip
-    state = _Chunks(head, hidden, target, needs, num_pairs, sizes, main_grad, low)
+    state = _Chunks(layer, hidden, target, needs, num_pairs, sizes, main_grad, low)
     row_coef, pair_coef = row_coef.to(state.dtype), pair_coef.to(state.dtype)
     scale = torch.ones((), dtype=state.dtype, device=hidden.device)
     if hidden.dtype != state.dtype:
         scale = unit_scale(row_coef, pair_coef)
         row_coef, pair_coef = row_coef / scale, pair_coef / scale
         state.product_scale = None if main_grad is None else scale
-    for pairs in blocks(0, num_pairs, max(sizes.pairs, 1)):
-        _pair_chunk(state, pairs, lam, (row_coef, pair_coef), given)
-    for rows in blocks(2 * num_pairs, num_rows, max(sizes.singles, 1)):
-        _single_chunk(state, rows, row_coef, given)
+    for group in groups_of(num_rows, num_pairs):
+        size = sizes.pairs if group.sides == 2 else sizes.singles
+        for chunk in blocks(0, group.count, size):
+            _chunk(state, group, chunk, lam, (row_coef, pair_coef), given)
     if not state.is_written:
         state.dweight.zero_()
-    is_top1 = (target >= 0) & (state.target_logit >= state.max_logit)
+    gradients = (state.dhidden, state.dweight, state.dbias.to(state.dtype), state.dlow, state.dup)
+    return _result(state.stats, target, scale, gradients)
+
+
+def _result(found: Statistics, target: Tensor, scale: Tensor, gradients: tuple[Tensor, ...]) -> ChunkedResult:
+    dhidden, dweight, dbias, dlow, dup = gradients
+    is_top1 = (target >= 0) & (found.target_logit >= found.max_logit)
     return ChunkedResult(
-        state.nll, state.lse, is_top1, state.mixup_nll, state.entropy, scale, state.dhidden, state.dweight,
-        state.dbias.to(state.dtype), state.max_logit, state.target_logit, state.mean_logit, state.low, state.lse_x,
-        state.low_x, state.at_xc, state.at_xu, state.dlow, state.dup,
+        found.nll, found.lse, is_top1, found.mixup_nll, found.entropy, scale, dhidden, dweight, dbias,
+        found.max_logit, found.target_logit, found.mean_logit, found.low, found.lse_x, found.low_x,
+        found.at_x[0], found.at_x[1], dlow, dup,
     )  # fmt: skip

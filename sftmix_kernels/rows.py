@@ -61,21 +61,13 @@ def gather_rows(tensor: Tensor, parts: list[slice]) -> Tensor:
     return tensor[parts[0]] if len(parts) == 1 else torch.cat([tensor[rows] for rows in parts])
 
 
-def scatter_rows(out: Tensor, values: Tensor, parts: list[slice]) -> None:
-    """The reverse: ``values`` to their places in ``out``."""
-    for rows, run in zip(parts, values.split([rows.stop - rows.start for rows in parts]), strict=True):
-        out[rows] = run
-
-
-def affine(head: Head, hidden: Tensor, low: Tensor | None, parts: list[slice], out: Tensor) -> None:
-    """W h + b (+ up low with ``low`` [N, r]) of the rows of ``parts``, whose states are ``hidden`` [n, D].
+def affine(head: Head, hidden: Tensor, low: Tensor | None, out: Tensor) -> None:
+    """W h + b (+ up low with ``low`` [n, r]) of the rows ``hidden`` [n, D] into ``out`` [n, V].
 
     In hidden's dtype: a CPU has no 16-bit product with a float32 result. The low-rank part, small as a rule, is written
     first, so that the last rounding alone is of whole logits.
     """
-    first, factor = hidden, head.weight
-    if low is not None and head.up is not None:
-        first, factor = gather_rows(low, parts), head.up
+    first, factor = (hidden, head.weight) if low is None or head.up is None else (low, head.up)
     if head.bias is None:
         torch.mm(first, factor.t(), out=out)
     else:
@@ -100,7 +92,8 @@ def finish_logits_(head: Head, logits: Tensor, want_slope: bool = False) -> tupl
 
 
 def at_column(logits: Tensor, column: Tensor) -> Tensor:
-    return logits.gather(1, column.clamp(min=0)[:, None]).squeeze(1)
+    """logits [..., V] at ``column`` [...]; at column 0 where that is -1."""
+    return logits.gather(-1, column.clamp(min=0)[..., None]).squeeze(-1)
 
 
 class RowSums(NamedTuple):
@@ -134,46 +127,31 @@ class Given(NamedTuple):
     lse_x: Tensor  # (M,)
     low_x: Tensor  # (M,)
 
-    def of_rows(self, rows: slice) -> RowSums:
-        return RowSums(self.lse[rows], self.low[rows])
-
-    def of_pairs(self, pairs: slice) -> RowSums:
-        return RowSums(self.lse_x[pairs], self.low_x[pairs])
-
 
 def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSums]:
-    """exp(z - shift) in place; the row maximum and the sums.
+    """exp(z - shift) in place of logits [..., V]; the row maximum and the sums.
 
     Not torch.softmax: on a CPU it sums a row in sequence, which at V = 49152 loses 6e-6 of the total on real text.
     """
-    row_max = logits.amax(dim=1)
+    row_max = logits.amax(dim=-1)
     shift = row_max if given is None else given.shift
-    logits.sub_(shift[:, None]).exp_()
-    return row_max, RowSums(shift, logits.sum(dim=1).log()) if given is None else given
-
-
-def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy of each row: log l - sum(e z) / l with e = exp(z), l its sum. Two blocks of scratch, and a mask."""
-    shifted = logits - logits.amax(dim=1, keepdim=True)
-    weights = shifted.exp()
-    total = weights.sum(dim=1)
-    # A column whose exponential underflowed to 0 adds nothing, also at a logit of -inf.
-    moment = shifted.masked_fill_(weights == 0, 0.0).mul_(weights).sum(dim=1)
-    return total.log() - moment / total
+    logits.sub_(shift[..., None]).exp_()
+    return row_max, RowSums(shift, logits.sum(dim=-1).log()) if given is None else given
 
 
 def write_label_(gradient: Tensor, target: Tensor, value: Tensor) -> None:
-    """gradient[i, target[i]] = value[i] where the target is one of these columns."""
-    column = target.clamp(min=0)[:, None]
-    gradient.scatter_(1, column, torch.where(target >= 0, value, at_column(gradient, target))[:, None])
+    """gradient[..., target] = value where the target is one of these columns; target and value [...]."""
+    column = target.clamp(min=0)[..., None]
+    kept = gradient.gather(-1, column).squeeze(-1)
+    gradient.scatter_(-1, column, torch.where(target >= 0, value, kept)[..., None])
 
 
 def next_token_gradient_(head: Head, exponentials: Tensor, coef: Tensor, sums: RowSums) -> None:
     """a (1 + 2 z lse) p - a e / V in place of exp(z - shift): a row's gradient away from its label."""
     factor = coef * (1 + 2 * head.z_loss * sums.lse) if head.z_loss else coef
-    exponentials.mul_((factor * torch.exp(-sums.log_total))[:, None])
+    exponentials.mul_((factor * torch.exp(-sums.log_total))[..., None])
     if head.label_smoothing:
-        exponentials.sub_((coef * uniform_share(head))[:, None])
+        exponentials.sub_((coef * uniform_share(head))[..., None])
 
 
 def uniform_share(head: Head) -> float | Tensor:
@@ -198,44 +176,46 @@ def other_label(head: Head, logprob: Tensor, lse: Tensor) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """A chunk of n pairs; each tuple holds the confident side, then the partners'."""
+    """A block of b pairs: the confident side, then the partners', along the first dimension.
 
-    target: tuple[Tensor, Tensor]  # [n] each
-    share: tuple[Tensor, Tensor]  # lam and 1 - lam
-    gradient: tuple[Tensor, Tensor]  # [n, V], the next-token gradients
-    exponentials_x: Tensor  # [n, V], of the mixture
-    at_labels: tuple[tuple[Tensor, Tensor], ...]  # logits of A, B and X at both targets, [n] each
-    sums: tuple[RowSums, RowSums, RowSums]  # of A, B and X
-    slopes: tuple[tuple[Tensor, Tensor], ...]  # of A, B and X at both targets, [n] each; () without a cap
+    The logits at labels are of A and B, each at its own target and at its partner's, and of X at both.
+    """
 
-    def logprob_x(self) -> tuple[Tensor, Tensor]:
-        """log p of the mixture at both targets."""
-        return self.sums[2].logprob(self.at_labels[2][0]), self.sums[2].logprob(self.at_labels[2][1])
+    target: Tensor  # (2, b) -1 where it is not one of these columns
+    share: Tensor  # (2, b) lam and 1 - lam
+    own_logit: Tensor  # (2, b)
+    other_logit: Tensor  # (2, b)
+    logit_x: Tensor  # (2, b)
+    sums: RowSums  # of A and B, (2, b)
+    sums_x: RowSums  # (b,)
+    slopes: tuple[Tensor, Tensor, Tensor] | None  # at the same three places; None without a cap
+
+    @property
+    def logprob_x(self) -> Tensor:
+        """log p of the mixture at both targets, (2, b)."""
+        return self.sums_x.logprob(self.logit_x)
 
 
 def add_mixture_gradient_(
-    head: Head, chunk: Pairs, row_coef: tuple[Tensor, Tensor], pair_coef: Tensor
+    head: Head,
+    block: Pairs,
+    gradient: Tensor,  # (2, b, V) the next-token gradients
+    exponentials_x: Tensor,  # (b, V) of the mixture
+    coefs: tuple[Tensor, Tensor],  # of rows (2, b) and of pairs (b,)
 ) -> None:
     """Add the mixture's gradient to the next-token ones; a scale without a cap is left to the caller.
 
-    The two label columns are computed from log-probabilities on [n] values and written over the bulk result.
+    The two label columns are computed from log-probabilities on [b] values and written over the bulk result.
     """
-    same = chunk.target[0] == chunk.target[1]
-    residual_x = tuple(
-        label_residual(logprob, torch.where(same, 1.0, share))
-        for logprob, share in zip(chunk.logprob_x(), chunk.share, strict=True)
-    )
-    per_exponential = torch.exp(-chunk.sums[2].log_total)
-
-    def slope(logits: int, label: int) -> Tensor | float:
-        return chunk.slopes[logits][label] if chunk.slopes else 1.0
-
-    for side in (0, 1):
-        other, a, b, sums = 1 - side, row_coef[side], chunk.share[side] * pair_coef, chunk.sums[side]
-        chunk.gradient[side].addcmul_(chunk.exponentials_x, (b * per_exponential)[:, None])
-        # The row's own label is written last: when both labels are one column, its residual holds both parts.
-        for label in (other, side):
-            logit = chunk.at_labels[side][label]
-            part = (own_label if label == side else other_label)(head, sums.logprob(logit), sums.lse)
-            value = a * part * slope(side, label) + b * residual_x[label] * slope(2, label)
-            write_label_(chunk.gradient[side], chunk.target[label], value)
+    same = block.target[0] == block.target[1]
+    residual_x = label_residual(block.logprob_x, torch.where(same, 1.0, block.share))
+    row_coef, mixed_coef = coefs[0], block.share * coefs[1]
+    gradient.addcmul_(exponentials_x, (mixed_coef * torch.exp(-block.sums_x.log_total))[..., None])
+    other = row_coef * other_label(head, block.sums.logprob(block.other_logit), block.sums.lse)
+    own = row_coef * own_label(head, block.sums.logprob(block.own_logit), block.sums.lse)
+    if block.slopes is not None:
+        slope_own, slope_other, slope_x = block.slopes
+        own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x
+    # The row's own label is written last: when both labels are one column, its residual holds both parts.
+    write_label_(gradient, block.target.flip(0), other + mixed_coef * residual_x.flip(0))
+    write_label_(gradient, block.target, own + mixed_coef * residual_x)

@@ -1,8 +1,9 @@
-"""How the portable loss cuts its rows: chunks for the products, and blocks of a chunk for everything else.
+"""How the portable loss cuts its logits: chunks of rows for the products, blocks of a chunk, tiles of a forward pass.
 
-A chunk's logits, in hidden's dtype, want to be many, so that the products run at full speed. What turns them into
-gradients passes over a block of them several times, so a block should stay in the processor's cache; it needs a buffer
-in the dtype of sums: for the mixture and, where hidden is 16-bit, for the wider copies of both members.
+A chunk's logits, in the dtype of products, want to be many, so that the products run at full speed. What turns them
+into gradients passes over a block of them several times, so a block should stay in the processor's cache; it needs a
+buffer in the dtype of sums: for the mixture and, where products are 16-bit, for the wider copies of both members.
+A forward pass needs no whole row: it folds a tile of rows and columns, also of the cache's size, into running sums.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from typing import NamedTuple
 import torch
 
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
-# Stays in a CPU's caches. On other devices a block is a quarter of the scratch: fewer and larger launches.
+# Stays in a CPU's caches. On other devices a block is a quarter of the scratch, a tile all of it: larger launches.
 CACHE_BYTES = 8 * 2**20
+# Logits of all rows that take no more than this are one chunk: cutting them would cost more than it saves.
+WHOLE_BYTES = 256 * 2**10
 # Columns of one 16-bit product of dweight: wide enough for its speed.
 PRODUCT_COLUMNS = 4096
+TILE_COLUMNS = 512  # of a tile, at least: fewer and the product slows down
 
 
-def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int) -> int:
-    """Groups (rows, or pairs) per chunk: as many as fit, at most half of all (no chunk is everything), chunks alike."""
+def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int, whole_bytes: int = 0) -> int:
+    """Groups (rows, or pairs) per chunk: as many as fit, at most half of all (no chunk is everything), chunks alike.
+
+    All of them where they take at most ``whole_bytes`` and fit.
+    """
+    if num_groups * group_bytes <= min(whole_bytes, scratch_bytes):
+        return num_groups
     most = max(1, min(scratch_bytes // max(group_bytes, 1), (num_groups + 1) // 2))
     num_chunks = max(1, -(-num_groups // most))
     return -(-num_groups // num_chunks)
@@ -50,17 +59,29 @@ def choose_sizes(
     row_bytes, wide_bytes = vocab_size * dtype.itemsize, vocab_size * wide_dtype.itemsize
     quarter = scratch_bytes // 4
     block_bytes = min(quarter, CACHE_BYTES) if device == "cpu" else quarter
-    block = max(1, block_bytes // (3 * wide_bytes))
-    kept = wide_bytes * block * (1 if direct else 3)
-    pairs = chunk_size(num_pairs, 2 * row_bytes, scratch_bytes - kept)
+    most = max(1, block_bytes // (3 * wide_bytes))  # pairs and their mixtures, or three times as many rows
+    kept = wide_bytes * most * (1 if direct else 3)
+    pairs = chunk_size(num_pairs, 2 * row_bytes, scratch_bytes - kept, WHOLE_BYTES)
     # Both buffers live as long as the call: unpaired rows beside pairs leave room for the mixture too.
-    singles = chunk_size(num_singles, row_bytes, scratch_bytes - (0 if direct and not num_pairs else kept))
-    block = min(block, max(pairs, 1))
-    block_singles = min(3 * block, max(singles, 1))
+    beside = 0 if direct and not num_pairs else kept
+    singles = chunk_size(num_singles, row_bytes, scratch_bytes - beside, WHOLE_BYTES)
+    block, block_singles = min(most, max(pairs, 1)), min(3 * most, max(singles, 1))
     wide = (block if direct else 3 * block) if num_pairs else 0
     if not direct and num_singles:
         wide = max(wide, block_singles)
     return Sizes(pairs, singles, block, block_singles, wide)
+
+
+def choose_tile(
+    count: int, vocab_size: int, *, cell_bytes: int, most_columns: int, device: str, scratch_bytes: int
+) -> tuple[int, int]:
+    """Rows (or pairs) and columns of a forward pass's tile, of ``cell_bytes`` for each column of each of them."""
+    budget = min(scratch_bytes, CACHE_BYTES) if device == "cpu" else scratch_bytes
+    rows = max(1, min(count, budget // (cell_bytes * min(vocab_size, most_columns, TILE_COLUMNS))))
+    columns = max(1, min(vocab_size, most_columns, budget // (cell_bytes * rows)))
+    if columns < vocab_size and columns > 64:
+        columns -= columns % 64
+    return rows, columns
 
 
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -22,9 +22,10 @@ SOURCES = {
 # A module of the kernels may import those of a lower rank only.
 KERNEL_RANKS = {
     "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "scratch": 0, "hardware": 0, "rows": 1,
+    "layer": 2, "forward": 3,
     "arguments": 1, "lora_head": 1,
-    "vocab_shard": 1, "chunked": 2, "fused": 3, "ops": 4, "default_schedule": 4, "vocab_stats": 4, "row_ops": 5,
-    "fused_ops": 6, "vocab_parallel": 7, "main_grad": 7, "inputs": 8, "functional": 9, "head": 10, "": 11,
+    "vocab_shard": 1, "chunked": 4, "fused": 5, "ops": 6, "default_schedule": 6, "vocab_stats": 6, "row_ops": 7,
+    "fused_ops": 8, "vocab_parallel": 9, "main_grad": 9, "inputs": 10, "functional": 11, "head": 12, "": 13,
 }  # fmt: skip
 LEAVES = {"plots", "report", "integrations"}
 LEAF_USERS = {"cli", "stages", "demo", "plots", "report"}

@@ -306,7 +306,8 @@ class _Loop:
         stored = self.buffer[: hidden.shape[0]]
         logits = stored[:, :vocab_size]
         up = self.head.up
-        affine(Head(weight, self.problem.bias, up=up), hidden, self.low, runs, logits)
+        low = None if self.low is None else gather_rows(self.low, runs)
+        affine(Head(weight, self.problem.bias, up=up), hidden, low, logits)
         num_warps = 8
         _sftmix_stored_kernel[(chunk.size,)](
             logits=stored, target=self.problem.target, lam=lam, row_coef=row_coef, pair_coef=pair_coef,
@@ -330,8 +331,8 @@ class _Loop:
         if self.needs.dlow and up is not None:
             for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
                 write_product(self.dlow[rows], gradient, up, None)
-        if self.needs.dup and self.low is not None:
-            add_product(self.dup, logits.t(), gather_rows(self.low, runs))
+        if self.needs.dup and low is not None:
+            add_product(self.dup, logits.t(), low)
 
 
 def stored_loss(
