@@ -58,7 +58,10 @@ class Needs(NamedTuple):
 
 
 class ChunkedResult(NamedTuple):
-    """Outputs of :func:`chunked_loss`. Gradients are those of the loss divided by ``scale``; empty if not needed."""
+    """Outputs of :func:`chunked_loss`. Gradients are those of the loss divided by ``scale``; empty if not needed.
+
+    Statistics may be columns of one tensor: an operator returns copies of those it returns.
+    """
 
     nll: Tensor  # (N,)
     lse: Tensor  # (N,)
@@ -142,7 +145,8 @@ class _Chunks:
                 dlow = torch.mm(part, head.up) if dlow is None else dlow.addmm_(part, head.up)
         for into, found in ((self.dhidden, dhidden), (self.dlow, dlow)):
             if found is not None:
-                group.of(into, chunk).copy_(found.unflatten(0, (group.sides, -1)))
+                into_rows = group.of(into, chunk)
+                into_rows.copy_(found.view(into_rows.shape))
 
     def add_to_dweight(self, hidden: Tensor, gradient: Tensor) -> None:
         """dweight += G^T hidden; the first chunk writes it. 16-bit products are rounded, then summed in float32."""
@@ -219,7 +223,7 @@ def _single_rows(
     own_logit = at_column(logits, target)
     sums = _finish_rows(state, group, rows, given, logits, own_logit)
     next_token_gradient_(head, logits, coef, sums)
-    write_label_(logits, target, coef * own_label(head, sums.logprob(own_logit), sums.lse))
+    write_label_(logits, target, coef * own_label(head, sums.logprob(own_logit), sums))
     if slope is not None:
         logits.mul_(slope)
     elif head.logit_scale != 1.0:
@@ -287,8 +291,8 @@ def chunked_loss(
         found = forward_statistics(
             hidden, head, target, lam, scratch_bytes=scratch_bytes, entropy=needs.entropy, low=low
         )
-        absent = tuple(found.nll.new_empty(0) for _ in range(5))
-        return _result(found, target, found.nll.new_ones(()), absent)
+        absent = tuple(found.of_rows.new_empty(0) for _ in range(5))
+        return _result(found, target, found.of_rows.new_ones(()), absent)
     layer = Layer(head)
     sizes = choose_sizes(
         num_rows, num_pairs, head.weight.shape[0], dtype=layer.dtype, wide_dtype=sum_dtype(hidden.dtype),
@@ -313,9 +317,10 @@ def chunked_loss(
 
 def _result(found: Statistics, target: Tensor, scale: Tensor, gradients: tuple[Tensor, ...]) -> ChunkedResult:
     dhidden, dweight, dbias, dlow, dup = gradients
-    is_top1 = (target >= 0) & (found.target_logit >= found.max_logit)
+    nll, lse, low, max_logit, target_logit = found.of_rows.unbind(dim=1)
+    mixup_nll, lse_x, low_x, *at_x = found.of_pairs.unbind(dim=1)
+    is_top1 = (target >= 0) & (target_logit >= max_logit)
     return ChunkedResult(
-        found.nll, found.lse, is_top1, found.mixup_nll, found.entropy, scale, dhidden, dweight, dbias,
-        found.max_logit, found.target_logit, found.mean_logit, found.low, found.lse_x, found.low_x,
-        found.at_x[0], found.at_x[1], dlow, dup,
+        nll, lse, is_top1, mixup_nll, found.entropy, scale, dhidden, dweight, dbias, max_logit, target_logit,
+        found.mean_logit, low, lse_x, low_x, *at_x, dlow, dup,
     )  # fmt: skip

@@ -34,8 +34,10 @@ class Group(NamedTuple):
 
     def of(self, tensor: Tensor, part: slice) -> Tensor:
         """Rows of a tensor (N, ...) as (sides, n, ...)."""
-        rows = tensor[self.first : self.first + self.sides * self.count]
-        return rows.unflatten(0, (self.sides, self.count))[:, part]
+        if self.sides == 1:
+            return tensor[self.first + part.start : self.first + part.stop].unsqueeze(0)
+        rows = tensor[: 2 * self.count].view(2, self.count, *tensor.shape[1:])
+        return rows[:, part]
 
 
 def groups_of(num_rows: int, num_pairs: int) -> Iterator[Group]:
@@ -52,26 +54,22 @@ class Statistics:
     def __init__(self, head: Head, hidden: Tensor, num_pairs: int, *, entropy: bool = False) -> None:
         num_rows, dtype = hidden.shape[0], sum_dtype(hidden.dtype)
 
-        def new(size: int) -> Tensor:
+        def new(*size: int) -> Tensor:
             return hidden.new_empty(size, dtype=dtype)
 
-        self.nll, self.lse, self.low, self.max_logit, self.target_logit = (new(num_rows) for _ in range(5))
+        self.of_rows = new(num_rows, 5)  # nll, lse, low, max_logit, target_logit
+        self.of_pairs = new(num_pairs, 5)  # mixup_nll, lse, low, mixed logits at both targets
         self.entropy = new(num_rows if entropy else 0)
         self.mean_logit = new(num_rows if head.label_smoothing else 0)
-        self.mixup_nll, self.lse_x, self.low_x = (new(num_pairs) for _ in range(3))
-        self.at_x = hidden.new_empty(2, num_pairs, dtype=dtype)  # mixed logits at both targets
 
     def write_rows(
         self, group: Group, part: slice, target: Tensor, own_logit: Tensor, row_max: Tensor, sums: RowSums
     ) -> None:
         """All [sides, n]; a target of -1 has nll and target logit 0."""
         absent = target < 0
-        found = {
-            "nll": (-sums.logprob(own_logit)).masked_fill_(absent, 0), "lse": sums.lse, "low": sums.low,
-            "max_logit": row_max, "target_logit": own_logit.masked_fill(absent, 0),
-        }  # fmt: skip
-        for name, values in found.items():
-            group.of(getattr(self, name), part).copy_(values)
+        nll = (-sums.logprob(own_logit)).masked_fill_(absent, 0)
+        found = (nll, sums.lse, sums.low, row_max, own_logit.masked_fill(absent, 0))
+        torch.stack(found, dim=-1, out=group.of(self.of_rows, part))
 
     def write_mixtures(
         self, part: slice, target: Tensor, share: Tensor, logit_x: Tensor, sums: RowSums
@@ -79,9 +77,8 @@ class Statistics:
         """target, share (lam and 1 - lam) and the mixed logits at both targets [2, n]; sums [n]."""
         absent = target < 0
         cross_entropy = -(share * sums.logprob(logit_x)).sum(dim=0)
-        self.mixup_nll[part] = cross_entropy.masked_fill_(absent[0] | absent[1], 0)
-        self.lse_x[part], self.low_x[part] = sums.lse, sums.low
-        self.at_x[:, part] = logit_x.masked_fill(absent, 0)
+        found = (cross_entropy.masked_fill_(absent.any(dim=0), 0), sums.lse, sums.low)
+        torch.stack((*found, *logit_x.masked_fill(absent, 0)), dim=-1, out=self.of_pairs[part])
 
 
 class _Running:

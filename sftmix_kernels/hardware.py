@@ -50,6 +50,8 @@ def product_support(dtype: torch.dtype, device: torch.device | str = "cpu") -> P
 @functools.cache
 def _support(dtype: torch.dtype, device: torch.device) -> ProductSupport:
     name = str(dtype).removeprefix("torch.")
+    if device.type == "meta":
+        return ProductSupport(True, "nothing is computed on meta tensors")
     if device.type == "cuda" and torch.version.hip is None:
         found, least = torch.cuda.get_device_capability(device), NVIDIA_LEAST[dtype]
         return ProductSupport(
@@ -74,7 +76,8 @@ def product_factor(dtype: torch.dtype, device: torch.device | str = "cpu") -> fl
 
 @functools.cache
 def _factor(dtype: torch.dtype, device: torch.device) -> float:
-    return time_product(dtype, device) / time_product(torch.float32, device)
+    times = _times((dtype, torch.float32), device, PROBE_SIZES)
+    return times[dtype] / times[torch.float32]
 
 
 def time_product(
@@ -82,16 +85,35 @@ def time_product(
 ) -> float:
     """Milliseconds of one product [n, k] @ [k, m] in ``dtype`` on ``device``: the least of a few, after a first one.
 
-    Runs whatever dispatch modes are active: a tracer neither sees these products nor replaces them.
+    On one thread of a CPU. Runs whatever dispatch modes are active: a tracer neither sees these products nor replaces
+    them.
     """
+    return _times((dtype,), torch.device(device), sizes)[dtype]
+
+
+def _times(
+    dtypes: tuple[torch.dtype, ...], device: torch.device, sizes: tuple[int, int, int]
+) -> dict[torch.dtype, float]:
+    """The least time of each dtype in milliseconds, by turns and on one thread: on a busy machine threads wait for one another."""
     rows, inner, columns = sizes
+    threads = torch.get_num_threads()
+    best = dict.fromkeys(dtypes, float("inf"))
     with _disable_current_modes(), torch.inference_mode():
-        left = torch.ones(rows, inner, dtype=dtype, device=device)
-        right = torch.ones(inner, columns, dtype=dtype, device=device)
-        best = float("inf")
-        for round_ in range(ROUNDS + 1):
-            started = time.perf_counter()
-            float((left @ right)[0, 0])  # the read waits for the device
-            if round_:
-                best = min(best, time.perf_counter() - started)
-    return 1000 * best
+        torch.set_num_threads(1)
+        try:
+            factors = {
+                dtype: (
+                    torch.ones(rows, inner, dtype=dtype, device=device),
+                    torch.ones(inner, columns, dtype=dtype, device=device),
+                )
+                for dtype in dtypes
+            }
+            for round_ in range(ROUNDS + 1):
+                for dtype, (left, right) in factors.items():
+                    started = time.perf_counter()
+                    float((left @ right)[0, 0])  # the read waits for the device
+                    if round_:
+                        best[dtype] = min(best[dtype], time.perf_counter() - started)
+        finally:
+            torch.set_num_threads(threads)
+    return {dtype: 1000 * seconds for dtype, seconds in best.items()}

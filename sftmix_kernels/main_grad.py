@@ -85,7 +85,12 @@ def main_grad_fwd(
         head = head_of(weight, bias, options)
         found = row_stats(hidden, head, target, lam=lam, scratch_bytes=scratch_bytes, needs=Needs())
         term = valid_terms(head, found, target)
-        nll, lse, is_top1, mixup_nll = found.nll, found.lse, found.is_top1, found.mixup_nll
+        nll, lse, is_top1, mixup_nll = (
+            found.nll.clone(),
+            found.lse.clone(),
+            found.is_top1,
+            found.mixup_nll.clone(),
+        )
         row_carry = torch.stack([lse, found.low, nll])
         unused = torch.zeros_like(found.lse_x)
         pair_carry = torch.stack([found.lse_x, found.low_x, unused, unused])

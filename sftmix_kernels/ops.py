@@ -105,7 +105,8 @@ def with_gradients(
         row_term(head, result.nll, result.lse, result.mean_logit), result.mixup_nll, row_coef, pair_coef
     )
     gradients = (result.scale, result.dhidden, result.dweight, result.dbias, result.dlow, result.dup)
-    return (loss, result.nll, result.lse, result.is_top1, result.mixup_nll, *gradients)
+    statistics = (result.nll.clone(), result.lse.clone(), result.is_top1, result.mixup_nll.clone())
+    return (loss, *statistics, *gradients)
 
 
 def fake_with_gradients(

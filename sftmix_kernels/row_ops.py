@@ -130,7 +130,7 @@ def chunked_stats(
     """nll, lse, entropy and is_top1 of each row."""
     head = head_of(weight, bias, options, up=up)
     result = row_stats(hidden, head, target, scratch_bytes=scratch_bytes, needs=Needs(entropy=True), low=low)
-    return result.nll, result.lse, result.entropy, result.is_top1
+    return result.nll.clone(), result.lse.clone(), result.entropy, result.is_top1
 
 
 @chunked_stats.register_fake

@@ -158,20 +158,20 @@ def uniform_share(head: Head) -> float | Tensor:
     return head.label_smoothing / (head.weight.shape[0] if head.total_vocab is None else head.total_vocab)
 
 
-def own_label(head: Head, logprob: Tensor, lse: Tensor) -> Tensor:
+def own_label(head: Head, logprob: Tensor, sums: RowSums) -> Tensor:
     """The row's gradient at its own label, divided by a: p - 1 is expm1(log p)."""
     residual = torch.expm1(logprob)
     if head.label_smoothing:  # (p - 1) + e would keep the digits of 1, not those of 1 - e
         e = head.label_smoothing
         residual = (1 - e) * residual + (e * logprob.exp() - uniform_share(head))
-    return residual + 2 * head.z_loss * lse * logprob.exp() if head.z_loss else residual
+    return residual + 2 * head.z_loss * sums.lse * logprob.exp() if head.z_loss else residual
 
 
-def other_label(head: Head, logprob: Tensor, lse: Tensor) -> Tensor:
+def other_label(head: Head, logprob: Tensor, sums: RowSums) -> Tensor:
     """The row's gradient at its partner's label, divided by a."""
     value = logprob.exp()
     if head.z_loss:
-        value = value * (1 + 2 * head.z_loss * lse)
+        value = value * (1 + 2 * head.z_loss * sums.lse)
     return value - uniform_share(head) if head.label_smoothing else value
 
 
@@ -211,8 +211,8 @@ def add_mixture_gradient_(
     residual_x = label_residual(block.logprob_x, torch.where(same, 1.0, block.share))
     row_coef, mixed_coef = coefs[0], block.share * coefs[1]
     gradient.addcmul_(exponentials_x, (mixed_coef * torch.exp(-block.sums_x.log_total))[..., None])
-    other = row_coef * other_label(head, block.sums.logprob(block.other_logit), block.sums.lse)
-    own = row_coef * own_label(head, block.sums.logprob(block.own_logit), block.sums.lse)
+    other = row_coef * other_label(head, block.sums.logprob(block.other_logit), block.sums)
+    own = row_coef * own_label(head, block.sums.logprob(block.own_logit), block.sums)
     if block.slopes is not None:
         slope_own, slope_other, slope_x = block.slopes
         own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x

@@ -381,9 +381,8 @@ def stored_loss(
             loop.run(chunk, lam.contiguous(), row_coef, pair_coef)
     if not chunks:
         loop.dweight.zero_()
-    # Outputs of an operator must not share memory: every plane is copied out.
-    nll, lse, max_logit, target_logit, moment = (plane.clone() for plane in loop.row_stats)
-    mixup_nll, lse_x, at_xc, at_xu = (plane.clone() for plane in loop.pair_stats)
+    nll, lse, max_logit, target_logit, moment = loop.row_stats
+    mixup_nll, lse_x, at_xc, at_xu = loop.pair_stats
     none = nll.new_empty(0)
     is_top1 = (target >= 0) & (target_logit >= max_logit)
     return ChunkedResult(
