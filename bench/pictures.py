@@ -25,7 +25,8 @@ MARKERS = (
     "<!-- end of demo -->",
 )
 WIDTH = 900  # pixels, as wide as a README is shown
-COLOURS = 64  # of the palette: the map has one colour scale, two histograms and text
+MARGIN = 8  # white pixels around, so that nothing touches a dark page
+COLOURS = 256  # of the palette
 MOST_BYTES = 60_000
 MODELS = {"base": "base model", "ntp": "next-token", "sftmix": "SFTMix"}
 # What is told of the settings, by section of config.yaml.
@@ -40,22 +41,30 @@ def shrink(source: Path, target: Path) -> dict[str, Any]:
 
     Raises ValueError where it is still larger than ``MOST_BYTES``.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(source) as opened:
         page = Image.new(
             "RGBA", opened.size, "white"
         )  # a transparent page would be black text on a dark screen
         page.alpha_composite(opened.convert("RGBA"))
-    width = min(WIDTH, page.width)
-    size = (width, round(page.height * width / page.width))
-    small = page.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    small.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+    width = min(WIDTH, page.width) - 2 * MARGIN
+    inner = page.convert("RGB").resize(
+        (width, round(page.height * width / page.width)), Image.Resampling.LANCZOS
+    )
+    small = ImageOps.expand(inner, MARGIN, "white").quantize(COLOURS, kmeans=2, dither=Image.Dither.NONE)
+    small.save(target, optimize=True)
     content = target.read_bytes()
     if len(content) > MOST_BYTES:
         raise ValueError(f"{target.name}: expected at most {MOST_BYTES} bytes, got {len(content)}")
     digest = hashlib.sha256(content).hexdigest()
-    return {"file": target.name, "width": size[0], "height": size[1], "bytes": len(content), "sha256": digest}
+    return {
+        "file": target.name,
+        "width": small.width,
+        "height": small.height,
+        "bytes": len(content),
+        "sha256": digest,
+    }
 
 
 def training(run: Path, method: str) -> dict[str, Any]:
@@ -166,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(problem))
         described.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads(described.read_text(encoding="utf-8"))
+    picture = FOLDER / found["picture"]["file"]
+    if hashlib.sha256(picture.read_bytes()).hexdigest() != found["picture"]["sha256"]:
+        print(f"{picture.name} is not the picture that {described.name} describes", file=sys.stderr)
+        return 1
     return update(README, block(found), MARKERS, check=args.check, command="python -m bench.pictures")
 
 

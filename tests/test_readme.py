@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import sftmix_kernels
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,7 +50,11 @@ PARTS = {
         r"AVX-512-BF16",
         r"bench/RESULTS\.md",
     ),
-    "What the paper reports, and what is shown here": (r"Llama-3\.1-8B", r"Shown here", r"Not shown here"),
+    "What the paper reports, and what is shown here": (
+        r"Llama-3\.1-8B",
+        r"\*\*Shown here\*\*",
+        r"\*\*Not shown here\*\*",
+    ),
     "Limits": (r"^- ",),
     "Where the rest is": (
         r"sftmix_kernels/README\.md",
@@ -129,6 +136,18 @@ def test_loss_example_has_the_gradients_it_speaks_of() -> None:
     assert names["weight"].grad.shape == (1000, 64)
     assert names["out"].nll.shape == (10,)
     assert names["out"].mixup_nll.shape == (4,)
+
+
+def test_the_page_of_the_loss_names_every_public_name_and_argument_and_no_other() -> None:
+    page = PAGES["sftmix_kernels/README.md"]
+    named = set(re.findall(r"`(\w+)[`=]", page))
+    functions = (sftmix_kernels.sftmix_loss, sftmix_kernels.linear_cross_entropy, sftmix_kernels.token_stats)
+    arguments = {name for function in functions for name in inspect.signature(function).parameters}
+    fields = {*sftmix_kernels.SFTMixLoss._fields, *sftmix_kernels.TokenStats._fields}
+    assert (set(sftmix_kernels.__all__) | arguments | fields) - named == set()
+    table = page.partition("| argument |")[2].partition("\n\n")[0]
+    first = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name for cell in first for name in re.findall(r"`(\w+)", cell)} <= arguments
 
 
 def test_two_make_targets_are_named_and_exist() -> None:
