@@ -31,7 +31,7 @@ MOST_BYTES = 60_000
 MODELS = {"base": "base model", "ntp": "next-token", "sftmix": "SFTMix"}
 # What is told of the settings, by section of config.yaml.
 SETTINGS = {
-    "model": ("dtype",), "train": ("tuning", "epochs", "batch_size"), "optim": ("lr",), "mixup": ("weight", "alpha"),
+    "train": ("tuning", "epochs", "batch_size"), "optim": ("lr",), "mixup": ("weight", "alpha"),
     "reference": ("epochs", "checkpoints_per_epoch"),
 }  # fmt: skip
 
@@ -80,6 +80,12 @@ def training(run: Path, method: str) -> dict[str, Any]:
     }
 
 
+def dtype(run: Path) -> str:
+    """The data type of the trained weights, as the exported model says it; empty without one."""
+    path = run / "train-sftmix" / "model" / "config.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["dtype"]) if path.exists() else ""
+
+
 def figures(run: Path) -> dict[str, Any]:
     """What the run found: a row for each model, its settings, and the seconds from its first file to its last."""
     import yaml  # type: ignore[import-untyped]
@@ -96,11 +102,13 @@ def figures(run: Path) -> dict[str, Any]:
         for name, found in evaluation.items()
     }
     first = next(iter(evaluation.values()))
+    # A run that was stopped has the pause in its seconds; --note is the place to say so.
     written = [path.stat().st_mtime for path in run.rglob("*") if path.is_file()]
     return {
         "models": models,
         "heldout": {"examples": first["num_examples"], "tokens": first["num_tokens"]},
         "examples": config["data"]["limit"],
+        "dtype": dtype(run) or config["model"]["dtype"],
         "settings": {
             f"{section}.{key}": config[section][key] for section, keys in SETTINGS.items() for key in keys
         },
@@ -108,12 +116,12 @@ def figures(run: Path) -> dict[str, Any]:
     }
 
 
-def record(run: Path, command: str, threads: int) -> dict[str, Any]:
+def record(run: Path, command: str, note: str) -> dict[str, Any]:
     """Picture, figures and where they come from, as the JSON file holds them."""
     found = figures(run)
     FOLDER.mkdir(parents=True, exist_ok=True)
     return {
-        "command": command, "device": device_name(_backend()), "threads": threads, "versions": versions(),
+        "command": command, "note": note, "device": device_name(_backend()), "versions": versions(),
         "commit": commit(), **found, "picture": shrink(run / "plots" / "data_map.png", FOLDER / "data_map.png"),
     }  # fmt: skip
 
@@ -147,9 +155,10 @@ def block(found: dict[str, Any]) -> str:
     )
     origin = (
         f"One run of `{found['command']}`, {minutes} min {seconds:02d} s from its first file to its last: "
-        f"{found['device']}, {found['settings']['model.dtype']}, torch {found['versions']['torch']}, commit "
+        f"{found['device']}, {found['dtype']}, torch {found['versions']['torch']}, commit "
         f"{found['commit']}. NLL (nats a token), perplexity and accuracy (most likely token) are of "
         f"{heldout['examples']} held-out answers, {heldout['tokens']:,} tokens; seconds are of training steps."
+        + (f" {found['note']}" if found["note"] else "")
     )
     image = f"![Data map: the demo's training examples by variability and confidence]({picture})"
     return "\n".join([image, "", _wrapped(about), "", *table(found["models"]), "", _wrapped(origin)])
@@ -163,14 +172,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pictures", description=__doc__)
     parser.add_argument("run_folder", nargs="?", type=Path, help="a finished run, e.g. runs/demo")
     parser.add_argument("--command", default="make demo", help="how the run was started")
+    parser.add_argument(
+        "--note", default="", help="what a reader must know, e.g. that the run was stopped and resumed"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README differs")
     args = parser.parse_args(argv)
     described = FOLDER / "data_map.json"
     if args.run_folder is not None and not args.check:
-        import torch
-
         try:
-            found = record(args.run_folder, args.command, torch.get_num_threads())
+            found = record(args.run_folder, args.command, args.note)
         except ValueError as problem:
             parser.error(str(problem))
         described.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -130,7 +130,9 @@ def test_the_table_has_the_cells_of_the_runs_own(run: Path) -> None:
 
 
 def test_the_block_says_where_it_comes_from(run: Path) -> None:
-    assert pictures.main([str(run), "--command", "make demo DEMO_ARGS=x"]) == 0
+    assert (
+        pictures.main([str(run), "--command", "make demo DEMO_ARGS=x", "--note", "It was stopped once."]) == 0
+    )
     found = json.loads((pictures.FOLDER / "data_map.json").read_text())
     assert found["device"] and found["commit"] and found["versions"]["torch"] == torch.__version__
     text = " ".join(pictures.README.read_text(encoding="utf-8").split())
@@ -143,8 +145,17 @@ def test_the_block_says_where_it_comes_from(run: Path) -> None:
         "2,048 tokens",
     ):
         assert part in text
+    assert "It was stopped once." in text
     assert text.startswith("before") and text.endswith("after") and " old " not in text
     assert "(bench/pictures/data_map.png)" in text
+
+
+def test_the_data_type_is_that_of_the_weights_not_of_the_setting(run: Path) -> None:
+    """model.dtype may leave the choice to the machine; the exported model says what came of it."""
+    assert pictures.figures(run)["dtype"] == "float32"
+    (run / "train-sftmix" / "model").mkdir()
+    (run / "train-sftmix" / "model" / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert pictures.figures(run)["dtype"] == "bfloat16"
 
 
 def test_check_sees_a_changed_figure(run: Path, capsys: Any) -> None:
