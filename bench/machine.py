@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shlex
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +60,12 @@ def instruction_set() -> str:
     if product_support(torch.bfloat16, "cpu").in_hardware:
         name += "-AMX" if torch.cpu._is_amx_tile_supported() else "-BF16"
     return name + (" (restricted)" if any(os.environ.get(variable) for variable in RESTRICTIONS) else "")
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What to type for the same run, with the environment that holds the processor back."""
+    held = [f"{variable}={os.environ[variable]}" for variable in RESTRICTIONS if os.environ.get(variable)]
+    return shlex.join([*held, "python", "-m", module, *arguments])
 
 
 def versions() -> dict[str, str]:

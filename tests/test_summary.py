@@ -147,6 +147,10 @@ def test_a_cpu_is_named_with_what_it_may_use(
         monkeypatch.setenv(variable, value)
     assert machine.instruction_set() == name
     assert machine.device_name("cpu").endswith(f" cores, {name}")
+    held = "".join(f"{variable}={value} " for variable, value in environment.items())
+    assert (
+        machine.command_line("bench.loss", ["--shapes", "cpu"]) == f"{held}python -m bench.loss --shapes cpu"
+    )
 
 
 def test_the_readme_says_what_was_measured_on_every_kind() -> None:
