@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from bench.figures import Figure, newest
@@ -132,14 +133,18 @@ def summary(figures: Iterable[Figure]) -> str:
             if set(cells) != {"–"}:
                 lines.append("| " + " | ".join([where, name, *cells]) + " |")
                 where = ""
+    origins = [line for part in parts for line in _origins(part)]
+    return "\n".join([*lines, "", textwrap.fill(_note(parts, lines), 118), "", *origins])
+
+
+def _note(parts: Sequence[Figures], lines: Sequence[str]) -> str:
+    """What stands under the table: the sizes, the ratios in words, the marks that occur."""
     sizes = {(part[0].N, part[0].V, part[0].D) for part in parts}
     shape = " and ".join(f"N = {N}, V = {V}, D = {D}" for N, V, D in sorted(sizes))
-    notes = [
-        f"Forward and backward at {shape}; MiB above inputs and gradients. " + " ".join(map(_words, parts))
-    ]
+    note = f"Forward and backward at {shape} (SFTMix pairs all rows); MiB above inputs and gradients. "
+    note += " ".join(map(_words, parts))
     if any("†" in line for line in lines):
-        notes[0] += " †: its loss is slightly off, see [RESULTS.md](bench/RESULTS.md)."
+        note += " †: its loss is slightly off, see [RESULTS.md](bench/RESULTS.md)."
     if any("‡" in line for line in lines):
-        notes[0] += " ‡: from another run on the same machine."
-    origins = [line for part in parts for line in _origins(part)]
-    return "\n".join([*lines, "", *notes, "", *origins])
+        note += " ‡: from another run on the same machine."
+    return note
