@@ -1,4 +1,4 @@
-"""What each loss can do: ``python -m bench.features`` rewrites the README's table from features.json.
+"""What each loss can do: ``python -m bench.features`` rewrites FEATURES.md from features.json.
 
 Every "yes" of ours names the tests that show it and the public arguments or fields it is asked for by; every answer
 about a peer names the version and the file it was read in (``--sources`` prints them). "?" means not known, not no.
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.machine import ROOT
-from bench.report import rewritten
+from bench.report import update
 
 DATA = Path(__file__).with_name("features.json")
-README = ROOT / "README.md"
+PAGE = ROOT / "bench" / "FEATURES.md"
 BEGIN = "<!-- features: written by `python -m bench.features`, do not edit -->"
 END = "<!-- end of features -->"
 ANSWERS = ("yes", "partly", "no", "?")
@@ -88,7 +88,7 @@ def _limits(row: Feature) -> Iterator[str]:
 
 
 def table(features: Features) -> str:
-    """The README's block, Markdown."""
+    """The page's block, Markdown."""
     head = ["", "ours", *features.versions, "our tests"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
     for row in features.rows:
@@ -111,7 +111,7 @@ def sources(features: Features) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.features", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page differs")
     parser.add_argument(
         "--sources", action="store_true", help="print where each answer was read; write nothing"
     )
@@ -120,16 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.sources:
         print(sources(features))
         return 0
-    current = README.read_text(encoding="utf-8")
-    wanted = rewritten(current, table(features), BEGIN, END)
-    if args.check:
-        if current != wanted:
-            print(
-                "README.md differs from bench/features.json: run `python -m bench.features`", file=sys.stderr
-            )
-        return int(current != wanted)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
+    text = table(features)
+    return update(PAGE, text, (BEGIN, END), check=args.check, command="python -m bench.features")
 
 
 if __name__ == "__main__":

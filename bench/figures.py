@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 # planned: SFTMix on the 60 % of rows that a row plan keeps; step_*: a whole training step (bench/train.py).
 TASKS = ("ntp", "sftmix", "stats", "gemm", "planned", "step_ntp", "step_sftmix")
 DIRECTIONS = ("fwd", "fwd_bwd")
+# "AMD EPYC, 2 cores, AVX-512-BF16": bench/machine.py writes it; older files end after the cores.
+_CPU = re.compile(r", \d+ cores(?:, (?P<instructions>.+))?$")
 OUT_OF_TIME = "not run: the time budget was spent"
 
 
@@ -68,7 +71,13 @@ class Figure:
 
     @property
     def on_gpu(self) -> bool:
-        return not self.device.endswith(" cores")
+        return _CPU.search(self.device) is None
+
+    @property
+    def instruction_set(self) -> str:
+        """What a CPU's figure used of its instructions; "" on a GPU, and in files that do not say it yet."""
+        found = _CPU.search(self.device)
+        return (found["instructions"] or "") if found else ""
 
     @property
     def label(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -244,7 +243,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     except ValueError as problem:
         parser.error(str(problem))
     args.backend = args.backend or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.command = shlex.join(["python", "-m", "bench.loss", *argv])
+    args.command = machine.command_line("bench.loss", argv)
     return args
 
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shlex
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from sftmix_kernels import product_support
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # Where there is no git, as in a copy of the tree, the commit is read from this file if somebody wrote it.
 COMMIT_FILE = ROOT / ".commit"
+# What holds torch (ATen) and oneDNN to fewer instructions than the processor has.
+RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+# Results, pages and pictures are written from code, they are none.
+NO_CODE = ("bench/results", "bench/pictures", "*.md")
 
 
 def new_run_id(now: datetime | None = None) -> str:
@@ -25,7 +33,7 @@ def new_run_id(now: datetime | None = None) -> str:
 
 
 def device_name(device: str) -> str:
-    """The full name of the GPU, or of the CPU with its number of cores."""
+    """The full name of the GPU, or of the CPU with its number of cores and what it may use of its instructions."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -36,7 +44,28 @@ def device_name(device: str) -> str:
         )
     except OSError:
         pass  # not Linux: the platform's own name has to do
-    return f"{model}, {os.cpu_count()} cores"
+    return f"{model}, {os.cpu_count()} cores, {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """What torch uses of this CPU: "AVX-512-BF16", "AVX2", "AVX2 (restricted)" where the environment holds it back.
+
+    -BF16 (-AMX) where bfloat16 products are done in hardware, as ``product_support`` finds; figures taken with and
+    without it are figures of two machines.
+    """
+    name = torch.backends.cpu.get_cpu_capability()
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        name = "Arm" if name == "DEFAULT" else f"Arm {name}"
+    name = name.replace("AVX512", "AVX-512")
+    if product_support(torch.bfloat16, "cpu").in_hardware:
+        name += "-AMX" if torch.cpu._is_amx_tile_supported() else "-BF16"
+    return name + (" (restricted)" if any(os.environ.get(variable) for variable in RESTRICTIONS) else "")
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What to type for the same run, with the environment that holds the processor back."""
+    held = [f"{variable}={os.environ[variable]}" for variable in RESTRICTIONS if os.environ.get(variable)]
+    return shlex.join([*held, "python", "-m", module, *arguments])
 
 
 def versions() -> dict[str, str]:
@@ -53,10 +82,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short commit, with "-dirty" if code differs from it (results and README are no code), or "unknown"."""
+    """Short commit, with "-dirty" if code differs from it (results and pages are no code), or "unknown"."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+        changes = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in NO_CODE))
     except (OSError, subprocess.CalledProcessError):
         return COMMIT_FILE.read_text(encoding="utf-8").strip() if COMMIT_FILE.exists() else "unknown"
     return head + ("-dirty" if changes else "")

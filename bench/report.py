@@ -1,18 +1,22 @@
-"""Tables from figures: ``python -m bench.report`` rewrites the README's, ``--check`` only compares."""
+"""Tables from figures: ``python -m bench.report`` rewrites RESULTS.md and the README's small table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from bench import cpu_targets, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.shapes import SHAPE_SETS
+from bench.summary import summary
 
 RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "bench" / "RESULTS.md"
 README = ROOT / "README.md"
+SUMMARY = ("<!-- summary: written by `python -m bench.report`, do not edit -->", "<!-- end of summary -->")
 BEGIN = "<!-- measured: written by `python -m bench.report`, do not edit -->"
 END = "<!-- end of measured -->"
 # Tasks that have no column.
@@ -139,27 +143,34 @@ def tables(figures: Iterable[Figure]) -> str:
     return "\n\n".join(part for part in parts if part) or "No figures yet."
 
 
-def rewritten(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README with ``text`` between its markers. Raises ``ValueError`` where a marker is missing."""
-    before, found_begin, rest = readme.partition(begin)
+def rewritten(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The page with ``text`` between its markers. Raises ``ValueError`` where a marker is missing."""
+    before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
-        raise ValueError(f"README.md: expected the lines {begin!r} and {end!r}, got neither or one")
+        raise ValueError(f"page: expected the lines {begin!r} and {end!r}, got neither or one")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def update(page: Path, text: str, markers: tuple[str, str], *, check: bool, command: str) -> int:
+    """Write ``text`` between the markers of ``page``; with ``check`` only compare. 1: a checked page differs."""
+    current = page.read_text(encoding="utf-8")
+    wanted = rewritten(current, text, *markers)
+    if check:
+        if current != wanted:
+            print(f"{page.name} differs from its source: run `{command}`", file=sys.stderr)
+        return int(current != wanted)
+    page.write_text(wanted, encoding="utf-8")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     args = parser.parse_args(argv)
-    current = README.read_text(encoding="utf-8")
-    wanted = rewritten(current, tables(read_figures(RESULTS)))
-    if args.check:
-        if current != wanted:
-            print("README.md differs from bench/results: run `python -m bench.report`", file=sys.stderr)
-        return int(current != wanted)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
+    figures = read_figures(RESULTS)
+    pages = ((PAGE, tables(figures), (BEGIN, END)), (README, summary(figures), SUMMARY))
+    return max(update(*page, check=args.check, command="python -m bench.report") for page in pages)
 
 
 if __name__ == "__main__":

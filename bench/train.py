@@ -7,7 +7,6 @@ AdamW: decoder, loss, backward, optimizer. Both steps are timed in interleaved r
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.deadline = time.monotonic() + args.budget_seconds
     facts: dict[str, Any] = {
         "run_id": machine.new_run_id(), "commit": machine.commit(), "device": machine.device_name(args.backend),
-        "versions": machine.versions(), "command": shlex.join(["python", "-m", "bench.train", *options]),
+        "versions": machine.versions(), "command": machine.command_line("bench.train", options),
         "dtype": args.dtype, "threads": torch.get_num_threads(), "provisional": args.provisional,
     }  # fmt: skip
     figures: list[Figure] = []

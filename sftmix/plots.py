@@ -60,7 +60,7 @@ def plot_data_map(dynamics: Dynamics, split: Split, path: str | os.PathLike[str]
         _log_axis(main, "x", spread)
         zeros = ", zeros at the left edge" if (np.std(perplexity, axis=0) <= 0).any() else ""
         main.set_xlabel(f"variability = standard deviation of perplexity (log scale{zeros})")
-    size = float(np.clip(4000 / len(mean), 3, 30))
+    size = float(np.clip(9000 / len(mean), 3, 40))
     dots = main.scatter(
         across, mean, c=share, s=size, cmap="viridis", alpha=0.75, linewidths=0, rasterized=True
     )

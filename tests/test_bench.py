@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from datetime import datetime
 from functools import partial
@@ -267,7 +268,7 @@ def test_commit_without_git_comes_from_a_file_or_is_unknown(tmp_path: Path, monk
 
 
 def test_where_figures_come_from_is_complete() -> None:
-    assert machine.device_name("cpu").endswith(" cores")
+    assert re.search(r", \d+ cores, \S", machine.device_name("cpu"))
     assert machine.versions()["torch"] == torch.__version__ or torch.__version__.startswith(
         machine.versions()["torch"]
     )
@@ -297,7 +298,7 @@ def test_shapes_of_the_issue_are_measured() -> None:
     assert parse_shapes("2x3x4,cpu")[0] == (Shape(2, 3, 4), "float32")
 
 
-def test_readme_table_is_that_of_the_results() -> None:
+def test_pages_hold_the_tables_of_the_results() -> None:
     assert report.main(["--check"]) == 0, "run `python -m bench.report`"
 
 
@@ -309,5 +310,5 @@ def test_report_writes_between_its_markers_and_notices_a_change() -> None:
     assert "old" not in new
     assert "| ours (chunked) |" in new
     assert report.rewritten(new, report.tables([FIGURE])) == new
-    with pytest.raises(ValueError, match=r"README\.md"):
+    with pytest.raises(ValueError, match="page: expected the lines"):
         report.rewritten("no markers", "text")

@@ -1,4 +1,4 @@
-"""The table of features is true: its tests and arguments exist, and the README holds what the command writes."""
+"""The table of features is true: its tests and arguments exist, and FEATURES.md holds what the command writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import sftmix_kernels
 from bench import features as listed
-from bench.features import BEGIN, DATA, END, README, read_features, sources, table
+from bench.features import BEGIN, DATA, END, PAGE, read_features, sources, table
 from bench.report import rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +63,8 @@ def test_a_named_argument_is_public(name: str) -> None:
     assert member in members
 
 
-def test_the_readme_holds_what_the_command_writes() -> None:
-    current = README.read_text(encoding="utf-8")
+def test_the_page_holds_what_the_command_writes() -> None:
+    current = PAGE.read_text(encoding="utf-8")
     assert rewritten(current, table(FEATURES), BEGIN, END) == current, "run `python -m bench.features`"
 
 
@@ -112,11 +112,9 @@ def test_an_answer_without_a_source_is_refused(tmp_path: Path) -> None:
         read_features(path)
 
 
-def test_check_sees_a_readme_that_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text(README.read_text(encoding="utf-8").replace("| softcap | yes |", "| softcap | no |"))
-    monkeypatch.setattr(listed, "README", copy)
+def test_check_sees_a_page_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    copy = tmp_path / "FEATURES.md"
+    copy.write_text(PAGE.read_text(encoding="utf-8").replace("| softcap | yes |", "| softcap | no |"))
+    monkeypatch.setattr(listed, "PAGE", copy)
     assert listed.main(["--check"]) == 1 and "python -m bench.features" in capsys.readouterr().err
     assert listed.main([]) == 0 and listed.main(["--check"]) == 0

@@ -1,12 +1,10 @@
-"""The shape of the code: who imports whom, how long files and functions are, and the README's tree of files."""
+"""The shape of the code: who imports whom, and how long files and functions are."""
 
 from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -173,57 +171,6 @@ def test_modules_say_what_they_are_and_leave_nothing_behind(module: str) -> None
     text = SOURCES[module].read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), "no module docstring"
     assert not re.search(r"\b(TODO|FIXME|XXX)\b(?!.*#\d)", text), "a TODO needs the number of an issue"
-
-
-# ---- the README's tree ----
-
-
-def files_of_the_project() -> set[str]:
-    """What git would have in a commit; in a copy without git, every file that .gitignore does not name."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode == 0:
-        return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
-    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    names = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()}
-    patterns = [pattern.rstrip("/") for pattern in ignored] + [".git"]
-    return {
-        name for name in names if not any(fnmatch(part, p) for part in Path(name).parts for p in patterns)
-    }
-
-
-def tree_of_the_readme() -> dict[str, str]:
-    """File → its line of text, from the indented tree under "Files"."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].partition("\n## ")[0]
-    (tree,) = re.findall(r"^```\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-    described: dict[str, str] = {}
-    folders: list[str] = []
-    for line in tree.splitlines():
-        name, _, text = line.strip().partition("  ")
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            described["".join([*folders, name])] = text.strip()
-    return described
-
-
-def test_readme_tree_lists_every_file_and_no_other() -> None:
-    tree = tree_of_the_readme()
-    real = {name for name in files_of_the_project() if not fnmatch(name, "tests*/__init__.py")}
-    covered = {name for name in real for pattern in tree if fnmatch(name, pattern)}  # bench/results/*.jsonl
-    assert sorted(real - covered) == [], "files that the README does not list"
-    assert sorted(p for p in tree if "*" not in p and p not in real) == [], "files that are not there"
-
-
-def test_readme_tree_has_one_short_text_a_file() -> None:
-    for name, text in tree_of_the_readme().items():
-        assert 5 <= len(text) <= 90, name
 
 
 _STDLIB = frozenset(__import__("sys").stdlib_module_names)
