@@ -94,7 +94,7 @@ def time_product(
 def _times(
     dtypes: tuple[torch.dtype, ...], device: torch.device, sizes: tuple[int, int, int]
 ) -> dict[torch.dtype, float]:
-    """The least time of each dtype in milliseconds, by turns and on one thread: on a busy machine threads wait for one another."""
+    """Milliseconds of each dtype, the least: by turns and on one thread, since threads wait on a busy machine."""
     rows, inner, columns = sizes
     threads = torch.get_num_threads()
     best = dict.fromkeys(dtypes, float("inf"))
