@@ -192,6 +192,16 @@ def knobs() -> None:
     console.print(table)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for a bug report")] = False,
+) -> None:
+    """Check this machine: versions, device, limits, and the loss against its specification. 1 if something is wrong."""
+    from sftmix.doctor import diagnose
+
+    raise typer.Exit(diagnose(as_json=as_json))
+
+
 def show_results(run_dir: str) -> None:
     """The closing table and paths of a run, on the main process."""
     from sftmix.parallel import is_main
