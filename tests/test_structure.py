@@ -21,10 +21,11 @@ SOURCES = {
 }
 # A module of the kernels may import those of a lower rank only.
 KERNEL_RANKS = {
-    "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "scratch": 0, "hardware": 0, "rows": 1,
-    "arguments": 1, "lora_head": 1,
+    "checks": 0, "reference": 0, "autocast": 0, "choice": 0, "scratch": 0, "hardware": 0, "findings": 0, "rows": 1,
+    "arguments": 1, "lora_head": 1, "limits": 1,
     "vocab_shard": 1, "chunked": 2, "fused": 3, "ops": 4, "default_schedule": 4, "vocab_stats": 4, "row_ops": 5,
-    "fused_ops": 6, "vocab_parallel": 7, "main_grad": 7, "inputs": 8, "functional": 9, "head": 10, "": 11,
+    "fused_ops": 6, "vocab_parallel": 7, "main_grad": 7, "inputs": 8, "functional": 9, "head": 10,
+    "devices": 10, "self_check": 10, "doctor": 11, "": 12, "__main__": 13,
 }  # fmt: skip
 LEAVES = {"plots", "report", "integrations"}
 LEAF_USERS = {"cli", "stages", "demo", "plots", "report"}
