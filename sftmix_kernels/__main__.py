@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +18,7 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     print(TITLE, file=sys.stderr if as_json else sys.stdout, flush=True)
+    warnings.filterwarnings("ignore", message=".*Failed to initialize NumPy")  # which torch can do without
     try:
         from .doctor import examine
     except (ImportError, OSError) as problem:
@@ -26,7 +28,10 @@ def main(arguments: list[str]) -> int:
             [Finding("torch", f"cannot be imported: {first_line(problem)}", WRONG, advice)],
             as_json=as_json,
         )
-    return examine(as_json=as_json)
+    try:
+        return examine(as_json=as_json)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ from .limits import GIB, LEAST_MEMORY
 
 LEAST = {"Python": "3.10", "torch": "2.11", "triton": "3.6"}  # pyproject.toml's; a test compares
 TRITON_NAMES = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")  # of torch's builds
-# Files that are there where a GPU is, whatever torch says of it; /dev/dxg is Windows' in its Linux.
-GPU_SIGNS = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*", "/dev/dxg", "/dev/kfd")
+DRIVER_SIGNS = (
+    "/dev/nvidia[0-9]*",
+    "/proc/driver/nvidia/gpus/*",
+    "/dev/dxg",
+    "/dev/kfd",
+)  # dxg: Windows' Linux
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -140,26 +145,45 @@ def cpu() -> Finding:
 
 def unused_gpu() -> Finding | None:
     """Why torch uses no GPU, where there is one in this machine or torch is built for one."""
-    there = any(glob.glob(sign) for sign in GPU_SIGNS)
+    driver, card = has_driver(), has_card()
     if not torch.backends.cuda.is_built():
-        if not there:
+        if not (driver or card):
             return None
-        text = "this machine has one, but this torch is a CPU build"
-        return Finding("GPU", text, WRONG, "install torch's CUDA (or ROCm) build: pytorch.org/get-started")
-    hidden = next(
-        (n for n in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if os.environ.get(n) in ("", "-1")), None
-    )
+        text, advice = (
+            "this torch is a CPU build",
+            "install torch's CUDA (or ROCm) build: pytorch.org/get-started",
+        )
+        # A card without a driver may be years old, and nobody meant to compute on it.
+        return Finding("GPU", f"this machine has one, but {text}", WRONG if driver else NOTE, advice)
+    hidden = [name for name in VISIBLE if os.environ.get(name) in ("", "-1")]
     if hidden:
-        return Finding("GPU", f"hidden by {hidden}={os.environ[hidden]}", NOTE)
+        return Finding("GPU", f"hidden by {hidden[0]}={os.environ[hidden[0]]}", NOTE)
     reason = why_no_gpu()
     text = f"this torch is built for one and sees none: {reason}"
-    if there or "too old" in reason:
+    if driver or card or "too old" in reason:
         advice = "install the driver this torch needs, or a torch for the driver (pytorch.org/get-started);"
-        return Finding("GPU", text, WRONG, f"{advice} in a container, start it with --gpus all")
+        return Finding("GPU", text, WRONG, f"{advice} start a container with --gpus all")
     advice = (
         "if this machine has one, install its driver; if not, all runs on the CPU, and a CPU build is smaller"
     )
     return Finding("GPU", text, NOTE, advice)
+
+
+def has_driver() -> bool:
+    """Whether a GPU's driver has made its files, whatever torch says of it."""
+    return any(glob.glob(sign) for sign in DRIVER_SIGNS)
+
+
+def has_card(root: Path = Path("/")) -> bool:
+    """Whether an NVIDIA display or compute card is on the bus; a container sees it too, without the driver's files."""
+    for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
+        try:
+            kind = (vendor.parent / "class").read_text(encoding="ascii")
+            if vendor.read_text(encoding="ascii").strip() == "0x10de" and kind.startswith("0x03"):
+                return True
+        except (OSError, UnicodeDecodeError):  # gone meanwhile, or not ours to read
+            continue
+    return False
 
 
 def why_no_gpu() -> str:

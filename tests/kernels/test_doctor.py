@@ -214,13 +214,14 @@ def test_a_gpu_on_which_no_product_runs_is_wrong(
     assert code == 1 and error in text and advice in text and "DSA" not in text
 
 
-def no_gpu(monkeypatch: pytest.MonkeyPatch, *, built: bool, sign: bool, reason: str = "") -> None:
+def no_gpu(monkeypatch: pytest.MonkeyPatch, *, built: bool, sign: str, reason: str = "") -> None:
     def init() -> None:
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
     monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.setattr(devices.glob, "glob", lambda pattern: ["/dev/nvidia0"] if sign else [])
+    monkeypatch.setattr(devices, "has_driver", lambda: sign == "driver")
+    monkeypatch.setattr(devices, "has_card", lambda: sign != "")
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
@@ -232,15 +233,17 @@ NO_DRIVER = "Found no NVIDIA driver on your system."
 @pytest.mark.parametrize(
     "built, sign, reason, code, part",
     [
-        (False, False, "", 0, ""),
-        (False, True, "", 1, "this torch is a CPU build -> install torch's CUDA (or ROCm) build"),
-        (True, True, NO_DRIVER, 1, f"sees none: RuntimeError: {NO_DRIVER} -> install the driver"),
-        (True, False, OLD_DRIVER, 1, f"{OLD_DRIVER} -> install the driver this torch needs, or a torch for the driver"),
-        (True, False, NO_DRIVER, 0, "if not, all runs on the CPU, and a CPU build is smaller"),
+        (False, "", "", 0, ""),
+        (False, "driver", "", 1, "this torch is a CPU build -> install torch's CUDA (or ROCm) build"),
+        (False, "card", "", 0, "~ GPU this machine has one, but this torch is a CPU build"),
+        (True, "driver", NO_DRIVER, 1, f"sees none: RuntimeError: {NO_DRIVER} -> install the driver"),
+        (True, "card", NO_DRIVER, 1, f"sees none: RuntimeError: {NO_DRIVER} -> install the driver"),
+        (True, "", OLD_DRIVER, 1, f"{OLD_DRIVER} -> install the driver this torch needs, or a torch for the driver"),
+        (True, "", NO_DRIVER, 0, "if not, all runs on the CPU, and a CPU build is smaller"),
     ],
 )  # fmt: skip
 def test_a_gpu_that_torch_does_not_use_is_told_with_torchs_reason(
-    monkeypatch: pytest.MonkeyPatch, says: Any, built: bool, sign: bool, reason: str, code: int, part: str
+    monkeypatch: pytest.MonkeyPatch, says: Any, built: bool, sign: str, reason: str, code: int, part: str
 ) -> None:
     no_gpu(monkeypatch, built=built, sign=sign, reason=reason)
     found, text = says(devices.device_findings(CPU))
@@ -249,10 +252,20 @@ def test_a_gpu_that_torch_does_not_use_is_told_with_torchs_reason(
 
 
 def test_a_gpu_that_the_user_hides_is_no_fault(monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
-    no_gpu(monkeypatch, built=True, sign=True, reason="No CUDA GPUs are available")
+    no_gpu(monkeypatch, built=True, sign="driver", reason="No CUDA GPUs are available")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     code, text = says(devices.device_findings(CPU))
     assert code == 0 and "GPU hidden by CUDA_VISIBLE_DEVICES=-1" in text
+
+
+def test_an_nvidia_card_is_seen_on_the_bus(tmp_path: Path) -> None:
+    write(
+        tmp_path, {"sys/bus/pci/devices/0/vendor": "0x10de", "sys/bus/pci/devices/0/class": "0x040300"}
+    )  # its sound
+    write(tmp_path, {"sys/bus/pci/devices/1/vendor": "0x8086", "sys/bus/pci/devices/1/class": "0x030000"})
+    assert not devices.has_card(tmp_path)
+    write(tmp_path, {"sys/bus/pci/devices/2/vendor": "0x10de", "sys/bus/pci/devices/2/class": "0x030200"})
+    assert devices.has_card(tmp_path)
 
 
 def test_16_bit_products_not_in_hardware_are_said_and_no_fault(
