@@ -42,7 +42,14 @@ def says(capsys: pytest.CaptureFixture[str]) -> Callable[[Iterable[Finding]], tu
 
 
 def test_it_runs_without_triton_and_the_recipe_on_one_screen() -> None:
-    done = run_blocked("import runpy; runpy.run_module('sftmix_kernels', run_name='__main__')")
+    """The CPU's path, on a machine of any size: what is enough is set to nothing."""
+    done = run_blocked("""
+import os, runpy
+os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"] = "", "1"
+from sftmix_kernels import limits
+limits.LEAST_MEMORY = limits.LEAST_DISK = limits.LEAST_TEMPORARY = 0
+runpy.run_module("sftmix_kernels", run_name="__main__")
+""")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
@@ -101,6 +108,7 @@ def test_examine_asks_everything_and_puts_more_before_the_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "parity_findings", lambda device: [Finding("parity", "patched", "wrong")])
+    monkeypatch.setattr(doctor, "current_device", lambda: CPU)
     assert doctor.examine([Finding("more", "here")], folders={"HF_HOME": str(tmp_path)}) == 1
     names = [line[2:14].strip() for line in capsys.readouterr().out.splitlines()]
     order = ("Python", "torch", "triton", "device", "products", "cores", "memory", "disk", "loss", "schedule")
@@ -130,6 +138,8 @@ def test_versions_are_compared_by_number(version: str, least: str, good: bool) -
 
 def test_an_old_torch_is_wrong(monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
     code, text = says(devices.version_findings(CPU))
     assert code == 1
     assert (
@@ -274,6 +284,7 @@ def test_16_bit_products_not_in_hardware_are_said_and_no_fault(
     from sftmix_kernels import ProductSupport
 
     monkeypatch.setattr(devices, "product_support", lambda *args: ProductSupport(False, "asked"))
+    monkeypatch.setattr(devices, "unused_gpu", lambda: None)
     code, text = says(devices.device_findings(CPU))
     assert code == 0 and "~ products bfloat16 not in hardware, float32 is faster: asked" in text
 
@@ -523,12 +534,12 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     self_check._expected.cache_clear()
 
 
-# Not bfloat16: Triton's interpreter multiplies its bit patterns, and the check says so.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# In Triton's interpreter not bfloat16, whose bit patterns it multiplies; the check says so.
+@pytest.mark.parametrize("dtype", DTYPES if torch.cuda.is_available() else [torch.float32, torch.float16])
 @pytest.mark.parametrize("schedule", ["recompute", "stored"])
 def test_fused_is_right(smaller: None, schedule: str, dtype: torch.dtype) -> None:
     for options in (PLAIN, FULL):
-        check = self_check.check_way(Way("fused", schedule), dtype, "cpu", options)
+        check = self_check.check_way(Way("fused", schedule), dtype, doctor.current_device(), options)
         assert check.is_right and check.share > 0.1, check
 
 

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from sftmix import doctor
-from sftmix_kernels import Finding, ProductSupport, limits
+from sftmix.cli import app
+from sftmix_kernels import Finding, ProductSupport
+from sftmix_kernels import doctor as kernels_doctor
 from tests.test_install import table_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,13 +28,20 @@ def told(findings: Iterable[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "sftmix", "doctor", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
-
-
 def test_a_healthy_machine_on_one_screen() -> None:
-    done = command()
+    """The command, on the CPU of a machine of any size: what is enough is set to nothing."""
+    code = """
+import sys
+from sftmix_kernels import limits
+limits.LEAST_MEMORY = limits.LEAST_DISK = limits.LEAST_TEMPORARY = 0
+from sftmix.cli import main
+sys.argv = ["sftmix", "doctor"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("sftmix doctor:")
@@ -47,13 +57,34 @@ def test_a_healthy_machine_on_one_screen() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_json_is_one_object_on_stdout() -> None:
-    done = command("--json", OMP_NUM_THREADS=str(limits.cores().usable + 1))
-    found = json.loads(done.stdout)
-    assert done.returncode == 1 and found["ok"] is False
-    wrong = [finding for finding in found["findings"] if finding["level"] == "wrong"]
-    assert [finding["name"] for finding in wrong] == ["cores"]
-    assert wrong[0]["advice"].startswith("threads wait for each other: set OMP_NUM_THREADS=")
+def test_json_is_one_object_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        kernels_doctor, "parity_findings", lambda device: [Finding("parity", "off", "wrong", "x")]
+    )
+    assert doctor.diagnose(as_json=True) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err.strip() == found["title"] == doctor.TITLE
+    assert found["ok"] is False
+    assert {"name": "parity", "text": "off", "level": "wrong", "advice": "x"} in found["findings"]
+    assert {"transformers", "flash-attn", "model.dtype", "timing"} <= {
+        each["name"] for each in found["findings"]
+    }
+
+
+def test_the_command_ends_with_the_doctors_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def diagnose(*, as_json: bool) -> int:
+        asked.append(as_json)
+        return int(as_json)
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
+    assert asked == [False, True]
 
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path: Path) -> None:
