@@ -159,6 +159,16 @@ def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> 
     show_results(run_dir)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for a bug report")] = False,
+) -> None:
+    """Check this machine: versions, device, limits, and the loss against its specification. 1 if something is wrong."""
+    from sftmix.doctor import diagnose
+
+    raise typer.Exit(diagnose(as_json=as_json))
+
+
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Draw the data map, the loss curves and the confidence histogram."""

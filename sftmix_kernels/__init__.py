@@ -3,18 +3,26 @@
 >>> from sftmix_kernels import sftmix_loss
 """
 
-from .functional import linear_cross_entropy, sftmix_loss, token_stats
-from .hardware import ProductSupport, product_factor, product_support, time_product
-from .head import LossHead, adapt_head
-from .reference import SFTMixLoss, TokenStats
+import sys
+
+# `python -m sftmix_kernels` says its first line before torch's import, which takes seconds and may fail: __main__.py.
+if sys.orig_argv[1:3] != ["-m", __name__]:
+    from .doctor import examine
+    from .findings import Finding
+    from .functional import linear_cross_entropy, sftmix_loss, token_stats
+    from .hardware import ProductSupport, product_factor, product_support, time_product
+    from .head import LossHead, adapt_head
+    from .reference import SFTMixLoss, TokenStats
 
 __version__ = "0.1.0"
 __all__ = [
+    "Finding",
     "LossHead",
     "ProductSupport",
     "SFTMixLoss",
     "TokenStats",
     "adapt_head",
+    "examine",
     "linear_cross_entropy",
     "product_factor",
     "product_support",
