@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from sftmix.progress import activity, duration, say
 
 MIN_PAIRS = 96  # six steps: three scoring points and a split that can be looked at
 AIM = 0.9  # share of the time that is planned for: the probe is short and machines are noisy
-PROBE_SECONDS = 12.0
-PIECES = (8, 64, 512)  # positions of the probe's first batches: a slow machine is found out on a small one
+PROBE_SECONDS = 10.0
+PIECES = (2, 8, 64)  # positions of the probe's first batches: a slow machine is found out on a small one
 MIXED = 1.2  # a step of SFTMix over one of next-token training
 DRAWING = 6.0  # seconds for pictures and tables
 CHECK_STEP, CHECK_SECONDS = (
@@ -128,7 +128,7 @@ class Budget:
 def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
     """Time the parts of a job with a session's model and examples; takes about ``seconds``, loading excepted.
 
-    Batches grow from 8 positions to a real one. A size that would not fit into the time is left out, and what the
+    Batches grow from 2 positions to a real one. A size that would not fit into the time is left out, and what the
     smaller one took is scaled up.
     """
     begin = time.perf_counter()
@@ -138,15 +138,15 @@ def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
     with activity("measuring how fast this machine is"):
         model.train()
         train = _per_position(
-            lambda batch: model(*_inputs(batch)).loss.backward(), _pieces(session, examples), 0.7 * seconds
+            lambda batch: model(*_inputs(batch)).loss.backward(), _pieces(session, examples), 0.55 * seconds
         )
         model.zero_grad()
         model.eval()
         with torch.inference_mode():
             score = _per_position(
-                lambda batch: model(*_inputs(batch), stats=True), _pieces(session, examples), 0.15 * seconds
+                lambda batch: model(*_inputs(batch), stats=True), _pieces(session, examples), 0.25 * seconds
             )
-            token = _token_seconds(model, 0.15 * seconds, at_least=PIECES[0] * score)
+            token = _token_seconds(model, 0.2 * seconds, at_least=8 * score)
     config, by_id = session.config, {example.id: example for example in examples}
     steps = plan_steps(
         plain_entries(epoch_order(list(by_id), seed=config.seed, epoch=0)), by_id, epoch=0,
@@ -156,37 +156,37 @@ def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
         [len(by_id[pair.confident].input_ids) for pair in chunk] for step in steps for chunk in step.chunks
     ]
     padded = sum(len(chunk) * max(chunk) for chunk in chunks) / len(examples)
-    exact = sum(sum(chunk) for chunk in chunks) / len(
-        examples
-    )  # scoring sorts all examples: no padding to speak of
+    exact = sum(sum(chunk) for chunk in chunks) / len(examples)  # scoring sorts all examples: little padding
     return Pace(train * padded, score * exact, token, load)
 
 
-def _per_position(call: Callable[[Batch], Any], batches: Iterator[Batch], seconds: float) -> float:
-    """Seconds per position of the last of ``batches`` that the time allows."""
-    begin, rate = time.perf_counter(), 0.0
+def _per_position(call: Callable[[Batch], Any], batches: list[Batch], seconds: float) -> float:
+    """Seconds per position of the last of ``batches``, measured if the time allows, else from the smaller ones."""
+    begin, size, took, slope = time.perf_counter(), 0, 0.0, 0.0
     for batch in batches:
-        size = batch.input_ids.numel()
-        if rate * size > seconds - (time.perf_counter() - begin):
+        grown = batch.input_ids.numel() - size
+        left = seconds - (time.perf_counter() - begin)
+        # Twice: small batches promise more than large ones keep.
+        if size and 2 * (took + slope * grown) > left:
             break
-        started = time.perf_counter()
+        before, started = took, time.perf_counter()
         call(batch)
         if batch.input_ids.is_cuda:
             torch.cuda.synchronize(batch.input_ids.device)
-        rate = (time.perf_counter() - started) / size
-    return rate
+        took, size = time.perf_counter() - started, size + grown
+        slope = max(0.0, took - before) / grown if grown and before else slope
+    whole = batches[-1].input_ids.numel()
+    # A pass costs something however small its batch is, so half of the last rate is the least for what was left out.
+    return (took + max(slope, 0.5 * took / size) * (whole - size)) / whole
 
 
-def _pieces(session: Any, examples: list[TokenizedExample]) -> Iterator[Batch]:
-    """Batches from 8 positions to a micro-batch; that one twice, because the first of a size warms up."""
+def _pieces(session: Any, examples: list[TokenizedExample]) -> list[Batch]:
+    """Batches from 2 positions to a micro-batch; that one twice, because the first of a size warms up."""
     size = session.config.train.micro_batch_size
     middle = sorted(examples, key=lambda example: len(example.input_ids))[len(examples) // 2 :][:size]
-    for positions in PIECES:
-        length = min(positions, len(middle[0].input_ids))
-        pieces = [_last_tokens(example, length) for example in middle[: max(1, positions // length)]]
-        yield collate_plain(pieces, pad_id=session.pad_id).to(session.device)
-    for _ in range(2):
-        yield collate_plain(middle, pad_id=session.pad_id).to(session.device)
+    parts = [[_last_tokens(middle[0], length)] for length in PIECES]
+    parts += [middle[: size // 2], middle, middle]
+    return [collate_plain(part, pad_id=session.pad_id).to(session.device) for part in parts]
 
 
 def _last_tokens(example: TokenizedExample, length: int) -> TokenizedExample:
@@ -200,7 +200,7 @@ def _inputs(batch: Batch) -> tuple[Any, ...]:
 
 def _token_seconds(model: Any, seconds: float, *, at_least: float) -> float:
     """Seconds per generated token, from a few; ``at_least``, a short forward pass, where that takes too long."""
-    if 8 * at_least > 4 * seconds:
+    if 8 * at_least > seconds:
         return at_least
     prompt = torch.ones(1, 8, dtype=torch.int64, device=model.device)
     begin = time.perf_counter()

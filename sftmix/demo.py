@@ -33,7 +33,7 @@ SETTINGS = (
     "data.max_length=256", "train.tuning=lora", "lora.layers=20:30", "lora.rank=16",
     "reference.epochs=1", "reference.checkpoints_per_epoch=3", "reference.dynamics=both", "train.epochs=1",
     "train.batch_size=16", "train.micro_batch_size=8", "optim.lr=1e-3", "evaluate.batch_size=16",
-    "evaluate.max_new_tokens=40",
+    "evaluate.num_samples=2", "evaluate.max_new_tokens=32",
 )  # fmt: skip
 
 
@@ -136,11 +136,12 @@ def closing(folder: RunFolder, config: Config) -> list[str]:
     """Three sentences: what the demo showed, what it did not, what to type next."""
     from sftmix.report import read_evaluation
 
+    pairs = config.data.limit or "all"
     nll = {label: figures["nll"] for label, figures in read_evaluation(folder.evaluation).items()}
     falls = ", ".join(f"to {nll[key]:.3f} by {name}" for key, name in TRAINED.items() if key in nll)
     return [
-        f"Shown: the whole way, from text to a model that plain transformers loads; on {config.data.limit or 'all'} pairs the "
-        f"held-out loss went from {nll['base']:.3f} {falls}, both on the same batches.",
+        "Shown: the whole way, from text to a model that plain transformers loads; "
+        f"{pairs} pairs, in the same batches, took the held-out loss from {nll['base']:.3f} {falls}.",
         "Not shown: that SFTMix is better than next-token training, for which one short run of a small model without "
         "error bars is too little.",
         f"Next, on your own data: {command()} run --data FILE --model ID, with a JSON, JSON Lines or Parquet file and "

@@ -216,16 +216,18 @@ class TerminalBar(Bar):
     """The same as a bar that redraws its line."""
 
     def open(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
-        room = max(0, min(30, console.width - 96))  # a narrow terminal keeps its figures and loses the bar
-        columns = [TextColumn("{task.description:<18}"), BarColumn(bar_width=room or None)]
-        columns += [
-            TextColumn("{task.fields[at]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}"),
-        ]
-        self._progress = Progress(*(columns if room else [columns[0], *columns[2:]]), console=console)
+        def text(field: str, width: int = 0) -> TextColumn:
+            return TextColumn(field, table_column=Column(no_wrap=True, min_width=width or None))
+
+        # A narrow terminal loses the bar and the end of the figures, never the step.
+        room = max(0, min(30, console.width - 96))
+        columns: list[ProgressColumn] = [text("{task.description}", len(self.doing) if not room else 18)]
+        columns += [BarColumn(bar_width=room), TimeElapsedColumn()] if room else []
+        columns += [text("{task.fields[at]}", 5), text("{task.fields[figures]}")]
+        self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task(self.doing, total=None, at="", figures="")
         _at_work.append(self)
         self._progress.start()
