@@ -241,7 +241,7 @@ def show_results(run_dir: str) -> None:
 
 def main() -> None:
     """Entry point: a ``ValueError`` becomes one line and exit code 2, Ctrl-C exit code 130."""
-    _prepare_output()
+    _prepare_process()
     try:
         app()
     except ValueError as error:
@@ -254,9 +254,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _prepare_output() -> None:
+def _prepare_process() -> None:
     """A narrow encoding loses characters, never the run; other libraries' bars are for terminals at most."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's threads wait for each other by spinning, for milliseconds: on cores that other programs use too, a step
+    # takes five times as long. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
