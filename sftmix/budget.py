@@ -146,6 +146,7 @@ def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
             score = _per_position(
                 lambda batch: model(*_inputs(batch), stats=True), _pieces(session, examples), 0.25 * seconds
             )
+            score = min(score, train)  # it is a part of it
             token = _token_seconds(model, 0.2 * seconds, at_least=8 * score)
     config, by_id = session.config, {example.id: example for example in examples}
     steps = plan_steps(
@@ -166,26 +167,32 @@ def _per_position(call: Callable[[Batch], Any], batches: list[Batch], seconds: f
     for batch in batches:
         grown = batch.input_ids.numel() - size
         left = seconds - (time.perf_counter() - begin)
-        # Twice: small batches promise more than large ones keep.
-        if size and 2 * (took + slope * grown) > left:
+        # Half as much again: small batches promise more than large ones keep.
+        if size and 1.5 * (took + slope * grown) > left:
             break
-        before, started = took, time.perf_counter()
-        call(batch)
-        if batch.input_ids.is_cuda:
-            torch.cuda.synchronize(batch.input_ids.device)
-        took, size = time.perf_counter() - started, size + grown
+        before, took, size = took, _seconds(call, batch), size + grown
+        if took < left / 8:  # the first call of a size warms up, and noise only ever adds
+            took = min(took, _seconds(call, batch))
         slope = max(0.0, took - before) / grown if grown and before else slope
     whole = batches[-1].input_ids.numel()
     # A pass costs something however small its batch is, so half of the last rate is the least for what was left out.
     return (took + max(slope, 0.5 * took / size) * (whole - size)) / whole
 
 
+def _seconds(call: Callable[[Batch], Any], batch: Batch) -> float:
+    started = time.perf_counter()
+    call(batch)
+    if batch.input_ids.is_cuda:
+        torch.cuda.synchronize(batch.input_ids.device)
+    return time.perf_counter() - started
+
+
 def _pieces(session: Any, examples: list[TokenizedExample]) -> list[Batch]:
-    """Batches from 2 positions to a micro-batch; that one twice, because the first of a size warms up."""
+    """Batches from 2 positions to a micro-batch."""
     size = session.config.train.micro_batch_size
     middle = sorted(examples, key=lambda example: len(example.input_ids))[len(examples) // 2 :][:size]
     parts = [[_last_tokens(middle[0], length)] for length in PIECES]
-    parts += [middle[: size // 2], middle, middle]
+    parts += [middle[: size // 2], middle]
     return [collate_plain(part, pad_id=session.pad_id).to(session.device) for part in parts]
 
 
