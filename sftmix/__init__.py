@@ -6,17 +6,18 @@ This package is the recipe (data, confidence, training, evaluation); the loss it
 
 from __future__ import annotations
 
-from importlib import metadata
+__version__: str  # looked up when first asked: importlib.metadata takes longer than everything else here
+__all__ = ["__version__"]
 
 
-def _find_version() -> str:
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
     try:
         return metadata.version("sftmix")
     except metadata.PackageNotFoundError:  # a source tree that was never installed
         from sftmix_kernels import __version__ as kernels_version
 
         return kernels_version
-
-
-__version__ = _find_version()
-__all__ = ["__version__"]

@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sftmix.parallel import is_main, spread, whole
+from sftmix.parallel import spread, whole
+from sftmix.rank import is_main
 
 if TYPE_CHECKING:
     from sftmix.model import SFTMixModel

@@ -6,16 +6,18 @@ over the run folder's config.yaml. Bad input ends with one line on stderr and ex
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sftmix.config import CONFIG_FILE, Config, describe, load_config, override, read_config, save_config
-from sftmix.progress import console, say
+from sftmix.progress import activity, on_terminal, say, show
+from sftmix.rank import is_main
 
 app = typer.Typer(
     help="SFTMix instruction tuning. Every knob is a flag, e.g. --train.epochs 2; `sftmix knobs` lists them.",
@@ -54,7 +56,10 @@ def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
         config = load_config(config_file, [f"run_dir={run_dir}", *flags])
     else:
         config = override(read_config(run_dir), flags)
-    from sftmix.parallel import is_main, join_world, local_device
+    # Only now: what follows imports torch, which takes seconds.
+    say(f"run folder: {run_dir}")
+    with activity("loading torch and transformers"):
+        from sftmix.parallel import join_world, local_device
 
     join_world(local_device())
     if is_main():
@@ -80,8 +85,6 @@ def run(
     baseline: Annotated[bool, typer.Option(help="also train plain NTP on the same batches")] = True,
 ) -> None:
     """All stages: reference, score, split, train, evaluate, plot. Start it again to go on where it stopped."""
-    from sftmix import stages
-
     extra = list(ctx.args)
     extra += [f"data.train={data}"] if data is not None else []
     extra += _model_flags(model)
@@ -93,8 +96,11 @@ def run(
             else default_run_dir(given.data.train, model or given.model.name)
         )
     session = _session(resolve(run_dir, config, extra))
+    from sftmix import stages
+
     method = session.config.train.method
     stages.run(session, stages.METHODS if baseline and method == "sftmix" else (method,))
+    show_files(session.config.run_dir)
     show_results(session.config.run_dir)
 
 
@@ -110,16 +116,18 @@ def _model_flags(model: str | None) -> list[str]:
 
 
 def _session(config: Config) -> Any:
-    from sftmix.session import Session
+    with activity("loading torch and transformers"):
+        from sftmix import stages  # noqa: F401 - all that a stage needs
+        from sftmix.session import Session
 
     return Session(config)
 
 
 def _stage(name: str, run_dir: str, config: Path | None, extra: list[str]) -> Any:
     """Run one stage of a run folder; the session it ran in."""
+    session = _session(resolve(run_dir, config, extra))
     from sftmix import stages
 
-    session = _session(resolve(run_dir, config, extra))
     getattr(stages, name)(session)
     return session
 
@@ -145,9 +153,9 @@ def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> Non
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
+    session = _session(resolve(run_dir, config, ctx.args))
     from sftmix import stages
 
-    session = _session(resolve(run_dir, config, ctx.args))
     stages.train(session, session.config.train.method)
     say(f"model: {session.folder.model(session.config.train.method)}")
 
@@ -156,6 +164,7 @@ def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> Non
 def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Held-out NLL, perplexity, token accuracy and sample answers of the base and the trained models."""
     _stage("evaluate", run_dir, config, ctx.args)
+    show_files(run_dir)
     show_results(run_dir)
 
 
@@ -172,9 +181,10 @@ def doctor(
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Draw the data map, the loss curves and the confidence histogram."""
+    session = _session(resolve(run_dir, config, ctx.args))
     from sftmix import stages
 
-    for path in stages.plot(_session(resolve(run_dir, config, ctx.args))):
+    for path in stages.plot(session):
         say(path)
 
 
@@ -182,40 +192,46 @@ def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None
 def demo(
     ctx: typer.Context,
     run_dir: Annotated[str, typer.Option(help="run folder")] = "runs/demo",
-    minutes: Annotated[float, typer.Option(help="time to aim at; decides how many examples are used")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="time limit; decides how many examples are used")] = 5.0,
 ) -> None:
     """Fine-tune SmolLM2-135M with SFTMix on questions about Python's standard library."""
-    from sftmix import stages
-    from sftmix.demo import prepare
+    started, flags = time.perf_counter(), knob_flags(ctx.args)
+    say(
+        "demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions about Python's standard library"
+    )
+    with activity("at work on the demo"):
+        from sftmix import demo
 
-    config = prepare(run_dir, minutes=minutes, flags=knob_flags(ctx.args))
-    stages.run(_session(config))
-    show_results(run_dir)
+        config = demo.run(run_dir, minutes=minutes, flags=flags)
+        from sftmix.run_folder import RunFolder
+
+        show_files(run_dir)
+        say(demo.total(started))
+        show_results(run_dir)
+        for sentence in demo.closing(RunFolder(run_dir), config):
+            say(sentence)
 
 
 @app.command()
 def knobs() -> None:
     """List every knob with its default and meaning."""
+    from rich.table import Table
+
     table = Table("knob", "default", "meaning")
     for name, default, meaning in describe():
         table.add_row(name, str(default), meaning)
-    console.print(table)
+    show(table)
 
 
-def show_results(run_dir: str) -> None:
-    """The closing table and paths of a run, on the main process."""
-    from sftmix.parallel import is_main
-    from sftmix.report import results_table, samples_table
+def show_files(run_dir: str) -> None:
+    """Sample answers, and where a run's pictures and models are."""
+    from sftmix.report import samples_table
     from sftmix.run_folder import RunFolder
 
-    if not is_main():
-        return
     folder = RunFolder(run_dir)
-    if folder.evaluation.exists():
-        samples = samples_table(folder)
-        for table in (samples, results_table(folder)):
-            if table is not None:
-                console.print(table)
+    samples = samples_table(folder) if folder.evaluation.exists() else None
+    if samples is not None:
+        show(samples)
     for path in sorted(folder.plots.glob("*.png")):
         say(f"picture: {path}")
     for method in ("ntp", "sftmix"):
@@ -223,9 +239,19 @@ def show_results(run_dir: str) -> None:
             say(f"model ({method}): {folder.model(method)}")
 
 
+def show_results(run_dir: str) -> None:
+    """The closing table of a run."""
+    from sftmix.report import results_table
+    from sftmix.run_folder import RunFolder
+
+    folder = RunFolder(run_dir)
+    if folder.evaluation.exists():
+        show(results_table(folder))
+
+
 def main() -> None:
     """Entry point: a ``ValueError`` becomes one line and exit code 2, Ctrl-C exit code 130."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _prepare_process()
     try:
         app()
     except ValueError as error:
@@ -234,3 +260,20 @@ def main() -> None:
     except KeyboardInterrupt:
         print("sftmix: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `sftmix knobs | head` has read enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_process() -> None:
+    """A narrow encoding loses characters, never the run; other libraries' bars are for terminals at most."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch's threads wait for each other by spinning, for milliseconds: on cores that other programs use too, a step
+    # takes five times as long. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
+    if not (is_main() and on_terminal()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

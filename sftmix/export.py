@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sftmix.lora import ADAPTER, is_lora
-from sftmix.parallel import is_main, whole
+from sftmix.parallel import whole
+from sftmix.rank import is_main
 
 if TYPE_CHECKING:
     from sftmix.model import SFTMixModel

@@ -66,11 +66,6 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def is_main() -> bool:
-    """Whether this process writes the files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def shard(model: SFTMixModel, world: World) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
 

@@ -52,8 +52,10 @@ def results_table(folder: RunFolder) -> Table:
     table = Table(
         title=f"Held-out answers: {first['num_examples']} examples, {first['num_tokens']} tokens",
         title_justify="left",
+        show_edge=False,  # 80 columns, what a file or an old terminal has, hold it without cuts
+        pad_edge=False,
     )
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for name in ("steps", "tokens", "mixed", "seconds", "NLL", "perplexity", "accuracy"):
         table.add_column(name, justify="right")
     for label, figures in results.items():

@@ -19,8 +19,9 @@ from sftmix.data import Example, load_examples, split_heldout
 from sftmix.export import merge_and_export
 from sftmix.lora import apply_lora
 from sftmix.model import SFTMixModel, load_model
-from sftmix.parallel import is_main, join_world, local_device
-from sftmix.progress import say
+from sftmix.parallel import join_world, local_device
+from sftmix.progress import activity, say
+from sftmix.rank import is_main
 from sftmix.run_folder import RunFolder, Settings
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
@@ -41,9 +42,10 @@ class Session:
     @cached_property
     def _examples(self) -> tuple[list[Example], list[Example]]:
         data = self.config.data
-        examples = load_examples(data.train, split=data.split, limit=data.limit)
-        if data.heldout is not None:
-            return examples, load_examples(data.heldout, split=data.split)
+        with activity("reading the examples"):
+            examples = load_examples(data.train, split=data.split, limit=data.limit)
+            if data.heldout is not None:
+                return examples, load_examples(data.heldout, split=data.split)
         return split_heldout(examples, data.heldout_fraction)
 
     @cached_property
@@ -62,7 +64,8 @@ class Session:
         return list(self._tokenized(self.heldout_examples, self.tokenizer).values())
 
     def _tokenized(self, examples: list[Example], tokenizer: Any) -> dict[str, TokenizedExample]:
-        tokenized = tokenize_examples(examples, tokenizer, max_length=self.config.data.max_length)
+        with activity(f"tokenising {len(examples)} examples"):
+            tokenized = tokenize_examples(examples, tokenizer, max_length=self.config.data.max_length)
         return {example.id: example for example in tokenized}
 
     # --- models ---
@@ -91,7 +94,8 @@ class Session:
             return model
         if not (self.folder.base / "config.json").exists():
             say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
-            merge_and_export(*load_model(model), self.folder.base)
+            with activity(f"reading {model.gguf_file}"):
+                merge_and_export(*load_model(model), self.folder.base)
         self.barrier()
         return dataclasses.replace(model, name=str(self.folder.base), gguf_file=None, revision=None)
 
@@ -112,7 +116,8 @@ class Session:
 
     def load(self, source: ModelConfig, *, trainable: bool) -> SFTMixModel:
         """The model, checked; ``trainable`` adds adapters where ``train.tuning`` is lora."""
-        model, _ = load_model(source, device=self.device)
+        with activity(f"loading {source.name}"):
+            model, _ = load_model(source, device=self.device)
         if trainable and self.config.train.tuning == "lora":
             return apply_lora(model, self.config.lora, seed=self.config.seed)
         return model

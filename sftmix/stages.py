@@ -17,19 +17,22 @@ from sftmix.dynamics import rank_correlation, read_dynamics, read_rows, write_dy
 from sftmix.evaluate import evaluate_model, sample_answers, score_examples
 from sftmix.export import merge_and_export
 from sftmix.files import replacing
-from sftmix.metrics import read_metrics
+from sftmix.metrics import Record, read_metrics
 from sftmix.pairs import Split
-from sftmix.parallel import is_main
-from sftmix.progress import bar, say
+from sftmix.progress import activity, bar, say
+from sftmix.rank import is_main
 from sftmix.run_folder import Settings
 from sftmix.session import Session, examples_digest
-from sftmix.trainer import train_pairs, train_plain
+from sftmix.trainer import Progress, train_pairs, train_plain
 
 METHODS = ("ntp", "sftmix")
 
 
-def reference(session: Session) -> None:
-    """Train the reference with next-token prediction, saving weights at each scoring point."""
+def reference(session: Session, *, watch: Progress | None = None) -> None:
+    """Train the reference with next-token prediction, saving weights at each scoring point.
+
+    ``watch`` sees every step after the progress bar does; what it raises ends the stage, which is then not finished.
+    """
     config, folder = session.config, session.folder
     if config.reference.scores is not None:
         say(f"reference: not needed, scores come from {config.reference.scores}")
@@ -47,9 +50,15 @@ def reference(session: Session) -> None:
             folder.point_step(index).write_text(json.dumps({"step": step}), encoding="utf-8")
 
     with bar("reference") as progress:
+
+        def on_step(step: int, total: int, record: Record) -> None:
+            progress.steps(step, total, record)
+            if watch is not None:
+                watch(step, total, record)
+
         rows = train_plain(
             config, model, session.reference_examples, folder=folder.reference, pad_id=session.pad_id,
-            on_point=on_point if wants_points else None, progress=progress.steps,
+            on_point=on_point if wants_points else None, progress=on_step,
         )  # fmt: skip
     if is_main() and config.reference.dynamics != "checkpoint":
         write_dynamics(folder.online, rows)
@@ -146,7 +155,8 @@ def train(session: Session, method: str) -> None:
             session.with_method(method), model, session.train, halves, folder=folder.train(method),
             pad_id=session.pad_id, progress=progress.steps,
         )  # fmt: skip
-    merge_and_export(model, session.tokenizer, folder.model(method))
+    with activity("writing the trained model"):
+        merge_and_export(model, session.tokenizer, folder.model(method))
     session.finish(f"train-{method}", settings)
 
 
@@ -170,9 +180,10 @@ def evaluate(session: Session, *, generate: bool = True) -> dict[str, Any]:
         figures["num_examples"] = len(session.heldout)
         if generate:
             chosen = session.heldout_examples[: config.evaluate.num_samples]
-            figures["samples"] = sample_answers(
-                model, session.tokenizer, chosen, max_new_tokens=config.evaluate.max_new_tokens
-            )
+            with activity(f"writing sample answers ({label})"):
+                figures["samples"] = sample_answers(
+                    model, session.tokenizer, chosen, max_new_tokens=config.evaluate.max_new_tokens
+                )
         results[label] = figures
     if is_main():
         with replacing(folder.evaluation) as temporary:
@@ -183,29 +194,30 @@ def evaluate(session: Session, *, generate: bool = True) -> dict[str, Any]:
 
 def plot(session: Session) -> list[str]:
     """Draw the data map, the loss curves and the confidence histogram from the files; the pictures' paths."""
-    from sftmix import plots  # matplotlib takes a second to load; no other stage needs it
-
     folder = session.folder
     dynamics, halves = read_dynamics(folder.dynamics), read_split(folder.split)
     paths = [folder.plots / name for name in ("data_map.png", "confidence.png", "loss_curves.png")]
     if is_main():
-        folder.plots.mkdir(parents=True, exist_ok=True)
-        plots.plot_data_map(dynamics, halves, paths[0])
-        plots.plot_confidence(halves, paths[1])
-        runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
-        curves = {
-            k: read_metrics(v / "metrics.jsonl") for k, v in runs.items() if (v / "metrics.jsonl").exists()
-        }
-        if any(curves.values()):
-            plots.plot_loss_curves({k: v for k, v in curves.items() if v}, paths[2])
+        # matplotlib takes a second to load, and a minute the first time, when it lists the fonts.
+        with activity("drawing the pictures"):
+            from sftmix import plots
+
+            folder.plots.mkdir(parents=True, exist_ok=True)
+            plots.plot_data_map(dynamics, halves, paths[0])
+            plots.plot_confidence(halves, paths[1])
+            runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
+            files = {name: run / "metrics.jsonl" for name, run in runs.items()}
+            curves = {name: read_metrics(file) for name, file in files.items() if file.exists()}
+            if any(curves.values()):
+                plots.plot_loss_curves({k: v for k, v in curves.items() if v}, paths[2])
     session.barrier()
     return [str(path) for path in paths if path.exists()]
 
 
-def run(session: Session, methods: Sequence[str] = METHODS) -> None:
-    """All stages in order; the ones that are done are passed over."""
+def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress | None = None) -> None:
+    """All stages in order; the ones that are done are passed over. ``watch``: see ``reference``."""
     steps: list[Callable[[], Any]] = [
-        lambda: reference(session),
+        lambda: reference(session, watch=watch),
         lambda: score(session),
         lambda: split(session),
     ]

@@ -26,8 +26,9 @@ from sftmix.model import SFTMixModel
 from sftmix.online import OnlineDynamics, Row
 from sftmix.optim import TrainableWeights, build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from sftmix.pairs import Split, epoch_order, epoch_pairs
-from sftmix.parallel import gather_objects, is_main, join_world, shard, sum_over_world
+from sftmix.parallel import gather_objects, join_world, shard, sum_over_world
 from sftmix.plan import Step, collate_chunk, digest, plain_entries, plan_steps
+from sftmix.rank import is_main
 from sftmix_kernels import SFTMixLoss
 
 Progress = Callable[[int, int, Record], None]  # (step, total, record)
