@@ -52,6 +52,7 @@ def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
     """
     flags = knob_flags(extra)
     recorded = Path(run_dir) / CONFIG_FILE
+    earlier = _readable(run_dir)
     if config_file is not None or not recorded.exists():
         config = load_config(config_file, [f"run_dir={run_dir}", *flags])
     else:
@@ -59,12 +60,24 @@ def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
     # Only now: what follows imports torch, which takes seconds.
     say(f"run folder: {run_dir}")
     with activity("loading torch and transformers"):
+        from sftmix.dtype import settle_dtype, warn_if_slow
         from sftmix.parallel import join_world, local_device
 
-    join_world(local_device())
+    device = local_device()
+    join_world(device)
+    config = settle_dtype(config, device, earlier)
+    warn_if_slow(config, device)
     if is_main():
         save_config(config, recorded)
     return config
+
+
+def _readable(run_dir: str) -> Config | None:
+    """The configuration recorded in a run folder; None where there is none that can be read."""
+    try:
+        return read_config(run_dir)
+    except ValueError:
+        return None
 
 
 def default_run_dir(data: str, model: str) -> str:

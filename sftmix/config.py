@@ -31,7 +31,11 @@ class ModelConfig:
 
     name: str = knob("model to train: a local folder or a hub id")
     gguf_file: str | None = knob("file name of a GGUF checkpoint inside the model's folder", None)
-    dtype: str = knob("data type of the model's parameters", "bfloat16", choices=("float32", "bfloat16"))
+    dtype: str = knob(
+        "data type of the model's parameters; auto: bfloat16 where the device multiplies it, else float32",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     attn_implementation: str | None = knob("attention implementation passed to transformers", None)
     revision: str | None = knob("revision of a hub model", None)
 

@@ -62,7 +62,12 @@ def run(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
     with activity("loading torch and transformers"):
         from sftmix import stages
         from sftmix.budget import Behind
+        from sftmix.dtype import settle_dtype, warn_if_slow
+        from sftmix.parallel import join_world, local_device
         from sftmix.session import Session
+    join_world(device := local_device())
+    config = settle_dtype(config, device)
+    warn_if_slow(config, device)
     budget = None
     if is_new and config.data.limit is None:
         budget = plan(config, seconds=60 * minutes, started=started)

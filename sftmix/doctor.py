@@ -122,12 +122,11 @@ def dtype_finding() -> Finding:
     """What `model.dtype=auto` takes on this machine, and why."""
     import torch
 
-    from sftmix_kernels import Finding, product_support
+    from sftmix.dtype import choose_dtype
+    from sftmix_kernels import Finding
 
-    support = product_support(torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
-    return Finding(
-        "model.dtype", f"auto takes {'bfloat16' if support.in_hardware else 'float32'}: {support.reason}"
-    )
+    name, reason = choose_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    return Finding("model.dtype", f"auto takes {name}: {reason}")
 
 
 def cache_folder() -> str:

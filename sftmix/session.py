@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from sftmix.chat import TokenizedExample, tokenize_examples, use_chat_template
 from sftmix.config import Config, ModelConfig
 from sftmix.data import Example, load_examples, split_heldout
+from sftmix.dtype import settle_dtype
 from sftmix.export import merge_and_export
 from sftmix.lora import apply_lora
 from sftmix.model import SFTMixModel, load_model
@@ -32,10 +33,10 @@ class Session:
     """One run folder being worked on; under torchrun, by every process together."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.folder = RunFolder(config.run_dir)
         self.device = local_device()
         self.world = join_world(self.device)
+        self.config = config = settle_dtype(config, self.device)
+        self.folder = RunFolder(config.run_dir)
 
     # --- examples ---
 

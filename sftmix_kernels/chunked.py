@@ -307,7 +307,7 @@ def chunked_loss(
         state.product_scale = None if main_grad is None else scale
     for group in groups_of(num_rows, num_pairs):
         size = sizes.pairs if group.sides == 2 else sizes.singles
-        for chunk in blocks(0, group.count, size):
+        for chunk in blocks(0, group.length, size):
             _chunk(state, group, chunk, lam, (row_coef, pair_coef), given)
     if not state.is_written:
         state.dweight.zero_()
@@ -318,9 +318,9 @@ def chunked_loss(
 def _result(found: Statistics, target: Tensor, scale: Tensor, gradients: tuple[Tensor, ...]) -> ChunkedResult:
     dhidden, dweight, dbias, dlow, dup = gradients
     nll, lse, low, max_logit, target_logit = found.of_rows.unbind(dim=1)
-    mixup_nll, lse_x, low_x, *at_x = found.of_pairs.unbind(dim=1)
+    mixup_nll, lse_x, low_x, at_xc, at_xu = found.of_pairs.unbind(dim=1)
     is_top1 = (target >= 0) & (target_logit >= max_logit)
     return ChunkedResult(
         nll, lse, is_top1, mixup_nll, found.entropy, scale, dhidden, dweight, dbias, max_logit, target_logit,
-        found.mean_logit, low, lse_x, low_x, *at_x, dlow, dup,
+        found.mean_logit, low, lse_x, low_x, at_xc, at_xu, dlow, dup,
     )  # fmt: skip

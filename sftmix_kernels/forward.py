@@ -30,13 +30,13 @@ class Group(NamedTuple):
 
     sides: int
     first: int
-    count: int  # of each side
+    length: int  # of each side
 
     def of(self, tensor: Tensor, part: slice) -> Tensor:
         """Rows of a tensor (N, ...) as (sides, n, ...)."""
         if self.sides == 1:
             return tensor[self.first + part.start : self.first + part.stop].unsqueeze(0)
-        rows = tensor[: 2 * self.count].view(2, self.count, *tensor.shape[1:])
+        rows = tensor[: 2 * self.length].view(2, self.length, *tensor.shape[1:])
         return rows[:, part]
 
 
@@ -145,12 +145,12 @@ class _Pass:
         cell = self.dtype.itemsize * (planes + self.has_entropy)
         cell += 0 if direct else group.sides * self.layer.dtype.itemsize
         size, width = choose_tile(
-            group.count, self.layer.head.weight.shape[0], cell_bytes=cell, most_columns=self.layer.most_columns,
+            group.length, self.layer.head.weight.shape[0], cell_bytes=cell, most_columns=self.layer.most_columns,
             device=self.hidden.device.type, scratch_bytes=self.scratch_bytes,
         )  # fmt: skip
         wide = self.hidden.new_empty(planes + self.has_entropy, size, width, dtype=self.dtype)
         narrow = wide if direct else self.hidden.new_empty(group.sides, size, width, dtype=self.layer.dtype)
-        for part in blocks(0, group.count, size):
+        for part in blocks(0, group.length, size):
             self._rows(group, part, wide, narrow, width)
 
     def _rows(self, group: Group, part: slice, wide: Tensor, narrow: Tensor, width: int) -> None:
