@@ -27,6 +27,7 @@ from .reference import sum_dtype
 from .rows import (
     Given,
     Head,
+    Needs,
     Pairs,
     RowSums,
     add_mixture_gradient_,
@@ -40,21 +41,6 @@ from .rows import (
     write_label_,
 )  # fmt: skip
 from .scratch import PRODUCT_COLUMNS, Sizes, blocks, choose_sizes
-
-
-class Needs(NamedTuple):
-    """What a call must produce beside the statistics."""
-
-    dhidden: bool = False
-    dweight: bool = False
-    dbias: bool = False
-    dlow: bool = False
-    dup: bool = False
-    entropy: bool = False
-
-    @property
-    def gradient(self) -> bool:
-        return self.dhidden or self.dweight or self.dbias or self.dlow or self.dup
 
 
 class ChunkedResult(NamedTuple):
@@ -198,8 +184,7 @@ def _chunk(
             _single_rows(state, group, rows, coefs[0], given, block)
         if planes.dtype != block.dtype:  # round the block's gradient to where its logits were
             planes[:, part].copy_(block)
-    if state.needs.gradient:
-        state.products(group, chunk, hidden, low, stored)
+    state.products(group, chunk, hidden, low, stored)
 
 
 def _finish_rows(
@@ -219,7 +204,7 @@ def _single_rows(
 ) -> None:
     """Statistics of a block of unpaired rows and its gradient over its logits [1, b, V]."""
     head, target, coef = state.head, group.of(state.target, rows), group.of(row_coef, rows)
-    logits, slope = finish_logits_(head, block, state.needs.gradient)
+    logits, slope = finish_logits_(head, block, True)
     own_logit = at_column(logits, target)
     sums = _finish_rows(state, group, rows, given, logits, own_logit)
     next_token_gradient_(head, logits, coef, sums)
@@ -239,9 +224,7 @@ def _pair_rows(
     lam = lam.to(state.dtype)
     share = torch.stack([lam, 1 - lam])
     torch.lerp(block[1], block[0], lam[:, None], out=mixed)
-    (logits, slope), (mixed, slope_x) = (
-        finish_logits_(head, t, state.needs.gradient) for t in (block, mixed)
-    )
+    (logits, slope), (mixed, slope_x) = (finish_logits_(head, t, True) for t in (block, mixed))
 
     def at_labels(of: Tensor, of_mixture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = of_mixture.expand(2, -1, -1)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import Needs
 from .ops import FiveTensors, Tensors, fake_like, fake_stats, refuse_double_backward, total_loss, wanted
 from .row_ops import rows_setup
-from .rows import head_of, row_term
+from .rows import Needs, head_of, row_term
 
 
 @torch.library.custom_op("sftmix_kernels::fused_fwd", mutates_args=())

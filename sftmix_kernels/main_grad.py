@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import Needs
 from .fused_ops import fused_terms
 from .ops import Tensors, fake_stats, fake_with_gradients, scale_into, total_loss, with_gradients
 from .row_ops import row_stats, valid_terms
-from .rows import Given, head_of
+from .rows import Given, Needs, head_of
 
 
 def main_grad_loss(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .chunked import ChunkedResult, Needs, chunked_loss
+from .chunked import ChunkedResult, chunked_loss
 from .reference import sum_dtype
-from .rows import Head, head_of, row_term
+from .rows import Head, Needs, head_of, row_term
 
 Tensors = tuple[Tensor, ...]
 FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

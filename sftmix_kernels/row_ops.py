@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import ChunkedResult, Needs, chunked_loss
+from .chunked import ChunkedResult, chunked_loss
 from .ops import FiveTensors, Tensors, chunked_bwd, fake_like, fake_stats, refuse_double_backward, wanted
 from .reference import sum_dtype
-from .rows import Given, Head, head_of, row_term
+from .rows import Given, Head, Needs, head_of, row_term
 
 
 def row_stats(

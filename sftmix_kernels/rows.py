@@ -28,6 +28,21 @@ class Head(NamedTuple):
     up: Tensor | None = None  # (V, r): each row adds low (r,) times it to its logits
 
 
+class Needs(NamedTuple):
+    """What a call must produce beside the statistics."""
+
+    dhidden: bool = False
+    dweight: bool = False
+    dbias: bool = False
+    dlow: bool = False
+    dup: bool = False
+    entropy: bool = False
+
+    @property
+    def gradient(self) -> bool:
+        return self.dhidden or self.dweight or self.dbias or self.dlow or self.dup
+
+
 def head_of(
     weight: Tensor, bias: Tensor | None, options: list[float], total_vocab: int | Tensor | None = None,
     up: Tensor | None = None,

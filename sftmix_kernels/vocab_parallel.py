@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chunked import Needs, chunked_loss
+from .chunked import chunked_loss
 from .fused_ops import five, needed
 from .ops import FiveTensors, Tensors, fake_like, fake_stats, refuse_double_backward, total_loss, wanted
 from .reference import sum_dtype
-from .rows import Given, Head, head_of, row_term
+from .rows import Given, Head, Needs, head_of, row_term
 from .vocab_shard import group_named
 from .vocab_stats import Rows, own_columns, whole_stats
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Needs, chunked_loss
+from .chunked import chunked_loss
 from .reference import sum_dtype
-from .rows import Head
+from .rows import Head, Needs
 from .vocab_shard import gather, group_named
 
 

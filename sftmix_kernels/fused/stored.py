@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import ChunkedResult, Needs, unit_scale
-from ..rows import Head, affine, gather_rows
+from ..chunked import ChunkedResult
+from ..rows import Head, Needs, affine, gather_rows, unit_scale
 from ..scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product

@@ -31,9 +31,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import tune
-from sftmix_kernels.chunked import Needs
 from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, stored_loss, tiles
-from sftmix_kernels.rows import Head
+from sftmix_kernels.rows import Head, Needs
 
 # One chip of each entry of configs.py's table, then those that take another's entry.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")

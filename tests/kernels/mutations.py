@@ -128,8 +128,9 @@ MUTATIONS = (
         "unsloth 5230", "a chunk without gradients when its first row is ignored",
         COMPLAINTS + "test_unsloth_5230_last_turn_masks[chunked]",
         (
-            "chunked.py", "        state.products(hidden, logits, [rows])\n",
-            "        logits.mul_(state.target[rows.start] >= 0)\n        state.products(hidden, logits, [rows])\n",
+            "chunked.py", "    state.products(group, chunk, hidden, low, stored)\n",
+            "    stored.mul_(group.of(state.target, chunk)[0, 0] >= 0)\n"
+            "    state.products(group, chunk, hidden, low, stored)\n",
         ),
     ),
     fault(

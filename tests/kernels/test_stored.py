@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sftmix_kernels import LossHead, linear_cross_entropy, ops, sftmix_loss
-from sftmix_kernels.chunked import ChunkedResult, Needs, chunked_loss
-from sftmix_kernels.rows import Head
+from sftmix_kernels.chunked import ChunkedResult, chunked_loss
+from sftmix_kernels.rows import Head, Needs
 from tests.parity import Case, assert_parity, assert_within_contract, make_case, run
 
 pytest.importorskip("triton")
