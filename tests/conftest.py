@@ -1,9 +1,14 @@
-"""What every test shares: the interpreter where there is no GPU, the shared data, a fixed seed."""
+"""What every test shares: the interpreter where there is no GPU, the shared data, a fixed seed, the progress line."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+
+# Before torch: a worker of pytest-xdist takes one core, or the threads of two fight over them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -14,8 +19,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests.interpreter import replace_the_language_once_a_launch
+from tests.progress import Durations, Progress
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    replace_the_language_once_a_launch()
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--progress", type=float, default=0, metavar="SECONDS", help="a line of progress that often"
+    )
+    parser.addoption("--write-durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    if config.getoption("--progress") > 0:
+        config.pluginmanager.register(Progress(config, config.getoption("--progress")))
+    if config.getoption("--write-durations"):
+        config.pluginmanager.register(Durations())
 
 
 @pytest.fixture(scope="session")
