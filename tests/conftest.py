@@ -20,29 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from tests.interpreter import replace_the_language_once_a_launch
-from tests.progress import Durations, Progress
+from tests.progress import pytest_addoption, pytest_configure
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     replace_the_language_once_a_launch()
 
+__all__ = ["pytest_addoption", "pytest_configure"]  # hooks that pytest finds here by name
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--progress", type=float, default=0, metavar="SECONDS", help="a line of progress that often"
-    )
-    parser.addoption("--write-durations", action="store_true", help="write tests/durations.json")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):
-        return
-    if config.getoption("--progress") > 0:
-        config.pluginmanager.register(Progress(config, config.getoption("--progress")))
-    if config.getoption("--write-durations"):
-        config.pluginmanager.register(Durations())
 
 
 @pytest.fixture(scope="session")

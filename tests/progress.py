@@ -8,9 +8,11 @@ which ``--write-durations`` writes; only their ratios count, so that it holds on
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,9 @@ class Progress:
         self.schedule = Schedule(known)
         self.failed: set[str] = set()
         self.started = time.monotonic()
+        self.stdout = os.fdopen(
+            os.dup(1), "w", buffering=1
+        )  # while a test runs, pytest captures descriptor 1
         self.stop, self.lock = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._tell, daemon=True)
 
@@ -76,7 +81,6 @@ class Progress:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
         with self.lock:
             reporter.write_line(text)
-            reporter._tw.flush()
 
     def _tell(self) -> None:
         while not self.stop.wait(self.every):
@@ -89,6 +93,9 @@ class Progress:
     # What pytest calls.
 
     def pytest_sessionstart(self) -> None:
+        reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        reporter._tw._file = self.stdout
+        reporter.showfspath = reporter._show_progress_info = False
         self.thread.start()
 
     @pytest.hookimpl(optionalhook=True)
@@ -100,14 +107,11 @@ class Progress:
         if session.items:  # the controller of pytest-xdist has none
             self.begin([item.nodeid for item in session.items])
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
-        """No dots: an outcome without a letter is counted and not printed."""
-        if self.config.get_verbosity() > 0 or report.failed or hasattr(report, "wasxfail"):
-            return None
-        if report.when == "call" and report.passed:
-            return "passed", "", ""
-        return ("skipped", "", "") if report.skipped else None
+    @pytest.hookimpl(wrapper=True)
+    def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
+        """No dots: an outcome without letter and word is counted and not printed. The summary wants both."""
+        outcome = yield
+        return outcome if self.stop.is_set() else (outcome[0], "", "")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and report.nodeid not in self.failed:
@@ -139,3 +143,20 @@ class Durations:
         known |= {file: round(seconds / self.tests[file], 3) for file, seconds in self.seconds.items()}
         known = {file: known[file] for file in sorted(known) if (DURATIONS.parent.parent / file).exists()}
         DURATIONS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--progress", type=float, default=0, metavar="SECONDS", help="a line of progress that often"
+    )
+    parser.addoption("--write-durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the controller, or where there is one process, in that."""
+    if hasattr(config, "workerinput"):
+        return
+    if config.getoption("--progress") > 0:
+        config.pluginmanager.register(Progress(config, config.getoption("--progress")))
+    if config.getoption("--write-durations"):
+        config.pluginmanager.register(Durations())
