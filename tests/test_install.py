@@ -219,3 +219,14 @@ def test_other_environments_are_built_beside_the_usual_one() -> None:
     oldest = plan("test-oldest", f"PYTHON={sys.executable}")
     assert ".venv-oldest/bin/python -m pytest" in oldest
     assert "-c tests/oldest.txt" in oldest or ".sftmix-installed" not in oldest
+
+
+def test_a_worker_of_pytest_xdist_takes_one_core() -> None:
+    """Also when pytest is called by hand: two workers of two threads each are slower than one process."""
+    code = "import tests.conftest, torch; print(torch.get_num_threads())"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment["PYTEST_XDIST_WORKER"] = "gw0"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "1", done.stderr
