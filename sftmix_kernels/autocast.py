@@ -20,6 +20,11 @@ T = TypeVar("T")
 CAST = ("hidden", "weight", "bias")
 
 
+@torch.compiler.assume_constant_result  # which torch.compile before 2.13 cannot look into
+def has_autocast(device_type: str) -> bool:
+    return bool(torch.amp.is_autocast_available(device_type))
+
+
 def cast_like_linear(value: Any, device_type: str, dtype: torch.dtype) -> Any:
     """``value`` in autocast's dtype where autocast would cast it: a floating tensor of that device, not float64."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
@@ -34,7 +39,7 @@ def follows_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **options: P.kwargs) -> T:
         hidden = args[0] if args else options.get("hidden")
         device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
             return function(*args, **options)
         dtype = torch.get_autocast_dtype(device_type)
         arguments: list[Any] = [cast_like_linear(value, device_type, dtype) for value in args[:2]]
