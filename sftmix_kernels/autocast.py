@@ -18,11 +18,9 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 CAST = ("hidden", "weight", "bias")
-
-
-@torch.compiler.assume_constant_result  # which torch.compile before 2.13 cannot look into
-def has_autocast(device_type: str) -> bool:
-    return bool(torch.amp.is_autocast_available(device_type))
+# Asked once: torch.compile before 2.13 cannot look into the question.
+DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
+HAVE_AUTOCAST = frozenset(name for name in DEVICE_TYPES if torch.amp.is_autocast_available(name))
 
 
 def cast_like_linear(value: Any, device_type: str, dtype: torch.dtype) -> Any:
@@ -39,7 +37,7 @@ def follows_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **options: P.kwargs) -> T:
         hidden = args[0] if args else options.get("hidden")
         device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-        if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+        if device_type not in HAVE_AUTOCAST or not torch.is_autocast_enabled(device_type):
             return function(*args, **options)
         dtype = torch.get_autocast_dtype(device_type)
         arguments: list[Any] = [cast_like_linear(value, device_type, dtype) for value in args[:2]]
