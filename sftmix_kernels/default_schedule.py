@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import index
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def constant(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result``, which itself would import all of torch._dynamo (seconds)."""
-    # The attribute by which dynamo knows it; functions have none declared.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+from .choice import constant
 
 
 @constant

@@ -1,9 +1,14 @@
-"""What every test shares: the interpreter where there is no GPU, the shared data, a fixed seed."""
+"""What every test shares: the interpreter where there is no GPU, the shared data, a fixed seed, the progress line."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+
+# Before torch: a worker of pytest-xdist takes one core, or the threads of two fight over them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -14,6 +19,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests.interpreter import replace_the_language_once_a_launch
+from tests.progress import pytest_addoption, pytest_configure
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    replace_the_language_once_a_launch()
+
+__all__ = ["pytest_addoption", "pytest_configure"]  # hooks that pytest finds here by name
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

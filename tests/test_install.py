@@ -17,11 +17,15 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-CONSTRAINTS = [
-    Requirement(line)
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    if line.strip() and not line.startswith("#")
-]
+
+
+def pins_of(path: Path) -> list[Requirement]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+CONSTRAINTS = pins_of(ROOT / "constraints.txt")
+OLDEST = pins_of(ROOT / "tests" / "oldest.txt")
 # What the loss may not need: triton, and every package of the recipe.
 BLOCKED = (
     "triton transformers datasets accelerate peft pyarrow matplotlib rich typer yaml safetensors gguf trl "
@@ -114,7 +118,7 @@ def test_base_requirements_are_torch_and_triton() -> None:
     assert not base["triton"].marker.evaluate({"platform_system": "Windows"})
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_pins_meet_the_requirements_on_each_python(python: str) -> None:
     """One pin a package, inside the range that pyproject.toml asks for, for everything make installs."""
     environment = {"python_version": python, "python_full_version": f"{python}.9", "platform_system": "Linux"}
@@ -132,6 +136,23 @@ def test_pins_meet_the_requirements_on_each_python(python: str) -> None:
         for needed in table_of(extra):
             if needed.name != "sftmix":
                 assert needed.specifier.contains(pins[needed.name.lower().replace("_", "-")]), needed
+
+
+def test_the_oldest_environment_has_the_lower_bounds() -> None:
+    """Of torch, triton and transformers exactly the oldest that pyproject.toml allows; the others inside its ranges."""
+    needed = {item.name: item.specifier for extra in ("dependencies", "recipe") for item in table_of(extra)}
+    pins = {pin.name: next(iter(pin.specifier)).version for pin in OLDEST}
+    for name in ("torch", "triton", "transformers"):
+        (floor,) = needed[name]
+        assert floor.operator == ">=" and pins[name] == f"{floor.version}.0"
+    assert all(needed[name].contains(version) for name, version in pins.items())
+
+
+def test_pythons_named_are_those_that_are_pinned() -> None:
+    named = {
+        text.rpartition(" ")[2] for text in PYPROJECT["project"]["classifiers"] if ":: Python :: 3." in text
+    }
+    assert named == {"3.10", "3.11", "3.12", "3.13"}
 
 
 def test_licence_is_apache_and_whole() -> None:
@@ -167,5 +188,40 @@ def test_a_second_make_reuses_the_environment(tmp_path: Path) -> None:
 
     assert "pip install" not in plan()
     assert "-m pytest" in plan()
+    assert "-m 'not slow'" in plan()
     os.utime(stamp, (0, 0))
     assert "pip install" in plan()
+
+
+def test_every_test_is_in_make_test_or_in_make_slow_and_ci_runs_both(tmp_path: Path) -> None:
+    def recipe(target: str) -> str:
+        (tmp_path / ".sftmix-installed").touch()
+        command = ["make", "--dry-run", target, f"VENV={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert recipe("test").replace("-m 'not slow'", "-m slow") == recipe("slow")
+    assert all("--progress 10" in recipe(target) for target in ("test", "slow"))
+    assert "for target in test slow lint" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_other_environments_are_built_beside_the_usual_one() -> None:
+    def plan(target: str, *options: str) -> str:
+        command = ["make", "--dry-run", target, *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    this = "{}.{}".format(*sys.version_info)
+    assert f".venv-{this}/bin/python -m pytest" in plan("test-python", f"PYTHON={sys.executable}")
+    oldest = plan("test-oldest", f"PYTHON={sys.executable}")
+    assert ".venv-oldest/bin/python -m pytest" in oldest
+    assert "-c tests/oldest.txt" in oldest or ".sftmix-installed" not in oldest
+
+
+def test_a_worker_of_pytest_xdist_takes_one_core() -> None:
+    """Also when pytest is called by hand: two workers of two threads each are slower than one process."""
+    code = "import tests.conftest, torch; print(torch.get_num_threads())"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment["PYTEST_XDIST_WORKER"] = "gw0"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "1", done.stderr

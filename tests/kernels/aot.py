@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, as the launcher would, on a machine without a GPU; print what came out.
 
-    python -m tests.kernels.aot [--part I/N]        one JSON line per kernel; must run without TRITON_INTERPRET
+    python -m tests.kernels.aot [--quick] [--part I/N]      a JSON line per kernel; must run without TRITON_INTERPRET
     python -m tests.kernels.aot --full              for every chip, into bench/results/compile_matrix.json: minutes
     python -m tests.kernels.aot --candidates        bench.tune's tiles on sm_90, into bench/results/tile_candidates.json
 
@@ -36,6 +36,7 @@ from sftmix_kernels.rows import Head, Needs
 
 # One chip of each entry of configs.py's table, then those that take another's entry.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+QUICK_ARCHS = ("sm_90", "gfx942")
 OTHER_ARCHS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx950")
 # What one program may have, in bytes: CUDA's programming guide, table of compute capabilities; AMD's LDS.
 SHARED_LIMIT = {
@@ -94,9 +95,19 @@ def full_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
-    """The part of the matrix that the tests compile: sm_90 whole, of other tile tables the pairs in bfloat16."""
+    """What `make slow` compiles: sm_90 whole, of other tile tables the pairs in bfloat16."""
     for case in full_cases():
         if case.arch == "sm_90" or (case.arch in ARCHS and case.paired and case.dtype == "bfloat16"):
+            yield case
+
+
+def quick_cases() -> Iterator[Case]:
+    """What `make test` compiles: one chip of each maker, pairs alone; float32, a ragged buffer and the controls."""
+    for case in cases():
+        plain = case.paired and case.variant == "plain" and case.arch in QUICK_ARCHS
+        if plain and case.dtype in ("bfloat16", "float32"):
+            yield case
+        elif case.variant.startswith("control") or case.name == "stored-pairs-sm_90-bfloat16-ragged":
             yield case
 
 
@@ -299,6 +310,7 @@ def write_candidates(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th case from the I-th")
+    parser.add_argument("--quick", action="store_true", help="the few cases of `make test`")
     parser.add_argument("--full", action="store_true", help="every chip; writes the committed table")
     parser.add_argument("--candidates", action="store_true", help="bench.tune's tiles; writes their table")
     arguments = parser.parse_args()
@@ -309,7 +321,7 @@ def main() -> None:
         write_table(TABLE)
         return
     part, parts = map(int, arguments.part.split("/"))
-    for line in lines(list(cases())[part::parts]):
+    for line in lines(list(quick_cases() if arguments.quick else cases())[part::parts]):
         print(json.dumps(line), flush=True)
 
 

@@ -22,7 +22,8 @@ from tests.parity import Case, assert_parity, make_case, run
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 # The interpreter's own cost is per program, so `fused` has fewer examples; bfloat16 products are wrong there.
-EXAMPLES = {"chunked": 100, "fused": 25}
+EXAMPLES = {"chunked": 25, "fused": 12}
+MANY = {"chunked": 200, "fused": 100}  # of the slow tests
 DTYPES = {"chunked": (F32, BF16, F16), "fused": (F32, F16)}
 
 
@@ -104,9 +105,9 @@ def draws(impl: str, **fixed: Any) -> st.SearchStrategy[Draw]:
     return st.builds(Draw, **{**fields, **{k: st.just(v) for k, v in fixed.items()}})
 
 
-def bounded(impl: str) -> Any:
+def bounded(impl: str, examples: dict[str, int] = EXAMPLES) -> Any:
     return settings(
-        max_examples=EXAMPLES[impl], deadline=None, derandomize=True, database=None,
+        max_examples=examples[impl], deadline=None, derandomize=True, database=None,
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
@@ -128,6 +129,20 @@ def test_contract_on_random_draws_chunked(draw: Draw) -> None:
 @given(draws("fused"))
 @bounded("fused")
 def test_contract_on_random_draws_fused(draw: Draw) -> None:
+    check(draw, impl="fused")
+
+
+@pytest.mark.slow
+@given(draws("chunked"))
+@bounded("chunked", MANY)
+def test_contract_on_many_random_draws_chunked(draw: Draw) -> None:
+    check(draw, impl="chunked")
+
+
+@pytest.mark.slow
+@given(draws("fused"))
+@bounded("fused", MANY)
+def test_contract_on_many_random_draws_fused(draw: Draw) -> None:
     check(draw, impl="fused")
 
 

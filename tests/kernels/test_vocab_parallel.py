@@ -31,8 +31,13 @@ from .vocab_parallel_ranks import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = [(world, name) for world, sizes in SIZES.items() for name in sizes]
-Results = dict[int, list[Any]]
+# Two processes in `make test`, four in `make slow`.
+WORLDS = [pytest.param(world, marks=pytest.mark.slow if world > 2 else ()) for world in SIZES]
+CASES = [
+    pytest.param(world, name, marks=pytest.mark.slow if world > 2 else ())
+    for world, sizes in SIZES.items()
+    for name in sizes
+]
 
 
 def launch(folder: Path, world: int) -> None:
@@ -44,30 +49,36 @@ def launch(folder: Path, world: int) -> None:
     assert found.returncode == 0, found.stderr[-6000:]
 
 
+class Results(dict[int, list[Any]]):
+    """Each rank's results by world size, made when asked for, once even if pytest runs in several processes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, world: int) -> list[Any]:
+        folder = self.folder.with_name(f"{self.folder.name}_{world}")
+        done = folder.with_suffix(".done")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            while not done.exists():
+                time.sleep(0.1)
+        else:
+            try:
+                launch(folder, world)
+            finally:
+                done.touch()
+        paths = [folder / f"rank{rank}.pt" for rank in range(world)]
+        assert all(path.is_file() for path in paths), "see the test that ran the ranks"
+        self[world] = [torch.load(path) for path in paths]
+        return self[world]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Each rank's results by world size, made once even when pytest itself runs in several processes."""
-    folder = tmp_path_factory.getbasetemp() / "vocab_parallel"
-    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "vocab_parallel"
-    done = folder.with_suffix(".done")
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        while not done.exists():
-            time.sleep(0.1)
-    else:
-        try:
-            for world in SIZES:
-                (folder / str(world)).mkdir()
-                launch(folder / str(world), world)
-        finally:
-            done.touch()
-    files = {world: [folder / str(world) / f"rank{rank}.pt" for rank in range(world)] for world in SIZES}
-    assert all(path.is_file() for paths in files.values() for path in paths), (
-        "see the test that ran the ranks"
-    )
-    return {world: [torch.load(path) for path in paths] for world, paths in files.items()}
+    folder = tmp_path_factory.getbasetemp()
+    return Results((folder.parent if "PYTEST_XDIST_TESTRUNUID" in os.environ else folder) / "vocab_parallel")
 
 
 def joined(results: list[Any], key: Any) -> dict[str, Tensor]:
@@ -106,7 +117,7 @@ def test_value_statistics_and_gradients_are_those_of_one_process(
     assert_same(joined(ranks[world], (name, options)), make(options))
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype(ranks: Results, world: int, dtype: str) -> None:
     found, case = joined(ranks[world], dtype), make("everything", dtype)
@@ -118,12 +129,12 @@ def test_every_dtype(ranks: Results, world: int, dtype: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14, msg=name)
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", WORLDS)
 def test_plain_next_token_rows(ranks: Results, world: int) -> None:
     assert_same(joined(ranks[world], "no pairs"), make("plain", num_pairs=0))
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", WORLDS)
 def test_fused_kernels_serve_a_shard(ranks: Results, world: int) -> None:
     """A target of another shard leaves the row its softmax part: kernels and carries know nothing of the label."""
     pytest.importorskip("triton")
