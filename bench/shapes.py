@@ -32,11 +32,14 @@ class Shape:
 
 
 _OTHER_HEADS = ((151936, 3584), (256000, 2304), (49152, 576), (32000, 4096))
-# toy rehearses the GPU run in the interpreter, small serves pytest-benchmark, the others are published; ends are the
+# toy rehearses the GPU run in the interpreter, small serves pytest-benchmark, the others are published: mid is a small
+# call on a CPU, call one that is all overhead; ends are the
 # least and the most rows of the heads that record has with 8192.
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "toy": (Shape(16, 128, 32),),
     "small": (Shape(128, 4096, 64), Shape(96, 1031, 72)),
+    "mid": (Shape(128, 4096, 64),),
+    "call": (Shape(8, 16, 8),),
     "cpu": (Shape(1024, 49152, 576), Shape(2048, 32000, 2048)),
     "record": (
         Shape(8192, 128256, 4096),
@@ -55,6 +58,8 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
 DEFAULT_DTYPE = {
     "toy": "float32",
     "small": "float32",
+    "mid": "float32",
+    "call": "float32",
     "cpu": "float32",
     "record": "bfloat16",
     "ends": "bfloat16",

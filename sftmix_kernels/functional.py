@@ -112,8 +112,11 @@ def sftmix_loss(
         supervised row ``loss`` is 0 and its gradients are 0.
 
     Memory above inputs and gradients, with S = ``scratch_bytes`` and O(N + M) of statistics:
-        no gradient needed: nothing more by "fused", S by "chunked"; "recompute": S + 4 N D, in float32 S;
-        "stored" and "chunked": S + 4 V D + N D itemsize, in float32 on a CPU S (the rest is handed over as gradients).
+        no gradient needed: nothing more by "fused", by "chunked" S, on a CPU at most 8 MiB of it;
+        "recompute": S + 4 N D, in float32 S;
+        "stored" and "chunked": S + 4 V D + N D itemsize, in float32 on a CPU S (the rest is handed over as gradients);
+        "chunked", 16 bits, on a device without 16-bit products: beside that 8 n D for a chunk of n rows, and a slice of
+        the weight in float32, 8 MiB or 512 D.
         What is smaller stands with chunked_loss, fused_forward, fused_backward and stored_loss.
 
     Raises:
@@ -294,7 +297,7 @@ def token_stats(
     Returns: TokenStats of [N] tensors, detached, float32 (float64 for float64 inputs) in nats, ``is_top1`` bool;
         log-probability 0 and no hit at ignored rows. Entropy is lse z - sum_j p_j z_j, p = softmax z.
     Raises: ValueError as :func:`sftmix_loss` does.
-    Memory: O(N) by "fused"; "chunked" 25/16 of ``scratch_bytes`` in float32 (the entropy's blocks are the 9/16).
+    Memory: O(N) by "fused"; by "chunked" ``scratch_bytes``, on a CPU at most 8 MiB of it, the entropy's tile included.
     """
     options = HeadOptions(softcap, logit_scale)
     inputs = check_inputs(
