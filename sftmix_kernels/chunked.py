@@ -276,6 +276,7 @@ def chunked_loss(
         )
         absent = tuple(found.of_rows.new_empty(0) for _ in range(5))
         return _result(found, target, found.of_rows.new_ones(()), absent)
+    assert not needs.entropy, "the entropy comes from a forward pass"
     layer = Layer(head)
     sizes = choose_sizes(
         num_rows, num_pairs, head.weight.shape[0], dtype=layer.dtype, wide_dtype=sum_dtype(hidden.dtype),

@@ -126,7 +126,7 @@ def test_types_of_flags() -> None:
         ("train.epochs=0", "train.epochs: expected at least 1"),
         ("mixup.lam=step", "expected one of pair, token, batch"),
         ("reference.dynamics=none", "expected one of checkpoint, online, both"),
-        ("model.dtype=float16", "expected one of float32, bfloat16"),
+        ("model.dtype=float16", "expected one of auto, float32, bfloat16"),
         ("data.heldout_fraction=1", "data.heldout_fraction: expected less than 1"),
         ("data.max_length=1", "data.max_length: expected at least 2"),
         ("lora.layers=30:20", "lora.layers: expected start:stop with start < stop"),
