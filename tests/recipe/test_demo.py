@@ -202,6 +202,18 @@ def test_probe_of_a_model_is_its_real_pace() -> None:
     assert all(0 < value < 5 for value in (pace.train, pace.score, pace.token, pace.load))
 
 
+def test_what_is_done_once_does_not_count_as_a_load() -> None:
+    """A GGUF file is converted when the source is first asked for; nine loads of the job do not do it again."""
+
+    class Converting(TinySession):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "model_source":
+                time.sleep(1.0)
+            return super().__getattribute__(name)
+
+    assert probe(Converting()).load < 0.9
+
+
 @pytest.mark.parametrize("per_position", [0.002, 0.02, 0.1])
 def test_probe_keeps_to_its_time_however_slow_the_machine(per_position: float) -> None:
     """A model that takes so many seconds a position: 0.2 s to 11 s a micro-batch, for a probe of one second."""
