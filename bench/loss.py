@@ -250,6 +250,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit code 0 even where a provider failed, which its figure states."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    machine.keep_compiled_apart()
     args.run_id, args.commit, args.versions = machine.new_run_id(), machine.commit(), machine.versions()
     args.device = machine.device_name(args.backend)
     args.deadline = time.monotonic() + args.budget_seconds

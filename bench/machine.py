@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import secrets
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -45,6 +47,15 @@ def device_name(device: str) -> str:
     except OSError:
         pass  # not Linux: the platform's own name has to do
     return f"{model}, {os.cpu_count()} cores, {instruction_set()}"
+
+
+def keep_compiled_apart() -> None:
+    """Give torch.compile a cache for each instruction set, unless the environment names one.
+
+    Its own key leaves ATEN_CPU_CAPABILITY out: code compiled without a restriction, run under it, gave wrong losses.
+    """
+    name = f"torchinductor-{re.sub(r'[^A-Za-z0-9]+', '-', instruction_set()).strip('-')}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
 
 
 def instruction_set() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import time
 from datetime import datetime
@@ -312,3 +313,18 @@ def test_report_writes_between_its_markers_and_notices_a_change() -> None:
     assert report.rewritten(new, report.tables([FIGURE])) == new
     with pytest.raises(ValueError, match="page: expected the lines"):
         report.rewritten("no markers", "text")
+
+
+def test_compiled_code_of_two_instruction_sets_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile's cache would hand code made for AVX-512 to a run that is held to AVX2, with wrong losses."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back at the end")
+    folders = set()
+    for name in ("AVX-512-BF16", "AVX2 (restricted)"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(machine, "instruction_set", lambda name=name: name)
+        machine.keep_compiled_apart()
+        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 2
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    machine.keep_compiled_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
