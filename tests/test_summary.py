@@ -163,6 +163,6 @@ def test_a_cpu_is_named_with_what_it_may_use(
 def test_the_readme_says_what_was_measured_on_every_kind() -> None:
     readme = " ".join(README.read_text(encoding="utf-8").split())
     kinds = {part[0].instruction_set or part[0].device for part in chosen(read_figures(RESULTS))}
-    assert kinds
+    assert {"AVX-512-BF16", "AVX2 (restricted)"} <= kinds
     for kind in kinds:
         assert f"On {kind} in " in readme
