@@ -112,11 +112,9 @@ def sftmix_loss(
         supervised row ``loss`` is 0 and its gradients are 0.
 
     Memory above inputs and gradients, with S = ``scratch_bytes`` and O(N + M) of statistics:
-        no gradient needed: nothing more by "fused", by "chunked" S, on a CPU at most 8 MiB of it;
-        "recompute": S + 4 N D, in float32 S;
+        no gradient needed: nothing by "fused", S by "chunked" (CPU: at most 8 MiB); "recompute": S + 4 N D, float32 S;
         "stored" and "chunked": S + 4 V D + N D itemsize, in float32 on a CPU S (the rest is handed over as gradients);
-        "chunked", 16 bits, on a device without 16-bit products: beside that 8 n D for a chunk of n rows, and a slice of
-        the weight in float32, 8 MiB or 512 D.
+        "chunked", 16 bits without 16-bit products: beside it 8 n D (chunks of n rows) and a slice's 8 MiB or 512 D.
         What is smaller stands with chunked_loss, fused_forward, fused_backward and stored_loss.
 
     Raises:
@@ -268,9 +266,8 @@ def _row_losses(
     arguments, numbers = (*inputs.head, target), (options.as_list(), needs, scratch)
     if inputs.shard is not None:
         place, group = inputs.shard.place, inputs.shard.group_name
-        return vocab_parallel_rows_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)[
-            0
-        ]
+        found = vocab_parallel_rows_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)
+        return found[0]
     op = row_ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
     return op(*arguments, *numbers, *inputs.low_rank)[0]
 
