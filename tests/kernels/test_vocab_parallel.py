@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
 from tests import parity
+from tests.once import made_once
 
 from .vocab_parallel_ranks import (
     DTYPES,
@@ -52,23 +52,12 @@ def launch(folder: Path, world: int) -> None:
 class Results(dict[int, list[Any]]):
     """Each rank's results by world size, made when asked for, once even if pytest runs in several processes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
         super().__init__()
-        self.folder = folder
+        self.factory = factory
 
     def __missing__(self, world: int) -> list[Any]:
-        folder = self.folder.with_name(f"{self.folder.name}_{world}")
-        done = folder.with_suffix(".done")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            while not done.exists():
-                time.sleep(0.1)
-        else:
-            try:
-                launch(folder, world)
-            finally:
-                done.touch()
+        folder = made_once(self.factory, f"vocab_parallel_{world}", lambda folder: launch(folder, world))
         paths = [folder / f"rank{rank}.pt" for rank in range(world)]
         assert all(path.is_file() for path in paths), "see the test that ran the ranks"
         self[world] = [torch.load(path) for path in paths]
@@ -77,8 +66,7 @@ class Results(dict[int, list[Any]]):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.getbasetemp()
-    return Results((folder.parent if "PYTEST_XDIST_TESTRUNUID" in os.environ else folder) / "vocab_parallel")
+    return Results(tmp_path_factory)
 
 
 def joined(results: list[Any], key: Any) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from sftmix.lora import apply_lora
 from sftmix.metrics import Record, read_metrics
 from sftmix.parallel import World, join_world, local_device, shard, spread, whole
 from sftmix.trainer import train_plain
+from tests.once import made_once
 
 from . import tiny, two_processes
 from .two_processes import DTYPES, KINDS, METHODS
@@ -40,21 +40,8 @@ def stop_after(limit: int) -> object:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the results of two processes, made once even when pytest itself runs in several."""
-    folder = tmp_path_factory.getbasetemp() / "two_processes"
-    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "two_processes"
-    done = folder.with_suffix(".done")
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        while not done.exists():
-            time.sleep(0.1)
-    else:
-        try:
-            launch(folder)
-        finally:
-            done.touch()
+    """The folder with the results of two processes."""
+    folder = made_once(tmp_path_factory, "two_processes", launch)
     assert (folder / "results.pt").is_file(), "the two processes failed: see the test that ran them"
     return folder
 
