@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,9 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 
 # The interpreter's own cost is per program, so `fused` has fewer examples; bfloat16 products are wrong there.
 EXAMPLES = {"chunked": 25, "fused": 12}
-MANY = {"chunked": 200, "fused": 100}  # of the slow tests
+# Of the slow tests, over four orders: of so many draws one has a maximum above its bound by luck, over one order or two
+# and no longer over four, eight and sixteen (seed 2, float32, denominators, mixup_weight 1).
+MANY = {"chunked": 200, "fused": 50}
 DTYPES = {"chunked": (F32, BF16, F16), "fused": (F32, F16)}
 
 
@@ -113,10 +115,10 @@ def bounded(impl: str, examples: dict[str, int] = EXAMPLES) -> Any:
     )  # fmt: skip
 
 
-def check(draw: Draw, *, impl: str) -> None:
+def check(draw: Draw, *, impl: str, orders: int = 1) -> None:
     """Chunks of few rows are judged over four orders: torch multiplies up to 3 rows by another kernel than many."""
     scratch_bytes = draw.rows_per_chunk * draw.vocab_size * 4
-    orders = 4 if impl == "chunked" and draw.rows_per_chunk < 24 else 1
+    orders = 4 if impl == "chunked" and draw.rows_per_chunk < 24 else orders
     assert_parity(draw.case(), impl=impl, orders=orders, scratch_bytes=scratch_bytes)
 
 
@@ -136,14 +138,15 @@ def test_contract_on_random_draws_fused(draw: Draw) -> None:
 @given(draws("chunked"))
 @bounded("chunked", MANY)
 def test_contract_on_many_random_draws_chunked(draw: Draw) -> None:
-    check(draw, impl="chunked")
+    check(draw, impl="chunked", orders=4)
 
 
 @pytest.mark.slow
 @given(draws("fused"))
 @bounded("fused", MANY)
+@example(Draw(num_single=50, seed=2, lam=None, denominators=True, mixup_weight=1.0))
 def test_contract_on_many_random_draws_fused(draw: Draw) -> None:
-    check(draw, impl="fused")
+    check(draw, impl="fused", orders=4)
 
 
 # Every option alone, and each two of them together.
