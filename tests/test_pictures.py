@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
-from bench import pictures
+from bench import machine, pictures
 from sftmix.confidence import make_split
 from sftmix.config import load_config, save_config
 from sftmix.dynamics import Dynamics
@@ -134,7 +133,7 @@ def test_the_block_says_where_it_comes_from(run: Path) -> None:
         pictures.main([str(run), "--command", "make demo DEMO_ARGS=x", "--note", "It was stopped once."]) == 0
     )
     found = json.loads((pictures.FOLDER / "data_map.json").read_text())
-    assert found["device"] and found["commit"] and found["versions"]["torch"] == torch.__version__
+    assert found["device"] and found["commit"] and found["versions"] == machine.versions()
     text = " ".join(pictures.README.read_text(encoding="utf-8").split())
     for part in (
         found["device"],

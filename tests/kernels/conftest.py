@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 
 from sftmix_kernels import Finding, devices
 from sftmix_kernels.findings import show
@@ -47,3 +48,5 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
     monkeypatch.setattr(devices, "time_product", lambda *args, **options: 1.0)
+    # A CUDA build of torch would start the GPU for a fake tensor.
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
