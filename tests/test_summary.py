@@ -26,7 +26,7 @@ def figure(
         N=1024, V=49152, D=576, M=0, threads=2, rounds=3, ms_median=ms, ms_min=ms, extra_peak_bytes=10 * MIB,
         peak_bytes=0, error=None if ms else "failed",
     )  # fmt: skip
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)
 
 
 def whole(device: str, dtype: str, *, run_id: str = "1", ours: float = 600.0) -> list[Figure]:
@@ -103,7 +103,7 @@ def test_results_without_an_instruction_set_are_read_and_give_way() -> None:
 
 def test_a_gpu_is_a_kind_of_its_own() -> None:
     changes = {"N": 8192, "V": 128256, "D": 4096}
-    gpu = [dataclasses.replace(item, **changes) for item in whole("NVIDIA H200", "bfloat16")]  # type: ignore[arg-type]
+    gpu = [dataclasses.replace(item, **changes) for item in whole("NVIDIA H200", "bfloat16")]
     gpu = [dataclasses.replace(f, schedule="default") if f.provider == "ours" else f for f in gpu]
     assert gpu[0].on_gpu and gpu[0].instruction_set == ""
     text = summary([*whole(AVX2, "float32"), *gpu])
