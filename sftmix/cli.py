@@ -60,8 +60,8 @@ def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
     # Only now: what follows imports torch, which takes seconds.
     say(f"run folder: {run_dir}")
     with activity("loading torch and transformers"):
-        from sftmix.dtype import settle_dtype, warn_if_slow
-        from sftmix.parallel import join_world, local_device
+        from sftmix.model.dtype import settle_dtype, warn_if_slow
+        from sftmix.model.parallel import join_world, local_device
 
     device = local_device()
     join_world(device)
@@ -109,7 +109,7 @@ def run(
             else default_run_dir(given.data.train, model or given.model.name)
         )
     session = _session(resolve(run_dir, config, extra))
-    from sftmix import stages
+    from sftmix.run import stages
 
     method = session.config.train.method
     stages.run(session, stages.METHODS if baseline and method == "sftmix" else (method,))
@@ -122,7 +122,7 @@ def _model_flags(model: str | None) -> list[str]:
         return []
     if model != "demo":
         return [f"model.name={model}"]
-    from sftmix.demo import find_smollm2
+    from sftmix.demo.job import find_smollm2
 
     folder, gguf_file = find_smollm2()
     return [f"model.name={folder}", f"model.gguf_file={gguf_file}"]
@@ -130,8 +130,8 @@ def _model_flags(model: str | None) -> list[str]:
 
 def _session(config: Config) -> Any:
     with activity("loading torch and transformers"):
-        from sftmix import stages  # noqa: F401 - all that a stage needs
-        from sftmix.session import Session
+        from sftmix.run import stages  # noqa: F401 - all that a stage needs
+        from sftmix.run.session import Session
 
     return Session(config)
 
@@ -139,7 +139,7 @@ def _session(config: Config) -> Any:
 def _stage(name: str, run_dir: str, config: Path | None, extra: list[str]) -> Any:
     """Run one stage of a run folder; the session it ran in."""
     session = _session(resolve(run_dir, config, extra))
-    from sftmix import stages
+    from sftmix.run import stages
 
     getattr(stages, name)(session)
     return session
@@ -167,7 +167,7 @@ def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> Non
 def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
     session = _session(resolve(run_dir, config, ctx.args))
-    from sftmix import stages
+    from sftmix.run import stages
 
     stages.train(session, session.config.train.method)
     say(f"model: {session.folder.model(session.config.train.method)}")
@@ -195,7 +195,7 @@ def doctor(
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
     """Draw the data map, the loss curves and the confidence histogram."""
     session = _session(resolve(run_dir, config, ctx.args))
-    from sftmix import stages
+    from sftmix.run import stages
 
     for path in stages.plot(session):
         say(path)
@@ -213,10 +213,10 @@ def demo(
         "demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions about Python's standard library"
     )
     with activity("at work on the demo"):
-        from sftmix import demo
+        from sftmix.demo import job as demo
 
         config = demo.run(run_dir, minutes=minutes, flags=flags)
-        from sftmix.run_folder import RunFolder
+        from sftmix.run.folder import RunFolder
 
         show_files(run_dir)
         say(demo.total(started))
@@ -238,8 +238,8 @@ def knobs() -> None:
 
 def show_files(run_dir: str) -> None:
     """Sample answers, and where a run's pictures and models are."""
-    from sftmix.report import samples_table
-    from sftmix.run_folder import RunFolder
+    from sftmix.run.folder import RunFolder
+    from sftmix.run.report import samples_table
 
     folder = RunFolder(run_dir)
     samples = samples_table(folder) if folder.evaluation.exists() else None
@@ -254,8 +254,8 @@ def show_files(run_dir: str) -> None:
 
 def show_results(run_dir: str) -> None:
     """The closing table of a run."""
-    from sftmix.report import results_table
-    from sftmix.run_folder import RunFolder
+    from sftmix.run.folder import RunFolder
+    from sftmix.run.report import results_table
 
     folder = RunFolder(run_dir)
     if folder.evaluation.exists():

@@ -122,7 +122,7 @@ def dtype_finding() -> Finding:
     """What `model.dtype=auto` takes on this machine, and why."""
     import torch
 
-    from sftmix.dtype import choose_dtype
+    from sftmix.model.dtype import choose_dtype
     from sftmix_kernels import Finding
 
     name, reason = choose_dtype("cuda" if torch.cuda.is_available() else "cpu")

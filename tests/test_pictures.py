@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 
 from bench import machine, pictures
-from sftmix.confidence import make_split
 from sftmix.config import load_config, save_config
-from sftmix.dynamics import Dynamics
-from sftmix.plots import plot_data_map
-from sftmix.report import results_table
-from sftmix.run_folder import RunFolder
+from sftmix.evaluation.plots import plot_data_map
+from sftmix.run.folder import RunFolder
+from sftmix.run.report import results_table
+from sftmix.scores.confidence import make_split
+from sftmix.scores.dynamics import Dynamics
 
 EVALUATION = {
     "base": {

@@ -25,8 +25,13 @@ KERNEL_RANKS = {
     "main_grad": 9, "inputs": 10, "functional": 11, "head": 12, "devices": 12, "self_check": 12, "doctor": 13,
     "": 14, "__main__": 15,
 }  # fmt: skip
-LEAVES = {"plots", "report", "integrations"}
-LEAF_USERS = {"cli", "stages", "demo", "plots", "report"}
+LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}
+LEAF_USERS = {"sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}
+# A room of the recipe, or a file beside the rooms, may import those of a lower rank only.
+RECIPE_RANKS = {
+    "": 0, "files": 0, "rank": 0, "knobs": 1, "progress": 1, "config": 2, "knobs_page": 3, "data": 3, "model": 3,
+    "scores": 4, "doctor": 4, "training": 5, "evaluation": 6, "run": 7, "demo": 8, "cli": 9, "__main__": 10,
+}  # fmt: skip
 
 
 def walk_at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
@@ -115,12 +120,18 @@ def test_recipe_uses_public_names_of_the_kernels() -> None:
 
 def test_only_the_command_line_and_its_stages_import_leaves() -> None:
     for module in of("sftmix"):
-        if module.removeprefix("sftmix.").split(".")[0] in LEAF_USERS:
-            continue
-        leaves = {
-            name for name in modules_imported(module) if name.split(".")[1:2] and name.split(".")[1] in LEAVES
-        }
-        assert not leaves, f"{module} imports {leaves}"
+        if module not in LEAF_USERS:
+            assert not modules_imported(module) & LEAVES, module
+
+
+@pytest.mark.parametrize("module", of("sftmix"))
+def test_rooms_of_the_recipe_are_layered(module: str) -> None:
+    def room(name: str) -> str:
+        return name.removeprefix("sftmix").removeprefix(".").split(".")[0]
+
+    for other in modules_imported(module):
+        if other.split(".")[0] == "sftmix" and room(other) != room(module):
+            assert RECIPE_RANKS[room(other)] < RECIPE_RANKS[room(module)], f"{module} imports {other}"
 
 
 def test_there_are_no_import_cycles() -> None:
@@ -145,11 +156,15 @@ def test_model_comes_before_trainer_before_command_line() -> None:
                 todo.append(other)
         return seen
 
-    assert "sftmix_kernels" in reaches("sftmix.model")
-    assert "sftmix.model" in reaches("sftmix.trainer")
-    assert "sftmix.trainer" in reaches("sftmix.cli")
-    assert not reaches("sftmix.model") & {"sftmix.trainer", "sftmix.stages", "sftmix.cli"}
-    assert not reaches("sftmix.trainer") & {"sftmix.stages", "sftmix.cli"}
+    assert "sftmix_kernels" in reaches("sftmix.model.causal_lm")
+    assert "sftmix.model.causal_lm" in reaches("sftmix.training.trainer")
+    assert "sftmix.training.trainer" in reaches("sftmix.cli")
+    assert not reaches("sftmix.model.causal_lm") & {
+        "sftmix.training.trainer",
+        "sftmix.run.stages",
+        "sftmix.cli",
+    }
+    assert not reaches("sftmix.training.trainer") & {"sftmix.run.stages", "sftmix.cli"}
 
 
 @pytest.mark.parametrize("module", list(SOURCES))

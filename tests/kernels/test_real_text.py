@@ -26,7 +26,7 @@ def real_case(shared_data: Path) -> Case:
     """192 rows in float32, 80 pairs and 32 unpaired rows, with the most confident predictions in four answers."""
     pytest.importorskip("gguf")
     transformers = pytest.importorskip("transformers")
-    from sftmix.demo import find_smollm2
+    from sftmix.demo.job import find_smollm2
 
     try:
         folder, gguf_file = find_smollm2()

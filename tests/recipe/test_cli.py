@@ -78,16 +78,16 @@ def test_what_needs_no_torch_loads_none_and_writes_nothing(name: str, tmp_path: 
 
 def test_the_packages_watched_for_are_those_that_the_stages_load() -> None:
     """The list above can fail: what a stage imports is on it."""
-    done = python("-c", "import sys, sftmix.stages; print(*sys.modules)")
+    done = python("-c", "import sys, sftmix.run.stages; print(*sys.modules)")
     loaded = set(done.stdout.decode().split())
     assert {"torch", "transformers", "numpy", "pyarrow", "safetensors", "tqdm"} <= HEAVY & loaded
 
 
 def test_the_demo_speaks_before_torch_is_there() -> None:
     code = (
-        "import sys\nfrom sftmix import cli, demo\n"
+        "import sys\nfrom sftmix import cli\nfrom sftmix.demo import job\n"
         "def stop(*a, **k): sys.exit('torch' in sys.modules)\n"
-        "demo.run = stop\nsys.argv[1:] = ['demo']\ncli.main()"
+        "job.run = stop\nsys.argv[1:] = ['demo']\ncli.main()"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
@@ -139,7 +139,7 @@ def test_other_libraries_show_no_bars_off_a_terminal() -> None:
     code = (
         "from sftmix import cli\ncli._prepare_process()\n"
         "from tqdm.auto import tqdm\nfrom huggingface_hub.utils import tqdm as hub\n"
-        "import sftmix.session\nfrom transformers.utils.logging import tqdm as theirs\n"
+        "import sftmix.run.session\nfrom transformers.utils.logging import tqdm as theirs\n"
         "from datasets.utils import tqdm as data\n"
         "for bar in (tqdm, hub, theirs, data): list(bar(range(3)))"
     )

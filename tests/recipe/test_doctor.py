@@ -207,7 +207,9 @@ def test_flash_attn_counts_where_it_can_be_imported(
 def test_the_dtype_of_auto_is_told_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, in_hardware: bool, taken: str
 ) -> None:
-    monkeypatch.setattr("sftmix.dtype.product_support", lambda *args: ProductSupport(in_hardware, "asked"))
+    monkeypatch.setattr(
+        "sftmix.model.dtype.product_support", lambda *args: ProductSupport(in_hardware, "asked")
+    )
     assert doctor.dtype_finding() == Finding("model.dtype", f"auto takes {taken}: asked")
 
 

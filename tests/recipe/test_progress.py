@@ -18,14 +18,15 @@ import pytest
 
 from sftmix import progress
 from sftmix.progress import activity, bar, duration, say
-from tests.recipe.test_stages import FLAGS, material  # noqa: F401 - a fixture
+from tests.recipe.run.test_stages import FLAGS, material  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"ntp_loss": 2.5, "mixup_loss": 1.25, "num_tokens": 300, "seconds": 0.5}
 # The command line with stages that are watched closely: `every` is the parameter that this test shortens.
 PROGRAM = """
 import functools, sys
-from sftmix import cli, progress, stages
+from sftmix import cli, progress
+from sftmix.run import stages
 stages.bar = functools.partial(progress.bar, every=0.05)
 cli.main()
 """

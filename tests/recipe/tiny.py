@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sftmix.chat import TokenizedExample
 from sftmix.config import Config, load_config
-from sftmix.model import SFTMixModel, install_head, verify_head
-from sftmix.pairs import Split
+from sftmix.data.chat import TokenizedExample
+from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
+from sftmix.scores.halves import Split
 
 VOCAB = 61
 CHATML = (

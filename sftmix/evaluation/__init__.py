@@ -1,0 +1,1 @@
+"""Held-out figures, sample answers and pictures."""

@@ -1,0 +1,113 @@
+"""Held-out evaluation, scores for the training dynamics, and sample answers.
+
+Statistics come from ``token_stats`` inside the head's forward: no logits are stored. Sequences are batched by
+length, so the results do not depend on the batch size beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+
+from sftmix.data.chat import TokenizedExample, prompt_ids
+from sftmix.data.examples import Example
+from sftmix.model.causal_lm import SFTMixModel, evaluating
+from sftmix.scores.dynamics import accumulate
+from sftmix.training.batch import check_batch, collate_plain
+from sftmix_kernels import TokenStats
+
+OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
+
+
+def evaluate_model(
+    model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int = 8, pad_id: int = 0,
+    impl: str | None = None, progress: OnBatch | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """``nll`` (mean over all supervised tokens), ``perplexity``, ``token_accuracy`` and ``num_tokens``.
+
+    The model's mode is restored. Under FSDP every process must call it, with the same examples.
+    Raises ``ValueError`` for no examples.
+    """
+    sums = list(_sums(model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress))
+    num_tokens = sum(example.num_supervised for example in examples)
+    nll = math.fsum(nll_sum for _, nll_sum, _ in sums) / num_tokens
+    accuracy = sum(top1 for _, _, top1 in sums) / num_tokens
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    return {"nll": nll, "perplexity": perplexity, "token_accuracy": accuracy, "num_tokens": num_tokens}
+
+
+def score_examples(
+    model: SFTMixModel, examples: Sequence[TokenizedExample], *, checkpoint: int, step: int,
+    batch_size: int = 8, pad_id: int = 0, impl: str | None = None, progress: OnBatch | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row of the dynamics per example, in the order given, from the model as it is now."""
+    found = _sums(model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress)
+    by_id = {name: (nll_sum, top1) for name, nll_sum, top1 in found}
+    rows = []
+    for example in examples:
+        nll_sum, top1 = by_id[example.id]
+        rows.append(
+            {
+                "example": example.id, "checkpoint": checkpoint, "step": step, "nll_sum": nll_sum,
+                "num_tokens": example.num_supervised, "top1_share": top1 / example.num_supervised,
+                "source": "checkpoint",
+            }
+        )  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def _sums(
+    model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int, pad_id: int,
+    impl: str | None, progress: OnBatch | None,
+) -> Iterator[tuple[str, float, float]]:  # fmt: skip
+    """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length."""
+    if not examples:
+        raise ValueError("examples: expected at least one, got none")
+    ordered = sorted(examples, key=lambda example: (-len(example.input_ids), example.id))
+    with evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            batch = collate_plain(ordered[start : start + batch_size], pad_id=pad_id)
+            check_batch(batch, model.vocab_size)
+            batch = batch.to(model.device)
+            tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
+            stats = cast(TokenStats, model(*tensors, stats=True, impl=impl))
+            sums = accumulate(-stats.logprob, stats.is_top1, batch.example, len(batch.ids))
+            values = torch.stack([sums.nll_sum, sums.num_top1.double()]).tolist()
+            yield from zip(batch.ids, *values, strict=True)
+            if progress is not None:
+                progress(min(start + batch_size, len(ordered)), len(ordered))
+
+
+@torch.inference_mode()
+def sample_answers(
+    model: SFTMixModel, tokenizer: Any, examples: Sequence[Example], *, max_new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Greedy answers: ``{"id", "prompt", "answer", "expected"}`` each, the prompt being the last question.
+
+    The model is given the conversation up to its last assistant turn, in the tokenizer's chat template. Its
+    mode is restored. A model sharded by FSDP cannot generate: load its exported form.
+    """
+    answers = []
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with evaluating(model):
+        for example in examples:
+            ids = prompt_ids(example, tokenizer)
+            question, expected = _last_turns(example)
+            prompt = torch.tensor([ids], device=model.device)
+            output = model.base.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                max_new_tokens=max_new_tokens, pad_token_id=pad_id,
+            )  # fmt: skip
+            answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+            answers.append({"id": example.id, "prompt": question, "answer": answer, "expected": expected})
+    return answers
+
+
+def _last_turns(example: Example) -> tuple[str, str]:
+    """The last answer of a conversation, and the message before it: (question, answer)."""
+    at = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+    return example.messages[at - 1]["content"] if at else "", example.messages[at]["content"]

@@ -1,0 +1,137 @@
+"""FSDP2: one process per device, parameters sharded, the same numbers as one process.
+
+A unit is a set of modules gathered together: every decoder block is one, final norm and head are one, the
+rest (the embedding) is the root's. A head tied to the embedding stays in the root's unit with it, or the
+parameter would be gathered twice. No unit casts its inputs: under a bfloat16 policy FSDP would round lambda.
+Gradients are summed over processes, not averaged, because the loss is already divided by global counts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sftmix.model.causal_lm import cast_parameters
+from sftmix.model.lora import decoder_blocks, is_lora
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from sftmix.model.causal_lm import SFTMixModel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``mesh`` is None when it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU (``LOCAL_RANK``) where there is one, otherwise the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def join_world(device: torch.device) -> World:
+    """Join the process group that torchrun describes (``RANK``, ``WORLD_SIZE``); alone without it.
+
+    Uses gloo on a CPU and nccl on GPUs. Joining twice is joining once.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized():
+        if size == 1:
+            return World()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_world_size() == 1:
+        return World()
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), mesh=mesh)
+
+
+def leave_world() -> None:
+    """Leave the process group, at the end of a program that joined it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: SFTMixModel, world: World) -> SFTMixModel:
+    """Shard the model in place over ``world``; alone it is left as it is.
+
+    A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
+    float32; under LoRA the frozen base and the float32 adapters are gathered as they are.
+    """
+    if world.mesh is None:
+        return model
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return model
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if not is_lora(model) and model.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+        cast_parameters(model, torch.float32)
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": policy}
+    for block in decoder_blocks(model)[1]:
+        fully_shard(block, **options)
+    if not model.is_tied:
+        # The head's backward comes straight after its forward: gathering it once is enough.
+        fully_shard([*_after_blocks(model), model.head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
+    return model
+
+
+def _after_blocks(model: SFTMixModel) -> list[nn.Module]:
+    """The decoder's children with parameters that stand after its blocks: the final norm."""
+    name = decoder_blocks(model)[0]
+    parent = model.decoder.get_submodule(name.rpartition(".")[0])
+    children = dict(parent.named_children())
+    names = list(children)
+    after = names[names.index(name.rpartition(".")[2]) + 1 :]
+    return [children[key] for key in after if next(children[key].parameters(), None) is not None]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The unsharded value of a parameter or gradient; a collective call when it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(value: Tensor, *, like: Tensor) -> Tensor:
+    """A whole tensor, equal on every process, sharded as ``like`` is."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    # src_data_rank=None: every process takes its part of its own copy, nothing is sent.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def sum_over_world(values: Tensor, world: World) -> Tensor:
+    """Sum of a tensor over the processes, in place."""
+    if world.mesh is not None:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """One value of every process, on every process."""
+    if world.mesh is None:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,86 @@
+"""The table at the end of a run, from the run folder's files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sftmix.run.folder import RunFolder
+from sftmix.training.metrics import read_metrics
+
+LABELS = {"base": "base model", "ntp": "NTP", "sftmix": "SFTMix"}
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What ``sftmix evaluate`` wrote. Raises ``ValueError`` if it is missing or does not parse."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the results of `sftmix evaluate`, got {error}") from error
+    if not isinstance(results, dict) or not all(isinstance(v, dict) and "nll" in v for v in results.values()):
+        raise ValueError(f"{path}: expected figures by model, got {str(results)[:60]}")
+    return results
+
+
+def training_figures(folder: RunFolder, method: str) -> dict[str, Any]:
+    """Steps, supervised tokens, mixed tokens and seconds of a training run, from its metrics."""
+    path = folder.train(method) / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    records = read_metrics(path)
+    if not records:
+        return {}
+    return {
+        "steps": records[-1]["step"],
+        "tokens": sum(record["num_tokens"] for record in records),
+        "mixed": sum(record["num_mixed"] for record in records if record["mixup_loss"] is not None),
+        "seconds": sum(record["seconds"] for record in records),
+    }
+
+
+def results_table(folder: RunFolder) -> Table:
+    """One row per model: how it was trained and how it predicts the held-out answers.
+
+    tokens: supervised tokens trained on; mixed: pairs of tokens mixed; seconds: of training steps; NLL: nats per
+    token; accuracy: share of tokens that were the most likely one.
+    """
+    results = read_evaluation(folder.evaluation)
+    first = next(iter(results.values()))
+    table = Table(
+        title=f"Held-out answers: {first['num_examples']} examples, {first['num_tokens']} tokens",
+        title_justify="left",
+        show_edge=False,  # 80 columns, what a file or an old terminal has, hold it without cuts
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("steps", "tokens", "mixed", "seconds", "NLL", "perplexity", "accuracy"):
+        table.add_column(name, justify="right")
+    for label, figures in results.items():
+        cost = training_figures(folder, label)
+        spent = [f"{cost[key]:,.0f}" if cost else "–" for key in ("steps", "tokens", "mixed", "seconds")]
+        found = [f"{figures['nll']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['token_accuracy']:.2%}"]
+        table.add_row(LABELS.get(label, label), *spent, *found)
+    return table
+
+
+def samples_table(folder: RunFolder) -> Table | None:
+    """Sample answers of every model to the same prompts; None if there are none."""
+    results = read_evaluation(folder.evaluation)
+    if not any(figures.get("samples") for figures in results.values()):
+        return None
+    table = Table(title="Sample answers (greedy)", title_justify="left", show_lines=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("answer", overflow="fold")
+    first = next(iter(results.values()))["samples"]
+    for index, sample in enumerate(first):
+        question = sample["prompt"].strip().splitlines()
+        # The rendered prompt ends with the assistant's header; the question is the last line before it.
+        text = next((line for line in reversed(question) if line.strip() not in ("assistant", "")), "")
+        table.add_row("question", text, style="bold")
+        table.add_row("expected", sample["expected"])
+        for label, figures in results.items():
+            table.add_row(LABELS.get(label, label), figures["samples"][index]["answer"])
+    return table

@@ -1,0 +1,1 @@
+"""How well the reference predicts each example, and the two halves that follow from it."""

@@ -1,0 +1,1 @@
+"""From two halves of tokenised examples to steps, and the loop that takes them."""

@@ -1,0 +1,170 @@
+"""From pairs of tokenized examples to one batch and its row plan.
+
+The decoder sees all sequences of the batch at once, right-padded: the confident ones, their partners in
+the same order, then the unpaired ones. The head sees only ``hidden.flatten(0, 1)[rows]``: the row for
+token t of sequence b is ``b * T + t - 1``, the position that predicts it. Rows come in the order the loss
+asks for: the M mixed rows of the confident members, the M of their partners, then all other supervised
+rows. Prompt and padding positions have no row. The plan is made here, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sftmix.data.chat import TokenizedExample
+
+Lam = float | NDArray[np.floating]
+PairItem = tuple[TokenizedExample, TokenizedExample | None, Lam]
+
+
+@dataclass
+class Batch:
+    """One forward pass: B sequences of length T, N supervised rows, of which the first 2M are mixed."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64, 1 for tokens and 0 for padding
+    rows: Tensor  # [N] int64, indices into the B * T flattened positions
+    target: Tensor  # [N] int64, the token that each row predicts
+    lam: Tensor  # [M] float32, weight of the confident member
+    example: Tensor  # [N] int64, the sequence that each row belongs to
+    ids: list[str]  # [B] example ids
+
+    @property
+    def num_supervised(self) -> int:
+        """N, the number of supervised rows."""
+        return self.rows.numel()
+
+    @property
+    def num_mixed(self) -> int:
+        """M, the number of mixed positions."""
+        return self.lam.numel()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """A copy with every tensor on ``device``."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return Batch(**values)
+
+
+def count_mixed(confident: TokenizedExample, unconfident: TokenizedExample | None) -> int:
+    """The number of mixed positions of a pair: the shorter of the two responses, in supervised tokens."""
+    return 0 if unconfident is None else min(confident.num_supervised, unconfident.num_supervised)
+
+
+def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int) -> Batch:
+    """Batch pairs of (confident, unconfident or ``None``, lambda) with their row plan.
+
+    Supervised tokens of a pair are aligned from the first, in order (across turns), and cut to the shorter
+    of the two; what is left over trains unmixed. lambda is one number for the pair, or a 1-D array with one
+    for each of its ``count_mixed`` positions; it is not read for an example without a partner.
+    Raises ``ValueError`` for no pairs and for a lambda outside [0, 1] or of the wrong length.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one, got none")
+    whole = [(c, u, lam) for c, u, lam in pairs if u is not None]
+    alone = [c for c, u, _ in pairs if u is None]
+    sequences = [c for c, _, _ in whole] + [u for _, u, _ in whole] + alone
+    num_mixed = [count_mixed(c, u) for c, u, _ in whole]
+    lams = [_spread(lam, size, c.id) for (c, _, lam), size in zip(whole, num_mixed, strict=True)]
+
+    length = max(len(sequence.input_ids) for sequence in sequences)
+    plans = [_supervised_rows(sequence, b, length) for b, sequence in enumerate(sequences)]
+    cuts = [*num_mixed, *num_mixed, *([0] * len(alone))]
+    mixed = [plan[:cut] for plan, cut in zip(plans, cuts, strict=True)]
+    rest = [plan[cut:] for plan, cut in zip(plans, cuts, strict=True)]
+    rows = np.concatenate([*mixed, *rest])
+    lam = np.concatenate([np.empty(0, np.float32), *lams])
+    return _assemble(sequences, length, pad_id, rows, lam)
+
+
+def collate_plain(examples: Sequence[TokenizedExample], *, pad_id: int) -> Batch:
+    """Batch examples for plain next-token prediction: every supervised token is a row and M = 0."""
+    return collate_pairs([(example, None, 1.0) for example in examples], pad_id=pad_id)
+
+
+def blank_batch(pad_id: int) -> Batch:
+    """One short sequence without rows (N = 0): it keeps an idle process in the collective calls."""
+    blank = TokenizedExample(id="", input_ids=(pad_id, pad_id), supervised=(False, False))
+    return collate_plain([blank], pad_id=pad_id)
+
+
+def check_batch(batch: Batch, vocab_size: int) -> None:
+    """Check a row plan on the CPU before it costs a forward pass.
+
+    Raises ``ValueError`` for a token or target outside [0, ``vocab_size``), rows outside the batch or
+    repeated, an odd row plan (2M > N, lengths that differ), and a lambda outside [0, 1] or NaN.
+    """
+    for name in ("input_ids", "target"):
+        values = getattr(batch, name)
+        if values.numel() and not (0 <= int(values.min()) and int(values.max()) < vocab_size):
+            low, high = int(values.min()), int(values.max())
+            raise ValueError(f"{name}: expected values in [0, V={vocab_size}), got {low} to {high}")
+    num_rows, positions = batch.rows.numel(), batch.input_ids.numel()
+    for name in ("target", "example"):
+        if getattr(batch, name).numel() != num_rows:
+            raise ValueError(f"{name}: expected [N={num_rows}], got [{getattr(batch, name).numel()}]")
+    if 2 * batch.num_mixed > num_rows:
+        raise ValueError(f"lam: expected at most N // 2 = {num_rows // 2} pairs, got {batch.num_mixed}")
+    if num_rows:
+        if not (0 <= int(batch.rows.min()) and int(batch.rows.max()) < positions):
+            raise ValueError(
+                f"rows: expected values in [0, B*T={positions}), got {int(batch.rows.min())} "
+                f"to {int(batch.rows.max())}"
+            )
+        if batch.rows.unique().numel() != num_rows:
+            raise ValueError("rows: expected every position at most once, got one that is repeated")
+    if not bool(((batch.lam >= 0) & (batch.lam <= 1)).all()):
+        raise ValueError(f"lam: expected values in [0, 1], got {batch.lam.tolist()}")
+
+
+def _supervised_rows(sequence: TokenizedExample, b: int, length: int) -> NDArray[np.int64]:
+    """The rows of a sequence's supervised tokens, in order."""
+    tokens = np.flatnonzero(np.asarray(sequence.supervised, dtype=bool))
+    if tokens.size and tokens[0] == 0:
+        raise ValueError(f"supervised: expected the first token of {sequence.id} unsupervised, got True")
+    return b * length + tokens - 1
+
+
+def _spread(lam: Lam, size: int, name: str) -> NDArray[np.float32]:
+    """A pair's lambda as float32 [size]."""
+    values = np.asarray(lam, dtype=np.float32)
+    if values.ndim == 0:
+        values = np.full(size, values, dtype=np.float32)
+    if values.shape != (size,):
+        raise ValueError(
+            f"lam: expected one number or [{size}] for the pair of {name}, got {list(values.shape)}"
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"lam: expected values in [0, 1] for the pair of {name}, got {lam}")
+    return values
+
+
+def _assemble(
+    sequences: Sequence[TokenizedExample],
+    length: int,
+    pad_id: int,
+    rows: NDArray[np.int64],
+    lam: NDArray[np.float32],
+) -> Batch:
+    input_ids = np.full((len(sequences), length), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(sequences), length), dtype=np.int64)
+    for b, sequence in enumerate(sequences):
+        input_ids[b, : len(sequence.input_ids)] = sequence.input_ids
+        attention_mask[b, : len(sequence.input_ids)] = 1
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        rows=torch.from_numpy(rows),
+        target=torch.from_numpy(input_ids.reshape(-1)[rows + 1]),
+        lam=torch.from_numpy(lam),
+        example=torch.from_numpy(rows // length),
+        ids=[sequence.id for sequence in sequences],
+    )

@@ -1,0 +1,97 @@
+"""What an optimizer step leaves: sums on the device, read by the host once, and a line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sftmix.files import replacing
+from sftmix.training.plan import Step, chunk_ids
+from sftmix_kernels import SFTMixLoss
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The records of a metrics file, in order; a last line cut short by a crash is left out.
+
+    Raises ``ValueError`` naming the line for any other line that is not a JSON object with a step.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}: expected JSON in line {number}, got {line.strip()[:60]!r}") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}: expected a step in line {number}, got {line.strip()[:60]!r}")
+        records.append(record)
+    return records
+
+
+class MetricsWriter:
+    """Appends records; opening drops those after ``step``, which a resumed run is about to repeat."""
+
+    def __init__(self, path: str | Path, *, step: int = 0) -> None:
+        self.path = Path(path)
+        kept = [r for r in read_metrics(path) if r["step"] <= step] if step and self.path.exists() else []
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class StepResults:
+    """What a step's chunks leave on the device, read by the host once."""
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self.plan = step
+        self.losses = torch.zeros(len(step.chunks), device=device)  # by chunk, so that a bad one can be named
+        self.parts = torch.zeros(3, dtype=torch.float64, device=device)  # sums of nll, mixup nll, top-1
+
+    def add(self, index: int, loss: SFTMixLoss) -> None:
+        self.losses[index] = loss.loss.detach()
+        parts = [loss.nll.sum(), loss.mixup_nll.sum(), loss.is_top1.sum()]
+        self.parts += torch.stack([part.double() for part in parts])
+
+    def sums(self) -> Tensor:
+        """Losses by chunk, then the three sums, float64."""
+        return torch.cat([self.losses.double(), self.parts])
+
+    def check(self, step: int, values: list[float]) -> None:
+        """Raise ``ValueError`` naming the step and the examples of a loss or gradient that is not finite."""
+        *losses, _nll, _mixup, _top1, grad_norm = values
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad and math.isfinite(grad_norm):
+            return
+        what = "loss" if bad else "gradient norm"
+        ids = [name for i in bad for name in chunk_ids(self.plan.chunks[i])] or self.plan.ids()
+        raise ValueError(
+            f"{what}: expected a finite number at step {step}, got {losses[bad[0]] if bad else grad_norm}; "
+            f"examples: {', '.join(ids)}; the checkpoints before it are kept"
+        )
+
+    def record(self, values: list[float], mixup_weight: float) -> Record:
+        *losses, nll, mixup, top1, grad_norm = values
+        step = self.plan
+        has_mixup = mixup_weight != 0 and step.num_mixed > 0
+        return {
+            "loss": math.fsum(losses), "ntp_loss": nll / step.num_supervised,
+            "mixup_loss": mixup / step.num_mixed if has_mixup else None, "grad_norm": grad_norm,
+            "num_tokens": step.num_supervised, "num_mixed": step.num_mixed,
+            "token_accuracy": top1 / step.num_supervised,
+        }  # fmt: skip

@@ -1,0 +1,257 @@
+"""The training loop: one for the reference run, the next-token baseline and SFTMix.
+
+The three differ in their plan (pairs or single examples) and in ``mixup_weight`` alone. Every micro-batch of
+a step gets the step's global token counts as denominators, so its loss is a share of the step's loss: summing
+over micro-batches and processes gives what one large batch would. The host reads results once a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sftmix.config import Config
+from sftmix.data.chat import TokenizedExample
+from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.lora import is_lora
+from sftmix.model.parallel import gather_objects, join_world, shard, sum_over_world
+from sftmix.rank import is_main
+from sftmix.scores.halves import Split
+from sftmix.scores.online import OnlineDynamics, Row
+from sftmix.training import checkpoint
+from sftmix.training.batch import Batch, blank_batch, check_batch
+from sftmix.training.metrics import MetricsWriter, Record, StepResults
+from sftmix.training.optim import (
+    TrainableWeights,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
+from sftmix.training.pairs import epoch_order, epoch_pairs
+from sftmix.training.plan import Step, collate_chunk, digest, plain_entries, plan_steps
+from sftmix_kernels import SFTMixLoss
+
+Progress = Callable[[int, int, Record], None]  # (step, total, record)
+OnPoint = Callable[[int, int], None]  # (index of the scoring point, step)
+
+
+def train_pairs(
+    config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], split: Split, *,
+    folder: str | Path, pad_id: int = 0, progress: Progress | None = None,
+) -> Trainer:  # fmt: skip
+    """Train on pairs of confident and unconfident examples, ``config.train.method`` being sftmix or ntp.
+
+    Both draw the same batches; they differ in the weight of the Mixup term, which is 0 for ntp. Resumes from
+    ``folder/checkpoints`` when a checkpoint is there. Raises ``ValueError`` for a checkpoint of another run
+    and for a loss that is not finite.
+    """
+
+    def plan(epoch: int) -> list[Step]:
+        entries = epoch_pairs(split, seed=config.seed, epoch=epoch, alpha=config.mixup.alpha)
+        return plan_steps(entries, examples, epoch=epoch, **_sizes(config))
+
+    weight = config.mixup.weight if config.train.method == "sftmix" else 0.0
+    trainer = Trainer(
+        config, model, examples, Path(folder), plan=plan, epochs=config.train.epochs, mixup_weight=weight,
+        pad_id=pad_id, progress=progress,
+    )  # fmt: skip
+    trainer.run()
+    return trainer
+
+
+def train_plain(
+    config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], *,
+    folder: str | Path, pad_id: int = 0, on_point: OnPoint | None = None, progress: Progress | None = None,
+) -> list[Row]:  # fmt: skip
+    """The reference run: next-token prediction on single examples for ``config.reference.epochs`` epochs.
+
+    ``on_point(index, step)`` is called at ``reference.checkpoints_per_epoch`` evenly spaced steps of each
+    epoch, on every process; a resumed run calls it again for the points of the epoch it repeats. Returns the
+    online dynamics: one row per example and epoch, taken while training, as ``write_dynamics`` wants them.
+    """
+
+    def plan(epoch: int) -> list[Step]:
+        entries = plain_entries(epoch_order(list(examples), seed=config.seed, epoch=epoch))
+        return plan_steps(entries, examples, epoch=epoch, **_sizes(config))
+
+    trainer = Trainer(
+        config, model, examples, Path(folder), plan=plan, epochs=config.reference.epochs, mixup_weight=0.0,
+        pad_id=pad_id, progress=progress, on_point=on_point,
+        points_per_epoch=config.reference.checkpoints_per_epoch, online=True,
+    )  # fmt: skip
+    trainer.run()
+    return trainer.online.rows
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    return {"batch_size": config.train.batch_size, "micro_batch_size": config.train.micro_batch_size}
+
+
+def point_steps(steps: int, points: int) -> list[int]:
+    """The steps of an epoch (from 1) after which an evenly spaced scoring point comes, the last one included.
+
+    Raises ``ValueError`` for more points than steps.
+    """
+    if points > steps:
+        raise ValueError(
+            f"reference.checkpoints_per_epoch: expected at most the epoch's {steps} steps, got {points}"
+        )
+    return [math.ceil(steps * (index + 1) / points) for index in range(points)]
+
+
+class Trainer:
+    """Runs a plan from its start, or from the newest checkpoint in ``folder``, to its end.
+
+    ``plan(epoch)`` gives an epoch's steps, as many in every epoch. Under torchrun it joins the process group
+    and shards the model; files and ``progress`` are the first process's. ``step`` counts the optimizer steps
+    done, ``total`` those of the run, and ``first_step`` is where this process began.
+    """
+
+    def __init__(
+        self, config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], folder: Path, *,
+        plan: Callable[[int], list[Step]], epochs: int, mixup_weight: float, pad_id: int = 0,
+        progress: Progress | None = None, on_point: OnPoint | None = None, points_per_epoch: int = 1,
+        online: bool = False,
+    ) -> None:  # fmt: skip
+        self.config, self.examples, self.folder, self.plan = config, examples, folder, plan
+        self.mixup_weight, self.pad_id = mixup_weight, pad_id
+        self.progress, self.on_point = progress, on_point
+        if is_lora(model) != (config.train.tuning == "lora"):
+            kind = "adapters" if config.train.tuning == "lora" else "no adapters"
+            raise ValueError(f"model: expected {kind} with train.tuning={config.train.tuning}")
+        first = plan(0)
+        self.steps_per_epoch = len(first)
+        self.points = point_steps(len(first), points_per_epoch)
+        self.total = min(len(first) * epochs, config.train.max_steps or len(first) * epochs)
+        self.step = self.first_step = 0
+        self.world = join_world(model.device)
+        if config.train.gradient_checkpointing:
+            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.fingerprint = {"fingerprint": checkpoint.fingerprint(model), "run": self._run_fingerprint(first)}
+        self.model = shard(model, self.world)
+        self.weights = TrainableWeights(self.model)
+        self.optimizer = build_optimizer(self.weights, config.optim)
+        self.online = OnlineDynamics(examples, enabled=online)
+
+    def run(self) -> None:
+        """Train to the end. Raises ``ValueError`` for a loss that is not finite; checkpoints stay."""
+        self._resume()
+        self.model.train()
+        path = self.folder / "metrics.jsonl"
+        writer = MetricsWriter(path, step=self.step) if is_main() else None
+        try:
+            while self.step < self.total:
+                self._run_epoch(self.step // self.steps_per_epoch, writer)
+        finally:
+            self.model.eval()
+            self.weights.release()
+            if writer is not None:
+                writer.close()
+
+    def _run_epoch(self, epoch: int, writer: MetricsWriter | None) -> None:
+        steps = self.plan(epoch)
+        assert len(steps) == self.steps_per_epoch, "every epoch has as many steps"
+        for step in steps[self.step - epoch * self.steps_per_epoch :]:
+            record = self._train_step(step)
+            due = self.step % self.config.train.log_every == 0 or self.step == self.total
+            if writer is not None and due:
+                writer.write(record)
+            if self.progress is not None and is_main():
+                self.progress(self.step, self.total, record)
+            if self.on_point is not None and step.index + 1 in self.points:
+                self.model.eval()
+                self.on_point(epoch * len(self.points) + self.points.index(step.index + 1), self.step)
+                self.model.train()
+            if self.step == self.total:
+                break
+        self.online.close_epoch(epoch, self.step, self.world)
+        self._save()
+
+    def _train_step(self, step: Step) -> Record:
+        """One optimizer step; its record. Everything is queued before the one read of the results."""
+        started = time.perf_counter()
+        lr = learning_rate(self.config.optim, self.step, self.total)
+        set_learning_rate(self.optimizer, lr)
+        results = StepResults(step, self.model.device)
+        for start in range(0, len(step.chunks), self.world.size):
+            self._train_chunk(step, start + self.world.rank, results)
+        grad_norm = clip_gradients(self.weights, self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        self.weights.zero_grad()
+        self.weights.copy_to_model()
+        self.step += 1
+        sums = sum_over_world(results.sums(), self.world)
+        values = torch.cat([sums, grad_norm.detach().to(sums).view(1)]).tolist()
+        results.check(self.step, values)
+        # The epoch as it is after the step: 1.0 when every example was seen once.
+        record = {"step": self.step, "epoch": step.epoch + (step.index + 1) / self.steps_per_epoch, "lr": lr}
+        return {**record, **results.record(values, self.mixup_weight), **_cost(step, started, self.model)}
+
+    def _train_chunk(self, step: Step, index: int, results: StepResults) -> None:
+        """Forward and backward of one chunk; a process with none left takes part with a blank one."""
+        if index < len(step.chunks):
+            batch = collate_chunk(
+                step.chunks[index], step, self.examples,
+                mixup=self.config.mixup, seed=self.config.seed, pad_id=self.pad_id,
+            )  # fmt: skip
+            check_batch(batch, self.model.vocab_size)
+        else:
+            batch = blank_batch(self.pad_id)
+        ids = batch.ids
+        batch = batch.to(self.model.device, non_blocking=True)
+        loss = self._loss(batch, step)
+        loss.loss.backward()
+        if index < len(step.chunks):
+            results.add(index, loss)
+            self.online.add(loss.nll, loss.is_top1, batch.example, ids)
+
+    def _loss(self, batch: Batch, step: Step) -> SFTMixLoss:
+        options: dict[str, Any] = {"mixup_weight": self.mixup_weight, "impl": self.config.train.impl}
+        # Python ints: FSDP must not round them, and 0 mixed positions leave nothing to divide.
+        options["ntp_denominator"] = step.num_supervised
+        options["mixup_denominator"] = max(1, step.num_mixed)
+        tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target, batch.lam)
+        return cast(SFTMixLoss, self.model(*tensors, **options))
+
+    def _run_fingerprint(self, first: list[Step]) -> dict[str, Any]:
+        """The settings that a resumed run must share."""
+        config = self.config
+        lora = dataclasses.asdict(config.lora) if config.train.tuning == "lora" else None
+        settings: dict[str, Any] = {
+            "seed": config.seed, "steps": self.total, "train.batch_size": config.train.batch_size,
+            "train.tuning": config.train.tuning, "lora": lora, "mixup weight": self.mixup_weight,
+            "mixup.lam": config.mixup.lam, "examples and pairs of the first epoch": digest(first),
+        }  # fmt: skip
+        return {**settings, **{f"optim.{k}": v for k, v in dataclasses.asdict(config.optim).items()}}
+
+    def _save(self) -> None:
+        checkpoint.save_checkpoint(
+            self.folder / "checkpoints", self.weights, self.optimizer,
+            meta={"step": self.step, **self.fingerprint},
+            rng=gather_objects(checkpoint.random_state(), self.world), extra={"online": self.online.rows},
+        )  # fmt: skip
+
+    def _resume(self) -> None:
+        found = checkpoint.complete_checkpoints(self.folder / "checkpoints")
+        if not found:
+            return
+        state = checkpoint.load_checkpoint(found[-1], self.weights, self.optimizer, self.fingerprint)
+        self.step = self.first_step = int(state["step"])
+        self.online.rows = state["extra"]["online"]
+        if len(state["rng"]) == self.world.size:  # with another number of processes dropout differs anyway
+            checkpoint.set_random_state(state["rng"][self.world.rank])
+
+
+def _cost(step: Step, started: float, model: SFTMixModel) -> Record:
+    seconds = time.perf_counter() - started
+    cost: Record = {"seconds": seconds, "tokens_per_second": step.num_supervised / seconds}
+    if model.device.type == "cuda":
+        cost["peak_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
+    return cost

@@ -1,0 +1,98 @@
+"""What test_parallel runs under torchrun: every scenario on two gloo processes, results written by rank 0."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import sftmix_kernels.head as head_module
+from sftmix.config import LoraConfig
+from sftmix.evaluation.figures import evaluate_model
+from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.export import merge_and_export
+from sftmix.model.lora import apply_lora
+from sftmix.model.parallel import join_world, shard
+from sftmix.training.checkpoint import save_trainable
+from sftmix.training.plan import Examples
+from sftmix.training.trainer import Trainer, train_pairs, train_plain
+from tests.recipe import tiny
+
+KINDS = ("llama", "qwen3")  # untied, tied
+METHODS = ("ntp", "sftmix")
+DTYPES = ("float32", "bfloat16")
+# 22 examples: steps of 8, 8 and 6 sequences; micro-batches of 2 leave a process idle in the last round.
+NUM_EXAMPLES = 22
+FLAGS = ("train.micro_batch_size=2", "optim.eps=1e-5", "train.max_steps=4")
+
+
+def examples() -> Examples:
+    return tiny.examples(NUM_EXAMPLES)
+
+
+def train(
+    kind: str, method: str, dtype: str, folder: Path, *flags: str, progress: Any = None
+) -> tuple[SFTMixModel, Trainer]:
+    """A few steps of pairs; the same call in one process and in two."""
+    config = tiny.config(*FLAGS, f"train.method={method}", *flags)
+    model = tiny.model(kind, dtype=getattr(torch, dtype))
+    if config.train.tuning == "lora":
+        apply_lora(model, LoraConfig(rank=4))
+    found = examples()
+    halves = tiny.halves(dict(found))
+    trainer = train_pairs(config, model, found, halves, folder=folder, progress=progress)
+    return model, trainer
+
+
+def arrivals(model: SFTMixModel) -> dict[str, Any]:
+    """What the loss receives when the head is called under the bfloat16 policy, and the loss it gives."""
+    seen: dict[str, Any] = {}
+    inner = head_module.sftmix_loss
+
+    def record(hidden: Any, weight: Any, target: Any, lam: Any, **options: Any) -> Any:
+        seen.update(options, lam=lam.clone(), hidden_dtype=hidden.dtype, weight_dtype=weight.dtype)
+        return inner(hidden, weight, target, lam, **options)
+
+    head_module.sftmix_loss = record  # type: ignore[assignment]
+    ids = torch.arange(8, 20).view(1, -1)
+    rows, lam = torch.arange(11), torch.tensor([0.123456789, 1 / 3, 2 / 3, 0.987654321])
+    counts: dict[str, Any] = {"ntp_denominator": 3001, "mixup_denominator": 1001}
+    result = model(ids, torch.ones_like(ids), rows, ids[0, 1:], lam, mixup_weight=0.2, **counts)
+    head_module.sftmix_loss = inner
+    expected = result.nll.double().sum() / 3001 + 0.2 * result.mixup_nll.double().sum() / 1001
+    return {**seen, "sent_lam": lam, "loss": result.loss.item(), "expected": expected.item()}
+
+
+def main(out: Path) -> None:
+    results: dict[str, Any] = {}
+    for kind in KINDS:
+        for dtype in DTYPES:
+            for method in METHODS:
+                name = f"{kind}-{method}-{dtype}"
+                model, _ = train(kind, method, dtype, out / name)
+                save_trainable(model, out / name / "weights")
+    results["evaluation"] = evaluate_model(model, list(examples().values()))
+    merge_and_export(model, tiny.tokenizer(), out / "export")
+    model, trainer = train("llama", "sftmix", "float32", out / "resumed")  # one process did its first epoch
+    save_trainable(model, out / "resumed" / "weights")
+    results["steps after resuming"] = trainer.step - trainer.first_step
+    for dtype in DTYPES:
+        model, _ = train("llama", "sftmix", dtype, out / f"lora-{dtype}", "train.tuning=lora")
+        save_trainable(model, out / f"lora-{dtype}" / "weights")
+        merge_and_export(model, tiny.tokenizer(), out / f"lora-{dtype}" / "export")
+    config = tiny.config("train.micro_batch_size=2", "reference.epochs=1")
+    results["online"] = train_plain(config, tiny.model("llama"), examples(), folder=out / "plain")
+    world = join_world(torch.device("cpu"))
+    sharded = shard(tiny.model("llama", dtype=torch.bfloat16), world)
+    results["arrivals"] = arrivals(sharded)
+    results["world"] = world.size
+    if dist.get_rank() == 0:
+        torch.save(results, out / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
