@@ -42,20 +42,65 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the examples come from."""
+    """Where the examples come from, and how they become tokens."""
 
-    train: str = knob("training examples: JSON, JSONL (also .gz, .xz), Parquet, or a datasets id")
+    train: str = knob(
+        "training examples: a file, folder, glob, several of them with commas, or a datasets id"
+    )
+    split: str = knob("split to read when train is a datasets id or a saved DatasetDict", "train")
+    configuration: str | None = knob("configuration to read when train is a datasets id", None)
     heldout: str | None = knob("held-out examples, same forms; null: a part of the training examples", None)
+    heldout_split: str | None = knob(
+        "split of heldout; null: a split of train's name is refused for the same id", None
+    )
+    heldout_configuration: str | None = knob("configuration of heldout when it is a datasets id", None)
     heldout_fraction: float = knob(
         "share of the training examples held out (by a hash of the id) when heldout is null; 0: none",
         0.05,
         at_least=0,
         below=1,
     )
-    max_length: int = knob("longest sequence, in tokens; longer ones are cut on the right", 2048, at_least=2)
+    allow_overlap: bool = knob("go on although held-out examples are among the training examples", False)
     limit: int | None = knob("use only the first so many examples", None, at_least=1)
+    streaming: bool = knob("read a datasets id as a stream, so that limit saves the download", False)
+    form: str | None = knob(
+        "form of the rows where their columns allow several; `sftmix data --help` lists them", None
+    )
+    columns: str | None = knob("other names of columns, e.g. question=query,answer=reply", None)
+    supervise: str = knob(
+        "turns that bear loss: all the assistant's (of a prompt-completion row the completion's), the last, the "
+        "completion's, or those that the row marks",
+        "all",
+        choices=("all", "last", "completion", "marked"),
+    )
+    bad_rows: str = knob(
+        "rows that cannot be used: refuse them all, or drop them, counted",
+        "refuse",
+        choices=("refuse", "drop"),
+    )
+    max_length: int | None = knob(
+        "longest sequence, in tokens; null: the model's positions, at most 2048", None, at_least=2
+    )
+    too_long: str = knob(
+        "longer examples: drop them, cut them on the right (the answer loses its end), cut_prompt: from the left of the "
+        "prompt, or refuse; all are counted",
+        "cut",
+        choices=("drop", "cut", "cut_prompt", "refuse"),
+    )
     chat_template: str | None = knob("path of a Jinja chat template that overrides the tokenizer's", None)
-    split: str = knob("split to read when train is a datasets id", "train")
+    template_arguments: str | None = knob("arguments of the chat template, a JSON object", None)
+    date: str | None = knob(
+        "date that a chat template prints, YYYY-MM-DD; null: the day the run was begun", None
+    )
+    end_token: str | None = knob("token put after answers that the chat template leaves without an end", None)
+    special_tokens: str = knob(
+        "a special token's string in the examples' text: text keeps it text, token lets it become the token",
+        "text",
+        choices=("text", "token"),
+    )
+    num_workers: int | None = knob(
+        "processes that tokenise; null: one per core where it pays", None, at_least=1
+    )
 
 
 @dataclass(frozen=True)
