@@ -82,8 +82,8 @@ class DataConfig:
         "longest sequence, in tokens; null: the model's positions, at most 2048", None, at_least=2
     )
     too_long: str = knob(
-        "longer examples: drop, cut on the right (the answer loses its end), cut_prompt: cut the prompt on its left, or "
-        "refuse; all are counted",
+        "longer examples: drop, cut on the right (the answer loses its end), cut the prompt on its left (cut_prompt), "
+        "or refuse; all are counted",
         "cut",
         choices=("drop", "cut", "cut_prompt", "refuse"),
     )
