@@ -89,6 +89,11 @@ class DataConfig:
     )
     chat_template: str | None = knob("path of a Jinja chat template that overrides the tokenizer's", None)
     template_arguments: str | None = knob("arguments of the chat template, a JSON object", None)
+    template_drops: str = knob(
+        "text that the chat template leaves out (say, reasoning of earlier turns): refuse the row, or use it, counted",
+        "refuse",
+        choices=("refuse", "allow"),
+    )
     date: str | None = knob(
         "date that a chat template prints, YYYY-MM-DD; null: the day the run was begun", None
     )

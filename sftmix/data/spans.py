@@ -1,0 +1,373 @@
+"""Which characters of a rendered conversation are an answer, and the token that ends it.
+
+An answer begins where a model begins when it is asked for one: after what ``add_generation_prompt`` puts there. It
+ends with the token at which generation stops. Where a template has ``{% generation %}`` tags they say where an answer
+is, and the same is demanded of them: its texts inside, nobody else's, and the end token.
+
+The end token is one at which generation stops today (the tokenizer's, or the generation settings'), or the one that
+the template puts after the last answer of a conversation, which the export then adds to the generation settings. Where
+a template closes earlier answers with another token (gpt-oss), the last one's is what is trained there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sftmix.data.pieces import TOOLS, Piece, Placed, pieces_of, place
+from sftmix.data.rows import Message, RowError
+from sftmix.data.template import ChatTemplate, Span
+
+_SHAPES = 512  # shapes of conversations that are remembered
+_ARGUMENTS = ("as given", "as JSON text")
+_EMPTY = ("", None, "absent")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An assistant turn in the rendered text: characters [start, stop), its end token included.
+
+    ``end`` is the end token, None for an answer that the template leaves open; ``target`` the token that is trained in
+    its place, None where that is ``end`` itself. ``notes`` are for the account.
+    """
+
+    message: int
+    start: int
+    stop: int
+    end: str | None
+    target: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text with its answers, and the kinds of text that the template leaves out."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    pieces: tuple[Span, ...]  # where the conversation's own texts stand
+    lost: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    variant: tuple[str, Any, bool]
+    literals: tuple[str, ...]
+    answers: tuple[tuple[Answer, int, int], ...]  # with the indices of an answer's first and last piece
+    placed: Placed
+
+
+class Renderer:
+    """Renders conversations with one template; remembers the shapes it has met."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
+        self._closers: dict[bool, str | None] = {}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Rendered:
+        """A conversation's text and answers.
+
+        Raises ``RowError`` where the template refuses it, alters a text, or marks as generated what is not.
+        """
+        arguments = arguments or {}
+        key = _shape_of(messages, tools, arguments)
+        shape = self._shapes.get(key)
+        if shape is not None:
+            found = self._by_shape(shape, messages, tools, arguments)
+            if found is not None:
+                return found
+        variant, placed = self._best(messages, tools, arguments)
+        told = _variant(messages, *variant)
+        answers = list(self._answers(told, tools, arguments, placed))
+        self._remember(key, variant, placed, answers)
+        lost = tuple(piece for piece, span in zip(placed.pieces, placed.spans, strict=True) if span is None)
+        spans = tuple(span for span in placed.spans if span is not None)
+        return Rendered(placed.text, tuple(answer for answer, _, _ in answers), spans, lost)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]) -> str:
+        """The text of a conversation with the beginning of the next answer."""
+        variant, _ = self._best(messages, tools, arguments)
+        return self.template.render(
+            _variant(messages, *variant), tools=tools, arguments=arguments, prompt=True
+        )
+
+    # --- variants: how a template wants to be told the same thing ---
+
+    def _best(
+        self, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]
+    ) -> tuple[tuple[str, Any, bool], Placed]:
+        """The first way of telling the template that loses nothing; else the one that loses least."""
+        best: tuple[int, tuple[str, Any, bool], Placed] | None = None
+        refusal: RowError | None = None
+        for variant in _variants(messages):
+            try:
+                placed = place(self.template, _variant(messages, *variant), tools, arguments)
+            except RowError as error:
+                refusal = refusal or error
+                continue
+            lost = sum(span is None for span in placed.spans)
+            if best is None or lost < best[0]:
+                best = (lost, variant, placed)
+            if not lost:
+                break
+        if best is None:
+            raise refusal or RowError("refused by the chat template", "expected a conversation, got none")
+        return best[1], best[2]
+
+    # --- shapes ---
+
+    def _by_shape(
+        self, shape: _Shape, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]
+    ) -> Rendered | None:
+        """The same by comparing literals; None where they differ."""
+        told = _variant(messages, *shape.variant)
+        pieces = pieces_of(told, tools)
+        if len(pieces) != len(shape.literals) - 1:
+            return None
+        text = self.template.render(told, tools=tools, arguments=arguments)
+        at, spans = len(shape.literals[0]), []
+        if not text.startswith(shape.literals[0]):
+            return None
+        for piece, literal in zip(pieces, shape.literals[1:], strict=True):
+            stop = at + len(piece.text)
+            if not (text.startswith(piece.text, at) and text.startswith(literal, stop)):
+                return None
+            spans.append((at, stop))
+            at = stop + len(literal)
+        if at != len(text):
+            return None
+        old = shape.placed.spans
+        answers = tuple(
+            replace(
+                answer,
+                start=spans[first][0] + answer.start - old[first][0],  # type: ignore[index]
+                stop=spans[last][1] + answer.stop - old[last][1],  # type: ignore[index]
+            )
+            for answer, first, last in shape.answers
+        )
+        return Rendered(text, answers, tuple(spans), ())
+
+    def _remember(
+        self, key: Any, variant: tuple[str, Any, bool], placed: Placed, answers: list[tuple[Answer, int, int]]
+    ) -> None:
+        literals, at = [], 0
+        for span in placed.spans:
+            if span is None or span[0] < at:  # left out, or in another order
+                return
+            literals.append(placed.text[at : span[0]])
+            at = span[1]
+        literals.append(placed.text[at:])
+        self._shapes[key] = _Shape(variant, tuple(literals), tuple(answers), placed)
+        if len(self._shapes) > _SHAPES:
+            self._shapes.popitem(last=False)
+
+    # --- answers ---
+
+    def _answers(
+        self, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any], placed: Placed
+    ) -> Iterator[tuple[Answer, int, int]]:
+        """The answers whose texts are in the rendered text, in order, with their first and last piece."""
+        tags = None
+        if self.template.has_tags(tools):
+            tags = self.template.tagged_spans(messages, tools=tools, arguments=arguments)
+            _check_tags(tags, messages, placed)
+        by_message: dict[int, list[int]] = {}
+        for i, (piece, span) in enumerate(zip(placed.pieces, placed.spans, strict=True)):
+            if span is not None:
+                by_message.setdefault(piece.message, []).append(i)
+        starts = sorted(span[0] for span in placed.spans if span is not None)
+        stops = sorted(span[1] for span in placed.spans if span is not None)
+        for message, found in by_message.items():
+            if message == TOOLS or messages[message]["role"] != "assistant":
+                continue
+            first = min(found, key=lambda i: placed.spans[i][0])  # type: ignore[index]
+            last = max(found, key=lambda i: placed.spans[i][1])  # type: ignore[index]
+            begin, finish = placed.spans[first][0], placed.spans[last][1]  # type: ignore[index]
+            before = max((stop for stop in stops if stop <= begin), default=0)
+            after = min((start for start in starts if start >= finish), default=len(placed.text))
+            calls = bool(messages[message].get("tool_calls"))
+            answer = self._answer(placed.text, message, (before, begin), (finish, after), calls)
+            if tags is not None:
+                answer = _by_tags(answer, tags, (begin, finish), placed.text)
+            yield answer, first, last
+
+    def _answer(self, text: str, message: int, before: Span, after: Span, calls: bool) -> Answer:
+        """One answer whose texts stand at [before[1], after[0]); nobody else's are in ``before`` and ``after``."""
+        start, notes = self._begin(text, before)
+        own = text[start : before[1]].strip()
+        if own:
+            notes.append(f"the chat template's own {own!r} at the start of an answer bears loss")
+        stop, end, target = self._end(text, after, calls)
+        if target is not None:
+            notes.append(f"an earlier answer is closed by {end}; what is trained there is {target}")
+        return Answer(message, start, stop, end, target, tuple(notes))
+
+    def _begin(self, text: str, before: Span) -> tuple[int, list[str]]:
+        """Where a model that is asked for this answer begins."""
+        segments = self.template.prompt_segments
+        gap = text[before[0] : before[1]]
+        for size in range(len(segments), 0, -1):
+            header = "".join(segments[:size])
+            if not header.strip():
+                break
+            at = gap.rfind(header)
+            if at < 0:
+                continue
+            rest = "".join(segments[size:])
+            notes = []
+            if rest.strip():
+                notes.append(f"generation begins with {rest!r}, which the rendered answer does not have")
+            return before[0] + at + len(header), notes
+        return before[1], []
+
+    def _end(self, text: str, after: Span, calls: bool) -> tuple[int, str | None, str | None]:
+        """Where an answer stops, its end token, and the token trained in that one's place."""
+        gap = text[after[0] : after[1]]
+        closer = self.closer(calls)
+        found = _closing(self.template, gap, calls, closer)
+        if found is None:
+            return after[0], None, None
+        if found[0] in self.template.known_stops or found[0] == closer:
+            return after[0] + found.end(), found[0], None
+        if closer is not None:
+            return after[0] + found.end(), found[0], closer
+        return after[0], None, None
+
+    def closer(self, calls: bool) -> str | None:
+        """The token that the template puts after the last answer of a conversation, with or without tool calls."""
+        if calls not in self._closers:
+            self._closers[calls] = None  # a conversation that the template refuses shows none
+            answer: Message = {"role": "assistant", "content": "" if calls else "b"}
+            if calls:
+                function = {"name": "c", "arguments": {"d": "e"}}
+                answer["tool_calls"] = [{"type": "function", "id": "call00000", "function": function}]
+            messages = [{"role": "user", "content": "a"}, answer]
+            try:
+                _, placed = self._best(messages, (), {})
+            except RowError:
+                return None
+            stops = [span[1] for span in placed.spans if span is not None]
+            found = _closing(self.template, placed.text[max(stops, default=0) :], calls, None)
+            self._closers[calls] = None if found is None else found[0]
+        return self._closers[calls]
+
+
+def _closing(template: ChatTemplate, gap: str, calls: bool, closer: str | None) -> re.Match[str] | None:
+    """The token that closes an answer in the text ``gap`` behind it.
+
+    That is the first added token, or one that stands right behind it and ends generation. Behind tool calls there is
+    text that closes the call itself: there it is a token that ends generation, ``closer``, or the last one of all.
+    """
+    found = list(template.added_tokens.finditer(gap)) if template.added_tokens is not None else []
+    if calls:
+        stops = template.known_stops | {closer}
+        known = next((match for match in found if match[0] in stops), None)
+        is_last = bool(found) and closer is None and not gap[found[-1].end() :].strip()
+        return known or (found[-1] if is_last else None)
+    if not found or gap[: found[0].start()].strip():
+        return None
+    for i, match in enumerate(found):
+        if i and match.start() != found[i - 1].end():
+            break
+        if match[0] in template.known_stops:
+            return match
+    return found[0]
+
+
+def _by_tags(answer: Answer, tags: Sequence[Span], texts: Span, text: str) -> Answer:
+    """The answer as the template's tags have it: from the first to the last block that holds one of its texts."""
+    mine = [tag for tag in tags if tag[0] < texts[1] and texts[0] < tag[1]]
+    inside = mine and mine[0][0] <= texts[0] and texts[1] <= mine[-1][1]
+    if not inside:
+        return replace(answer, start=texts[0], stop=texts[0], end=None, notes=("outside",))
+    start, stop = mine[0][0], mine[-1][1]
+    notes = [note for note in answer.notes if "closed by" in note]
+    own = text[start : texts[0]].strip()
+    if own:
+        notes.append(f"the chat template's own {own!r} at the start of an answer bears loss")
+    if answer.end is not None and stop < answer.stop:
+        notes.append(
+            f"the end token {answer.end} stands outside the template's generation block; it bears loss too"
+        )
+    return replace(
+        answer, start=start, stop=answer.stop if answer.end is not None else stop, notes=tuple(notes)
+    )
+
+
+def _check_tags(tags: Sequence[Span], messages: Sequence[Message], placed: Placed) -> None:
+    """Nobody else's text may stand in a block that the template marks as generated."""
+    for piece, span in zip(placed.pieces, placed.spans, strict=True):
+        if span is None or (piece.message != TOOLS and messages[piece.message]["role"] == "assistant"):
+            continue
+        if any(tag[0] < span[1] and span[0] < tag[1] for tag in tags):
+            who = "the list of tools" if piece.message == TOOLS else f"message {piece.message + 1}"
+            raise RowError(
+                "generation block around another's text",
+                f"expected {{% generation %}} blocks around the assistant's text only, got one around {who}",
+            )
+
+
+def _shape_of(messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
+    """Conversations of one shape are likely to share their literals."""
+    parts = []
+    for message in messages:
+        content = message.get("content")
+        text = content if isinstance(content, str) else ""
+        plain = not text or not (text[0].isspace() or text[-1].isspace())
+        parts.append((message["role"], *(key for key in message if message[key]), plain, "think>" in text))
+    return tuple(parts), len(tools), json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+
+
+def _variants(messages: Sequence[Message]) -> Iterator[tuple[str, Any, bool]]:
+    """Ways to tell a template the same thing that differ for this conversation."""
+    has_arguments = any(
+        isinstance(call["function"].get("arguments"), Mapping)
+        for message in messages
+        for call in message.get("tool_calls") or ()
+    )
+    has_empty = any(message.get("tool_calls") and not message.get("content") for message in messages)
+    for parts in (False, True):
+        for empty in _EMPTY if has_empty else _EMPTY[:1]:
+            for form in _ARGUMENTS if has_arguments else _ARGUMENTS[:1]:
+                yield form, empty, parts
+
+
+def _variant(messages: Sequence[Message], form: str, empty: Any, parts: bool) -> list[Message]:
+    if form == _ARGUMENTS[0] and empty == "" and not parts and all(len(message) == 2 for message in messages):
+        return list(messages)
+    return [_told(message, form, empty, parts) for message in messages]
+
+
+def _told(message: Message, form: str, empty: Any, parts: bool) -> Message:
+    told = {key: value for key, value in message.items() if value is not None}
+    reasoning = told.get("reasoning_content")
+    if reasoning is not None:
+        told.update(thinking=reasoning, reasoning=reasoning)
+    if told.get("tool_calls"):
+        if not told.get("content"):
+            told["content"] = empty
+            if empty == "absent":
+                del told["content"]
+        if form == _ARGUMENTS[1]:
+            told["tool_calls"] = [_as_text(call) for call in told["tool_calls"]]
+    if parts and isinstance(told.get("content"), str):
+        told["content"] = [{"type": "text", "text": told["content"]}]
+    return told
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    if isinstance(function.get("arguments"), Mapping):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": function}

@@ -1,0 +1,134 @@
+"""Tokenised examples on disk: one Arrow file, read by memory map, so that a million of them cost little memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sftmix.data.rows import Account, Fault
+from sftmix.data.tokenized import TokenizedExample
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field(
+            "prompt", pa.int64(), nullable=False
+        ),  # a hash of the prompt's text, to find the same question again
+        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("supervised", pa.list_(pa.uint8()), nullable=False),
+        pa.field("weights", pa.list_(pa.float32())),  # null where every supervised token weighs 1
+        pa.field("cut", pa.bool_(), nullable=False),
+        pa.field("replaced", pa.list_(pa.int32()), nullable=False),  # token, target, token, target, …
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One example on its way to the file."""
+
+    example: TokenizedExample
+    place: str
+    prompt: int
+
+
+def to_batch(entries: Sequence[Entry]) -> pa.RecordBatch:
+    """Entries as one record batch."""
+    examples = [entry.example for entry in entries]
+    columns = [
+        pa.array([example.id for example in examples], pa.string()),
+        pa.array([entry.place for entry in entries], pa.string()),
+        pa.array([entry.prompt for entry in entries], pa.int64()),
+        _lists([example.input_ids for example in examples], np.int32),
+        _lists([example.supervised for example in examples], np.uint8),
+        pa.array([example.weights for example in examples], pa.list_(pa.float32())),
+        pa.array([example.cut for example in examples], pa.bool_()),
+        pa.array([[x for pair in e.replaced for x in pair] for e in examples], pa.list_(pa.int32())),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(values: Sequence[Sequence[int]], dtype: Any) -> pa.ListArray:
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    flat = np.fromiter((item for value in values for item in value), dtype, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+class TokenStore(Mapping[str, TokenizedExample]):
+    """Examples by id, in the order of the file; each is built when it is asked for.
+
+    ``account`` tells what became of the rows, ``stops`` how often each end token bears loss.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._map = pa.memory_map(str(path))
+            reader = pa.ipc.open_file(self._map)
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path}: expected tokenised examples, got a damaged file ({error}); delete it"
+            ) from error
+        told = json.loads(reader.schema.metadata[b"sftmix"])
+        self.account = account_from_dict(told["account"])
+        self.stops: dict[int, int] = {int(key): value for key, value in told["stops"].items()}
+        self._place: dict[str, tuple[int, int]] = {}
+        for b, batch in enumerate(self._batches):
+            for i, name in enumerate(batch.column("id").to_pylist()):
+                self._place[name] = (b, i)
+
+    def __getitem__(self, name: str) -> TokenizedExample:
+        b, i = self._place[name]
+        batch = self._batches[b]
+        weights = batch.column("weights")[i].as_py()
+        flat = batch.column("replaced")[i].as_py()
+        return TokenizedExample(
+            name,
+            tuple(batch.column("input_ids")[i].values.to_pylist()),
+            tuple(map(bool, batch.column("supervised")[i].values.to_pylist())),
+            None if weights is None else tuple(weights),
+            batch.column("cut")[i].as_py(),
+            tuple(zip(flat[::2], flat[1::2], strict=True)),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def source_of(self, name: str) -> str:
+        """The file and line that an example was read from."""
+        b, i = self._place[name]
+        return str(self._batches[b].column("place")[i].as_py())
+
+    def prompts(self) -> dict[str, int]:
+        """A hash of the prompt's text by example id."""
+        found: dict[str, int] = {}
+        for batch in self._batches:
+            found.update(zip(batch.column("id").to_pylist(), batch.column("prompt").to_pylist(), strict=True))
+        return found
+
+
+def account_to_dict(account: Account) -> dict[str, Any]:
+    """An account as plain data."""
+    values = dict(vars(account))
+    values["faults"] = [vars(fault) for fault in account.faults]
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def account_from_dict(values: Mapping[str, Any]) -> Account:
+    """The account that ``account_to_dict`` wrote."""
+    from collections import Counter
+
+    told = {key: Counter(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return Account(**{**told, "faults": [Fault(**fault) for fault in told["faults"]]})
