@@ -2,4 +2,5 @@
 
 from sftmix.cli import main
 
-main()
+if __name__ == "__main__":  # processes that share the tokenising import this file again
+    main()

@@ -25,6 +25,16 @@ app = typer.Typer(
 )  # fmt: skip
 KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+
+def _forms() -> str:
+    """The forms of rows that are recognised, for the help of ``sftmix data``."""
+    from sftmix.data.forms import forms_table
+
+    return "Forms of rows:\n\n" + "\n\n".join(
+        f"{name}: {columns}. {what}" for name, columns, what in forms_table()
+    )
+
+
 RunDir = Annotated[str, typer.Argument(help="run folder", show_default=False)]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of knobs")]
 
@@ -189,6 +199,29 @@ def doctor(
     from sftmix.doctor import diagnose
 
     raise typer.Exit(diagnose(as_json=as_json))
+
+
+@app.command("data", context_settings=KNOBS_AS_FLAGS, epilog=_forms())
+def data_command(
+    ctx: typer.Context,
+    file: Annotated[str, typer.Argument(help="what data.train takes: a file, folder, glob, datasets id")],
+    model: Annotated[
+        str | None, typer.Option(help="model whose tokenizer and chat template are used")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object a line: the account, examples")
+    ] = False,
+    limit: Annotated[int, typer.Option(help="examples to show")] = 3,
+    config: ConfigFile = None,
+) -> None:
+    """What would become of a data set: rows, tokens, the first examples. Ends with 2 if a run would refuse it."""
+    flags = [f"data.train={file}", *_model_flags(model), *knob_flags(ctx.args)]
+    resolved = load_config(config, ["run_dir=unset", *flags])
+    if limit < 0:
+        raise ValueError(f"limit: expected at least 0, got {limit}")
+    from sftmix.run.inspection import inspect_data
+
+    inspect_data(resolved, limit=limit, as_json=as_json)
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)

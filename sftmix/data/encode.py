@@ -56,12 +56,12 @@ def _token_spans(encoding: Any, text: str, spans: Sequence[Span]) -> list[Span]:
                 stop - 1
             ].isascii()  # a character may be several tokens, and the first of them is found
         ):
-            return _by_offsets(encoding.offsets, text, spans)
+            return by_offsets(encoding.offsets, text, spans)
         tokens.append((first, last + 1))
     return tokens
 
 
-def _by_offsets(offsets: Sequence[Span], text: str, spans: Sequence[Span]) -> list[Span]:
+def by_offsets(offsets: Sequence[Span], text: str, spans: Sequence[Span]) -> list[Span]:
     """The tokens of each span from every token's characters.
 
     A token is taken to begin where the one before it ended: tokenizers leave white space, and all but the
@@ -84,6 +84,16 @@ def _by_offsets(offsets: Sequence[Span], text: str, spans: Sequence[Span]) -> li
             first, last = tokens[owner]
             tokens[owner] = (token if first == last else first, token + 1)
     return tokens
+
+
+def characters(text: str, offsets: Sequence[Span]) -> list[str]:
+    """The characters that each token stands for; together they are the text."""
+    names, start = [], 0
+    for i, (_, stop) in enumerate(offsets):
+        stop = len(text) if i + 1 == len(offsets) else max(start, stop)
+        names.append(text[start:stop])
+        start = stop
+    return names
 
 
 def _inside(text: str, start: int, stop: int, span: Span) -> bool:
@@ -144,16 +154,17 @@ class SpecialTokens:
         for start, stop in fakes:
             probe[start:stop] = "x" * (stop - start)
         whole = self.tokenizer("".join(probe), add_special_tokens=False, verbose=False)["input_ids"]
-        if self._cut("".join(probe), ())[0] != whole:
+        if self.cut("".join(probe), ())[0] != whole:
             raise RowError(
                 "special token in text",
                 f"expected a tokenizer that can keep {text[slice(*fakes[0])]!r} text, got one whose tokens depend on "
                 "what stands before; data.special_tokens=token lets it become the token",
             )
-        ids, offsets = self._cut(text, fakes)
-        return ids, _by_offsets(offsets, text, spans)
+        ids, offsets = self.cut(text, fakes)
+        return ids, by_offsets(offsets, text, spans)
 
-    def _cut(self, text: str, fakes: Sequence[Span]) -> tuple[list[int], list[Span]]:
+    def cut(self, text: str, fakes: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        """Ids and characters of each token, ``fakes`` kept as text."""
         assert self._wide is not None
         ids: list[int] = []
         offsets: list[Span] = []

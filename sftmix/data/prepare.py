@@ -135,13 +135,13 @@ def prepare(
     *,
     folder: Path,
     num_workers: int | None = None,
-    bad_rows: str = "drop",
+    bad_rows: str | None = "refuse",
 ) -> Any:  # TokenStore
     """The tokenised examples of a source, from ``folder`` if they are there, else made and written there.
 
     Examples that are equal get ids that end in -2, -3, …. With ``bad_rows`` = refuse, rows that cannot be used raise
-    ``ValueError`` that names the first twenty with file, line and reason, and counts every kind; so does, always, a
-    source without any usable row.
+    ``ValueError`` that names the first twenty with file, line and reason, and counts every kind; so does a source
+    without any usable row. None checks nothing: ``check`` is left to the caller.
     """
     from sftmix.data.store import TokenStore
 
@@ -151,7 +151,8 @@ def prepare(
         with replacing(path) as temporary:
             _write(temporary, source, tokenizer, options, num_workers)
     store = TokenStore(path)
-    check(store.account, source.name, bad_rows=bad_rows, too_long=options.too_long)
+    if bad_rows is not None:
+        check(store.account, source.name, bad_rows=bad_rows, too_long=options.too_long)
     return store
 
 
@@ -222,11 +223,7 @@ def _write(
 def _parts(source: Source, tokenizer: Any, options: TokenOptions, num_workers: int | None) -> Iterator[_Part]:
     rows = source.rows()
     first = list(islice(rows, _POOL_FROM))
-    workers = (
-        num_workers
-        if num_workers is not None
-        else (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    )
+    workers = num_workers or _cores()
     tasks = _tasks(first, rows)
     if workers == 1 or (num_workers is None and len(first) < _POOL_FROM):
         worker = _Worker(tokenizer, options, source)
@@ -243,6 +240,10 @@ def _parts(source: Source, tokenizer: Any, options: TokenOptions, num_workers: i
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tasks(first: list[Row | Fault], rest: Iterable[Row | Fault]) -> Iterator[list[Row | Fault]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,18 @@ class TokenStore(Mapping[str, TokenizedExample]):
         b, i = self._place[name]
         return str(self._batches[b].column("place")[i].as_py())
 
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens, and tokens that bear loss, of every example, in order."""
+        tokens: list[int] = []
+        supervised: list[int] = []
+        for batch in self._batches:
+            column = batch.column("supervised")
+            offsets = column.offsets.to_numpy()
+            sums = np.concatenate([[0], np.cumsum(column.values.to_numpy(), dtype=np.int64)])
+            tokens += np.diff(offsets).tolist()
+            supervised += np.diff(sums[offsets - offsets[0]]).tolist()
+        return tokens, supervised
+
     def prompts(self) -> dict[str, int]:
         """A hash of the prompt's text by example id."""
         found: dict[str, int] = {}
@@ -128,7 +141,7 @@ def account_to_dict(account: Account) -> dict[str, Any]:
 
 def account_from_dict(values: Mapping[str, Any]) -> Account:
     """The account that ``account_to_dict`` wrote."""
-    from collections import Counter
-
-    told = {key: Counter(value) if isinstance(value, dict) else value for key, value in values.items()}
+    told: dict[str, Any] = {
+        key: Counter(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
     return Account(**{**told, "faults": [Fault(**fault) for fault in told["faults"]]})

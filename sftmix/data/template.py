@@ -72,18 +72,23 @@ class ChatTemplate:
         self.arguments = dict(arguments or {})
         self._day = read_date(date)
         self._stop_ids = tuple(stop_ids)
-        self._compiled: dict[str, Any] = {}
+        self._sources: dict[bool, str] = {}
+        self._compiled: dict[bool, Any] = {}
 
     def _source(self, tools: Sequence[Any]) -> str:
         """The template's text: a tokenizer may have another one for conversations with tools."""
-        return str(self.tokenizer.get_chat_template(tools=list(tools) or None))
+        key = bool(tools)
+        if key not in self._sources:
+            self._sources[key] = str(self.tokenizer.get_chat_template(tools=list(tools) or None))
+        return self._sources[key]
 
-    def _compile(self, source: str) -> Any:
-        if source not in self._compiled:
+    def _compile(self, tools: Sequence[Any]) -> Any:
+        key = bool(tools)
+        if key not in self._compiled:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
-            self._compiled[source] = _compile_jinja_template(source)
-        return self._compiled[source]
+            self._compiled[key] = _compile_jinja_template(self._source(tools))
+        return self._compiled[key]
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
@@ -99,7 +104,7 @@ class ChatTemplate:
         """
         variables = {**self._shared, **(arguments or {})}
         try:
-            compiled = self._compile(self._source(tools))
+            compiled = self._compile(tools)
             return str(
                 compiled.render(
                     messages=list(messages), tools=list(tools) or None, documents=None,
@@ -121,7 +126,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
     ) -> list[Span]:
         """The spans of the ``{% generation %}`` blocks in the text that ``render`` gives."""
-        compiled = self._compile(self._source(tools))
+        compiled = self._compile(tools)
         blocks: list[str] = []
         spans: list[Span] = []
         variables = {**self._shared, **(arguments or {})}

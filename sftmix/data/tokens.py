@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from sftmix.data.encode import SpecialTokens, encode
+from sftmix.data.encode import SpecialTokens, by_offsets, characters, encode
 from sftmix.data.pieces import TOOLS, Piece
 from sftmix.data.rows import Example, Fault, RowError
 from sftmix.data.spans import Answer, Rendered, Renderer
@@ -54,6 +54,15 @@ class _Draft:
     targets: tuple[str | None, ...]  # by span: what is trained in place of its last token
     notes: tuple[str, ...]
     fakes: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example to look at: the rendered text, and the characters of it that each token stands for."""
+
+    example: TokenizedExample
+    text: str
+    tokens: list[str]
 
 
 class Encoder:
@@ -247,27 +256,60 @@ class Encoder:
 
     def _fit(self, example: Example, found: TokenizedExample) -> TokenizedExample:
         """The example within the longest length. Raises ``RowError`` where nothing is left to train on."""
+        for first, last in self._beyond(found):
+            found = found.without(first, last, cut=found.cut or last == len(found.input_ids))
+        return found
+
+    def _beyond(self, found: TokenizedExample) -> list[Span]:
+        """The tokens to leave out, one range after the other, each counted in what the one before it left."""
         longest, how = self.options.max_length, self.options.too_long
         length = len(found.input_ids)
         if not any(found.supervised):
             raise RowError("nothing to train on", "expected at least one token that bears loss, got none")
         if longest is None or length <= longest:
-            return found
+            return []
         if how in ("refuse", "drop"):
             raise RowError("too long", f"expected at most data.max_length = {longest} tokens, got {length}")
-        first = found.supervised.index(True)
+        first, ranges = found.supervised.index(True), []
         if how == "cut_prompt":
             keep = 1 if found.input_ids[0] == self.tokenizer.bos_token_id else 0
             gone = min(length - longest, first - keep - 1)
             if gone > 0:
-                found = found.without(keep, keep + gone)
-                first -= gone
+                ranges.append((keep, keep + gone))
+                first, length = first - gone, length - gone
         if first >= longest:
             raise RowError(
                 "too long",
                 f"expected an answer within data.max_length = {longest} tokens, got one that starts at token {first}",
             )
-        return found.without(longest, len(found.input_ids), cut=True)
+        return [*ranges, (longest, length)] if length > longest else ranges
+
+    def show(self, example: Example) -> Shown | Fault:
+        """An example with the characters of each of its tokens."""
+        try:
+            draft = self._draft(example)
+            if isinstance(draft, TokenizedExample):
+                found, names = draft, [self.tokenizer.decode([token]) for token in draft.input_ids]
+                text = "".join(names)
+            else:
+                text = draft.text
+                ids, offsets = self.special.cut(text, draft.fakes) if draft.fakes else self._offsets(text)
+                spans = by_offsets(offsets, text, draft.spans)
+                found, names = self._marked(example, draft, ids, spans), characters(text, offsets)
+            for first, last in self._beyond(found):
+                found = found.without(first, last, cut=found.cut or last == len(found.input_ids))
+                names[first:last] = []
+            return Shown(found, text, names)
+        except RowError as error:
+            return Fault(example.place, error.kind, error.reason)
+
+    def _offsets(self, text: str) -> tuple[list[int], list[Span]]:
+        if not self.tokenizer.is_fast:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            stops = [len(self.tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+            return ids, [(stop, stop) for stop in stops]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], found["offset_mapping"]
 
 
 def _lost(lost: Sequence[Piece], example: Example) -> str:

