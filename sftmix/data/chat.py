@@ -15,29 +15,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sftmix.data.examples import Example
+from sftmix.data.tokenized import TokenizedExample
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CHUNK = 1000  # conversations tokenized together: the tokenizer's threads stay busy, offsets stay small
 Span = tuple[int, int]  # characters [start, stop) of an answer in the rendered text
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One conversation as tokens; ``supervised[t]`` says that token t bears loss (never token 0)."""
-
-    id: str
-    input_ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
-
-    @property
-    def num_supervised(self) -> int:
-        """The number of tokens that bear loss."""
-        return sum(self.supervised)
 
 
 def use_chat_template(tokenizer: Any, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sftmix.config import Config
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.progress import activity, duration, say
 from sftmix.training.batch import Batch, collate_plain
 from sftmix.training.metrics import Record

@@ -1,7 +1,9 @@
 """Held-out evaluation, scores for the training dynamics, and sample answers.
 
 Statistics come from ``token_stats`` inside the head's forward: no logits are stored. Sequences are batched by
-length, so the results do not depend on the batch size beyond rounding.
+length, so the results do not depend on the batch size beyond rounding. Every token that bears loss counts once,
+whatever its weight in training: the paper's perplexity has no weights, and held-out figures of runs with other
+weights stay comparable.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any, cast
 
 import torch
 
-from sftmix.data.chat import TokenizedExample, prompt_ids
+from sftmix.data.chat import prompt_ids
 from sftmix.data.examples import Example
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.scores.dynamics import accumulate
 from sftmix.training.batch import check_batch, collate_plain

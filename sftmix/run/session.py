@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
-from sftmix.data.chat import TokenizedExample, tokenize_examples, use_chat_template
+from sftmix.data.chat import tokenize_examples, use_chat_template
 from sftmix.data.examples import Example, load_examples, split_heldout
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel, load_model
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.export import merge_and_export

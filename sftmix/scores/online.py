@@ -2,7 +2,8 @@
 
 Each example is met once an epoch, so an epoch gives one row per example. Unlike scores of a checkpoint these
 are taken at different weights through the epoch, before the step that trains on the example, and in training
-mode (dropout on).
+mode (dropout on). They are sums over tokens, each counted once: weights are the loss's, and the paper's perplexity
+has none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.parallel import World, gather_objects
 from sftmix.scores.dynamics import accumulate
 

@@ -5,19 +5,24 @@ the same order, then the unpaired ones. The head sees only ``hidden.flatten(0, 1
 token t of sequence b is ``b * T + t - 1``, the position that predicts it. Rows come in the order the loss
 asks for: the M mixed rows of the confident members, the M of their partners, then all other supervised
 rows. Prompt and padding positions have no row. The plan is made here, on the CPU.
+
+Weights follow the rows: a row's next-token term has its own token's weight, whether it is mixed or not. A
+mixed position's target is lambda y_c + (1 - lambda) y_u, and its Mixup term has the weight
+lambda w_c + (1 - lambda) w_u, the same mean of its two tokens' weights. The paper has no weights; this is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 
 Lam = float | NDArray[np.floating]
 PairItem = tuple[TokenizedExample, TokenizedExample | None, Lam]
@@ -34,6 +39,8 @@ class Batch:
     lam: Tensor  # [M] float32, weight of the confident member
     example: Tensor  # [N] int64, the sequence that each row belongs to
     ids: list[str]  # [B] example ids
+    row_weight: Tensor | None = None  # [N] float32, of the rows' next-token terms; None: all 1
+    pair_weight: Tensor | None = None  # [M] float32, of the pairs' Mixup terms; None: all 1
 
     @property
     def num_supervised(self) -> int:
@@ -59,30 +66,51 @@ def count_mixed(confident: TokenizedExample, unconfident: TokenizedExample | Non
     return 0 if unconfident is None else min(confident.num_supervised, unconfident.num_supervised)
 
 
+def pair_weights(
+    confident: TokenizedExample, unconfident: TokenizedExample | None, lam: Lam
+) -> NDArray[np.float32]:
+    """lambda w_c + (1 - lambda) w_u at each of the pair's mixed positions, rounded to float32 once."""
+    size = count_mixed(confident, unconfident)
+    if unconfident is None or (confident.weights is None and unconfident.weights is None):
+        return np.ones(size, dtype=np.float32)
+    share = _spread(lam, size, confident.id).astype(np.float64)
+    one, other = (_token_weights(member)[:size].astype(np.float64) for member in (confident, unconfident))
+    return (share * one + (1 - share) * other).astype(np.float32)
+
+
 def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int) -> Batch:
     """Batch pairs of (confident, unconfident or ``None``, lambda) with their row plan.
 
     Supervised tokens of a pair are aligned from the first, in order (across turns), and cut to the shorter
     of the two; what is left over trains unmixed. lambda is one number for the pair, or a 1-D array with one
     for each of its ``count_mixed`` positions; it is not read for an example without a partner.
-    Raises ``ValueError`` for no pairs and for a lambda outside [0, 1] or of the wrong length.
+    Raises ``ValueError`` for no pairs, for an example that its ``check`` refuses, and for a lambda outside
+    [0, 1] or of the wrong length.
     """
     if not pairs:
         raise ValueError("pairs: expected at least one, got none")
     whole = [(c, u, lam) for c, u, lam in pairs if u is not None]
     alone = [c for c, u, _ in pairs if u is None]
     sequences = [c for c, _, _ in whole] + [u for _, u, _ in whole] + alone
+    for sequence in sequences:
+        sequence.check()
     num_mixed = [count_mixed(c, u) for c, u, _ in whole]
     lams = [_spread(lam, size, c.id) for (c, _, lam), size in zip(whole, num_mixed, strict=True)]
 
     length = max(len(sequence.input_ids) for sequence in sequences)
     plans = [_supervised_rows(sequence, b, length) for b, sequence in enumerate(sequences)]
     cuts = [*num_mixed, *num_mixed, *([0] * len(alone))]
-    mixed = [plan[:cut] for plan, cut in zip(plans, cuts, strict=True)]
-    rest = [plan[cut:] for plan, cut in zip(plans, cuts, strict=True)]
-    rows = np.concatenate([*mixed, *rest])
+    rows = _mixed_first(plans, cuts)
     lam = np.concatenate([np.empty(0, np.float32), *lams])
-    return _assemble(sequences, length, pad_id, rows, lam)
+    batch = _assemble(sequences, length, pad_id, rows, lam)
+    if any(sequence.weights is not None for sequence in sequences):
+        batch.row_weight = _unless_ones(
+            _mixed_first([_token_weights(sequence) for sequence in sequences], cuts)
+        )
+        batch.pair_weight = _unless_ones(
+            np.concatenate([np.empty(0, np.float32), *(pair_weights(*pair) for pair in whole)])
+        )
+    return batch
 
 
 def collate_plain(examples: Sequence[TokenizedExample], *, pad_id: int) -> Batch:
@@ -100,7 +128,8 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
     """Check a row plan on the CPU before it costs a forward pass.
 
     Raises ``ValueError`` for a token or target outside [0, ``vocab_size``), rows outside the batch or
-    repeated, an odd row plan (2M > N, lengths that differ), and a lambda outside [0, 1] or NaN.
+    repeated, an odd row plan (2M > N, lengths that differ), a lambda outside [0, 1] or NaN, and a weight that
+    is not positive and finite.
     """
     for name in ("input_ids", "target"):
         values = getattr(batch, name)
@@ -123,14 +152,37 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise ValueError("rows: expected every position at most once, got one that is repeated")
     if not bool(((batch.lam >= 0) & (batch.lam <= 1)).all()):
         raise ValueError(f"lam: expected values in [0, 1], got {batch.lam.tolist()}")
+    for name, sign, size in (("row_weight", "N", num_rows), ("pair_weight", "M", batch.num_mixed)):
+        weight = getattr(batch, name)
+        if weight is None:
+            continue
+        if weight.shape != (size,):
+            raise ValueError(f"{name}: expected [{sign}={size}], got {list(weight.shape)}")
+        if not bool(((weight > 0) & weight.isfinite()).all()):
+            raise ValueError(f"{name}: expected positive finite values, got {weight.tolist()}")
 
 
 def _supervised_rows(sequence: TokenizedExample, b: int, length: int) -> NDArray[np.int64]:
     """The rows of a sequence's supervised tokens, in order."""
-    tokens = np.flatnonzero(np.asarray(sequence.supervised, dtype=bool))
-    if tokens.size and tokens[0] == 0:
-        raise ValueError(f"supervised: expected the first token of {sequence.id} unsupervised, got True")
-    return b * length + tokens - 1
+    return b * length + np.flatnonzero(np.asarray(sequence.supervised, dtype=bool)) - 1
+
+
+def _token_weights(sequence: TokenizedExample) -> NDArray[np.float32]:
+    """The weights of a sequence's supervised tokens, in order."""
+    if sequence.weights is None:
+        return np.ones(sequence.num_supervised, dtype=np.float32)
+    return np.asarray(sequence.weights, dtype=np.float32)[np.asarray(sequence.supervised, dtype=bool)]
+
+
+def _mixed_first(parts: Sequence[NDArray[Any]], cuts: Sequence[int]) -> NDArray[Any]:
+    """Each sequence's values of its supervised tokens in the order of rows: those before the cuts, then the rest."""
+    before = [part[:cut] for part, cut in zip(parts, cuts, strict=True)]
+    return np.concatenate([*before, *(part[cut:] for part, cut in zip(parts, cuts, strict=True))])
+
+
+def _unless_ones(weights: NDArray[np.float32]) -> Tensor | None:
+    """None for weights that are all 1, so that the loss is computed as without any."""
+    return None if bool((weights == 1).all()) else torch.from_numpy(weights)
 
 
 def _spread(lam: Lam, size: int, name: str) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sftmix.files import replacing
+from sftmix.training.batch import Batch
 from sftmix.training.plan import Step, chunk_ids
 from sftmix_kernels import SFTMixLoss
 
@@ -56,16 +57,24 @@ class MetricsWriter:
 
 
 class StepResults:
-    """What a step's chunks leave on the device, read by the host once."""
+    """What a step's chunks leave on the device, read by the host once.
 
-    def __init__(self, step: Step, device: torch.device) -> None:
-        self.plan = step
+    ``denominators`` are the step's sums of weights. The two parts of the loss are reported as the weighted means
+    they are in it, so that loss = ntp_loss + mu mixup_loss with weights too; accuracy and counts are per token.
+    """
+
+    def __init__(self, step: Step, device: torch.device, denominators: tuple[float, float]) -> None:
+        self.plan, self.denominators = step, denominators
         self.losses = torch.zeros(len(step.chunks), device=device)  # by chunk, so that a bad one can be named
-        self.parts = torch.zeros(3, dtype=torch.float64, device=device)  # sums of nll, mixup nll, top-1
+        self.parts = torch.zeros(
+            3, dtype=torch.float64, device=device
+        )  # sums of weighted nll and mixup nll, top-1
 
-    def add(self, index: int, loss: SFTMixLoss) -> None:
+    def add(self, index: int, loss: SFTMixLoss, batch: Batch) -> None:
         self.losses[index] = loss.loss.detach()
-        parts = [loss.nll.sum(), loss.mixup_nll.sum(), loss.is_top1.sum()]
+        nll = loss.nll if batch.row_weight is None else batch.row_weight * loss.nll
+        mixup = loss.mixup_nll if batch.pair_weight is None else batch.pair_weight * loss.mixup_nll
+        parts = [nll.sum(), mixup.sum(), loss.is_top1.sum()]
         self.parts += torch.stack([part.double() for part in parts])
 
     def sums(self) -> Tensor:
@@ -90,8 +99,8 @@ class StepResults:
         step = self.plan
         has_mixup = mixup_weight != 0 and step.num_mixed > 0
         return {
-            "loss": math.fsum(losses), "ntp_loss": nll / step.num_supervised,
-            "mixup_loss": mixup / step.num_mixed if has_mixup else None, "grad_norm": grad_norm,
+            "loss": math.fsum(losses), "ntp_loss": nll / self.denominators[0],
+            "mixup_loss": mixup / self.denominators[1] if has_mixup else None, "grad_norm": grad_norm,
             "num_tokens": step.num_supervised, "num_mixed": step.num_mixed,
             "token_accuracy": top1 / step.num_supervised,
         }  # fmt: skip

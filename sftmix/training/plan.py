@@ -1,19 +1,21 @@
 """What each optimizer step trains on: known to every process before the step, on the CPU.
 
 An epoch's entries (pairs; a plain example is an entry without partner) are cut into steps, and a step into
-chunks, one forward pass each. The step's two token counts are the loss's denominators, so they need neither
-a collective call nor a host read. Nothing here depends on the number of processes.
+chunks, one forward pass each. The step's two sums of weights (token counts, where all weigh 1) are the loss's
+denominators, so they need neither a collective call nor a host read. Nothing here depends on the number of
+processes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sftmix.config import MixupConfig
-from sftmix.data.chat import TokenizedExample
-from sftmix.training.batch import Batch, Lam, collate_pairs, count_mixed
+from sftmix.data.tokenized import TokenizedExample
+from sftmix.training.batch import Batch, PairItem, collate_pairs, count_mixed, pair_weights
 from sftmix.training.pairs import Pair, draw_lam
 
 Examples = Mapping[str, TokenizedExample]
@@ -64,17 +66,21 @@ def collate_chunk(
     chunk: Sequence[Pair], step: Step, examples: Examples, *, mixup: MixupConfig, seed: int, pad_id: int
 ) -> Batch:
     """The batch of one chunk, with lambda per pair, per token or per optimizer step as ``mixup.lam`` says."""
+    return collate_pairs([_item(pair, step, examples, mixup, seed) for pair in chunk], pad_id=pad_id)
 
-    def lam(pair: Pair) -> Lam:
-        if mixup.lam == "pair" or pair.unconfident is None:
-            return pair.lam
-        keys = {"seed": seed, "epoch": step.epoch}
-        if mixup.lam == "batch":
-            return draw_lam(**keys, index=step.index, alpha=mixup.alpha)
-        size = count_mixed(*_members(pair, examples))
-        return draw_lam(**keys, index=pair.index, alpha=mixup.alpha, size=size)
 
-    return collate_pairs([(*_members(pair, examples), lam(pair)) for pair in chunk], pad_id=pad_id)
+def denominators(step: Step, examples: Examples, *, mixup: MixupConfig, seed: int) -> tuple[float, float]:
+    """What the step's sums of next-token and of Mixup terms are divided by: the sums of their weights.
+
+    The weights are those of all chunks' batches, added exactly, so that no order of chunks matters. Where no
+    example has weights they are the counts, as ints. Without mixed positions the second is 1.
+    """
+    members = [examples[name] for name in step.ids()]
+    if all(member.weights is None for member in members):
+        return step.num_supervised, max(1, step.num_mixed)
+    items = (_item(pair, step, examples, mixup, seed) for chunk in step.chunks for pair in chunk)
+    mixed = math.fsum(weight for item in items for weight in pair_weights(*item).tolist())
+    return math.fsum(member.weight_sum for member in members), mixed or 1
 
 
 def digest(steps: Sequence[Step]) -> str:
@@ -82,6 +88,18 @@ def digest(steps: Sequence[Step]) -> str:
     pairs = [pair for step in steps for chunk in step.chunks for pair in chunk]
     entries = sorted((pair.index, pair.confident, pair.unconfident or "", pair.lam) for pair in pairs)
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+
+
+def _item(pair: Pair, step: Step, examples: Examples, mixup: MixupConfig, seed: int) -> PairItem:
+    """A pair's examples and its lambda: the pair's own, one a token, or the optimizer step's."""
+    members = _members(pair, examples)
+    if mixup.lam == "pair" or pair.unconfident is None:
+        return (*members, pair.lam)
+    if mixup.lam == "batch":
+        return (*members, draw_lam(seed=seed, epoch=step.epoch, index=step.index, alpha=mixup.alpha))
+    size = count_mixed(*members)
+    keys = {"seed": seed, "epoch": step.epoch, "index": pair.index}
+    return (*members, draw_lam(**keys, alpha=mixup.alpha, size=size))
 
 
 def _members(pair: Pair, examples: Examples) -> tuple[TokenizedExample, TokenizedExample | None]:

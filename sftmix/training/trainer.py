@@ -1,8 +1,9 @@
 """The training loop: one for the reference run, the next-token baseline and SFTMix.
 
 The three differ in their plan (pairs or single examples) and in ``mixup_weight`` alone. Every micro-batch of
-a step gets the step's global token counts as denominators, so its loss is a share of the step's loss: summing
-over micro-batches and processes gives what one large batch would. The host reads results once a step.
+a step gets the step's global sums of weights as denominators (token counts, where all weigh 1), so its loss is
+a share of the step's loss: summing over micro-batches and processes gives what one large batch would. The host
+reads results once a step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from sftmix.config import Config
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
 from sftmix.model.parallel import gather_objects, join_world, shard, sum_over_world
@@ -35,7 +36,7 @@ from sftmix.training.optim import (
     set_learning_rate,
 )
 from sftmix.training.pairs import epoch_order, epoch_pairs
-from sftmix.training.plan import Step, collate_chunk, digest, plain_entries, plan_steps
+from sftmix.training.plan import Step, collate_chunk, denominators, digest, plain_entries, plan_steps
 from sftmix_kernels import SFTMixLoss
 
 Progress = Callable[[int, int, Record], None]  # (step, total, record)
@@ -179,7 +180,8 @@ class Trainer:
         started = time.perf_counter()
         lr = learning_rate(self.config.optim, self.step, self.total)
         set_learning_rate(self.optimizer, lr)
-        results = StepResults(step, self.model.device)
+        sums_of_weights = denominators(step, self.examples, mixup=self.config.mixup, seed=self.config.seed)
+        results = StepResults(step, self.model.device, sums_of_weights)
         for start in range(0, len(step.chunks), self.world.size):
             self._train_chunk(step, start + self.world.rank, results)
         grad_norm = clip_gradients(self.weights, self.config.optim.max_grad_norm)
@@ -206,17 +208,17 @@ class Trainer:
             batch = blank_batch(self.pad_id)
         ids = batch.ids
         batch = batch.to(self.model.device, non_blocking=True)
-        loss = self._loss(batch, step)
+        loss = self._loss(batch, results.denominators)
         loss.loss.backward()
         if index < len(step.chunks):
-            results.add(index, loss)
+            results.add(index, loss, batch)
             self.online.add(loss.nll, loss.is_top1, batch.example, ids)
 
-    def _loss(self, batch: Batch, step: Step) -> SFTMixLoss:
+    def _loss(self, batch: Batch, sums_of_weights: tuple[float, float]) -> SFTMixLoss:
         options: dict[str, Any] = {"mixup_weight": self.mixup_weight, "impl": self.config.train.impl}
-        # Python ints: FSDP must not round them, and 0 mixed positions leave nothing to divide.
-        options["ntp_denominator"] = step.num_supervised
-        options["mixup_denominator"] = max(1, step.num_mixed)
+        # Python numbers: FSDP does not round them, as it might a tensor.
+        options["ntp_denominator"], options["mixup_denominator"] = sums_of_weights
+        options["row_weight"], options["pair_weight"] = batch.row_weight, batch.pair_weight
         tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target, batch.lam)
         return cast(SFTMixLoss, self.model(*tensors, **options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sftmix.config import Config, load_config
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.scores.halves import Split
 
@@ -75,6 +76,17 @@ def examples(count: int, *, seed: int = 0, longest: int = 14) -> dict[str, Token
         ids = tuple(draw.randrange(7, VOCAB) for _ in range(prompt + answer))
         name = f"e{index:03d}"
         made[name] = TokenizedExample(name, ids, (False,) * prompt + (True,) * answer)
+    return made
+
+
+def weighted(found: dict[str, TokenizedExample]) -> dict[str, TokenizedExample]:
+    """The same examples, the first half of each answer at one weight and the rest at another, every third without."""
+    made = {}
+    for index, (name, example) in enumerate(found.items()):
+        start, size = example.supervised.index(True), len(example.input_ids)
+        turns = (0.5, 3.0) if index % 2 else (1.0, 0.25)
+        weights = tuple(turns[2 * t >= start + size] if t >= start else 0.0 for t in range(size))
+        made[name] = example if index % 3 == 0 else replace(example, weights=weights)
     return made
 
 

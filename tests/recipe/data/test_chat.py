@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftmix.data.chat import TokenizedExample, prompt_ids, tokenize_examples, use_chat_template
+from sftmix.data.chat import prompt_ids, tokenize_examples, use_chat_template
 from sftmix.data.examples import Example, load_examples
+from sftmix.data.tokenized import TokenizedExample
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

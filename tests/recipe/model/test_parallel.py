@@ -89,13 +89,24 @@ def test_weights_and_losses_equal_those_of_one_process(
         assert [record[key] for record in theirs] == pytest.approx([record[key] for record in ours], abs=1e-5)
 
 
-def test_lambda_and_counts_reach_the_loss_unrounded_under_the_bfloat16_policy(out: Path) -> None:
-    """bfloat16 has no 3001 (it is 3008 there) and no 0.123456789."""
+def test_weighted_examples_give_the_weights_and_losses_of_one_process(out: Path, tmp_path: Path) -> None:
+    _, trainer = two_processes.train("llama", "sftmix", "bfloat16", tmp_path, weighted=True)
+    assert_same(out / "weighted", {name: w.detach() for name, w in trainer.weights.masters.items()})
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, out / "weighted"))
+    for key in ("loss", "ntp_loss", "mixup_loss", "grad_norm", "num_tokens", "num_mixed"):
+        assert [record[key] for record in theirs] == pytest.approx([record[key] for record in ours], abs=1e-5)
+    plain = read_metrics(out / "llama-sftmix-bfloat16" / "metrics.jsonl")
+    assert abs(plain[0]["loss"] - theirs[0]["loss"]) > 1e-3
+
+
+def test_lambda_weights_and_their_sums_reach_the_loss_unrounded_under_the_bfloat16_policy(out: Path) -> None:
+    """bfloat16 has no 3001 (it is 3008 there) and no 0.123456789; float32 has no 3001.123456789."""
     seen = torch.load(out / "results.pt")["arrivals"]
     assert seen["hidden_dtype"] == seen["weight_dtype"] == torch.bfloat16
-    assert seen["lam"].dtype == torch.float32
-    assert torch.equal(seen["lam"], seen["sent_lam"])
-    assert (seen["ntp_denominator"], seen["mixup_denominator"]) == (3001, 1001)
+    for name, sent in seen["sent"].items():
+        assert seen[name].dtype == torch.float32, name
+        assert torch.equal(seen[name], sent), name
+    assert (seen["ntp_denominator"], seen["mixup_denominator"]) == (3001.123456789, 1001)
     assert seen["loss"] == pytest.approx(seen["expected"], rel=1e-6)
 
 

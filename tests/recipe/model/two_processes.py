@@ -34,14 +34,20 @@ def examples() -> Examples:
 
 
 def train(
-    kind: str, method: str, dtype: str, folder: Path, *flags: str, progress: Any = None
+    kind: str,
+    method: str,
+    dtype: str,
+    folder: Path,
+    *flags: str,
+    progress: Any = None,
+    weighted: bool = False,
 ) -> tuple[SFTMixModel, Trainer]:
     """A few steps of pairs; the same call in one process and in two."""
     config = tiny.config(*FLAGS, f"train.method={method}", *flags)
     model = tiny.model(kind, dtype=getattr(torch, dtype))
     if config.train.tuning == "lora":
         apply_lora(model, LoraConfig(rank=4))
-    found = examples()
+    found = tiny.weighted(dict(examples())) if weighted else examples()
     halves = tiny.halves(dict(found))
     trainer = train_pairs(config, model, found, halves, folder=folder, progress=progress)
     return model, trainer
@@ -59,11 +65,14 @@ def arrivals(model: SFTMixModel) -> dict[str, Any]:
     head_module.sftmix_loss = record  # type: ignore[assignment]
     ids = torch.arange(8, 20).view(1, -1)
     rows, lam = torch.arange(11), torch.tensor([0.123456789, 1 / 3, 2 / 3, 0.987654321])
-    counts: dict[str, Any] = {"ntp_denominator": 3001, "mixup_denominator": 1001}
-    result = model(ids, torch.ones_like(ids), rows, ids[0, 1:], lam, mixup_weight=0.2, **counts)
+    sent = {"row_weight": torch.linspace(0.1, 1.1, 11), "pair_weight": torch.linspace(0.3, 0.7, 4)}
+    sums: dict[str, Any] = {"ntp_denominator": 3001.123456789, "mixup_denominator": 1001, **sent}
+    result = model(ids, torch.ones_like(ids), rows, ids[0, 1:], lam, mixup_weight=0.2, **sums)
     head_module.sftmix_loss = inner
-    expected = result.nll.double().sum() / 3001 + 0.2 * result.mixup_nll.double().sum() / 1001
-    return {**seen, "sent_lam": lam, "loss": result.loss.item(), "expected": expected.item()}
+    ntp = (sent["row_weight"].double() * result.nll).sum() / 3001.123456789
+    expected = ntp + 0.2 * (sent["pair_weight"].double() * result.mixup_nll).sum() / 1001
+    sent["lam"] = lam
+    return {**seen, "sent": sent, "loss": result.loss.item(), "expected": expected.item()}
 
 
 def main(out: Path) -> None:
@@ -76,6 +85,8 @@ def main(out: Path) -> None:
                 save_trainable(model, out / name / "weights")
     results["evaluation"] = evaluate_model(model, list(examples().values()))
     merge_and_export(model, tiny.tokenizer(), out / "export")
+    model, _ = train("llama", "sftmix", "bfloat16", out / "weighted", weighted=True)
+    save_trainable(model, out / "weighted" / "weights")
     model, trainer = train("llama", "sftmix", "float32", out / "resumed")  # one process did its first epoch
     save_trainable(model, out / "resumed" / "weights")
     results["steps after resuming"] = trainer.step - trainer.first_step

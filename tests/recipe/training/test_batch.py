@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sftmix.data.chat import TokenizedExample
+from sftmix.data.tokenized import TokenizedExample
 from sftmix.training.batch import Batch, PairItem, blank_batch, check_batch, collate_pairs, collate_plain
 
 PAD = 0
@@ -119,6 +119,55 @@ def test_the_plan_is_that_of_the_slow_version(seed: int) -> None:
     check_batch(batch, VOCAB)
 
 
+def test_weights_by_hand() -> None:
+    """Rows keep their own token's weight; a pair's term has lambda w_c + (1 - lambda) w_u."""
+    c = replace(example("c", [10, 11, 12, 13, 14], "..xxx"), weights=(0, 0, 0.5, 0.5, 2))
+    u = replace(example("u", [20, 21, 22], ".xx"), weights=(0, 3, 0.25))
+    v = example("v", [30, 31], ".x")
+    batch = collate_pairs([(v, None, 1.0), (c, u, 0.25)], pad_id=PAD)
+    assert batch.target.tolist() == [12, 13, 21, 22, 14, 31]
+    assert batch.row_weight is not None
+    assert batch.pair_weight is not None
+    assert batch.row_weight.tolist() == [0.5, 0.5, 3, 0.25, 2, 1]
+    assert batch.pair_weight.tolist() == [0.25 * 0.5 + 0.75 * 3, 0.25 * 0.5 + 0.75 * 0.25]
+    assert batch.row_weight.dtype == batch.pair_weight.dtype == torch.float32
+    check_batch(batch, VOCAB)
+    moved = batch.to("meta")
+    assert moved.row_weight is not None
+    assert moved.row_weight.device.type == "meta"
+    per_token = collate_pairs([(v, u, np.array([0.5], np.float32))], pad_id=PAD)  # v has no weights: 1
+    assert per_token.pair_weight is not None
+    assert per_token.pair_weight.tolist() == [0.5 * 1 + 0.5 * 3]
+
+
+def test_a_pair_of_equal_weights_keeps_them_exactly() -> None:
+    c = replace(example("c", [1, 2, 3, 4], ".xxx"), weights=(0, 0.1, 0.7, 1 / 3))
+    batch = collate_pairs([(c, replace(c, id="u"), np.array([0.1, 0.3, 0.9], np.float32))], pad_id=PAD)
+    assert batch.pair_weight is not None
+    assert batch.row_weight is not None
+    assert torch.equal(batch.pair_weight, batch.row_weight[:3])
+
+
+def test_without_weights_there_is_none() -> None:
+    c, u = example("c", [10, 11, 12], ".xx"), example("u", [20, 21, 22], ".xx")
+    for one in (c, replace(c, weights=(0, 1, 1))):
+        batch = collate_pairs([(one, u, 0.25)], pad_id=PAD)
+        assert batch.row_weight is None
+        assert batch.pair_weight is None
+    tail = replace(example("t", [1, 2, 3, 4], ".xxx"), weights=(0, 1, 1, 2))
+    batch = collate_pairs([(tail, u, 0.25)], pad_id=PAD)
+    assert batch.row_weight is not None
+    assert batch.pair_weight is None  # the mixed tokens weigh 1
+
+
+def test_an_example_with_bad_weights_is_refused() -> None:
+    bad = replace(example("c", [10, 11, 12], ".xx"), weights=(0, 1, 0))
+    with pytest.raises(
+        ValueError, match="weights: expected a positive finite float32 at token 2 of c, got 0"
+    ):
+        collate_plain([bad], pad_id=PAD)
+
+
 def test_types_are_what_the_loss_asks_for() -> None:
     batch = collate_pairs(random_pairs(1), pad_id=PAD)
     for name in ("input_ids", "attention_mask", "rows", "target", "example"):
@@ -171,6 +220,10 @@ BREAKS: list[tuple[Callable[[Batch], Batch], str]] = [
     (lambda b: replace(b, lam=torch.rand(3)), "lam: expected at most N // 2 = 2 pairs, got 3"),
     (lambda b: replace(b, lam=b.lam + 1), r"lam: expected values in \[0, 1\]"),
     (lambda b: replace(b, lam=b.lam * float("nan")), r"lam: expected values in \[0, 1\]"),
+    (lambda b: replace(b, row_weight=torch.ones(4)), r"row_weight: expected \[N=5\], got \[4\]"),
+    (lambda b: replace(b, pair_weight=torch.ones(1)), r"pair_weight: expected \[M=2\], got \[1\]"),
+    (lambda b: replace(b, row_weight=torch.zeros(5)), "row_weight: expected positive finite values"),
+    (lambda b: replace(b, pair_weight=torch.ones(2) / 0), "pair_weight: expected positive finite values"),
 ]
 
 
