@@ -132,6 +132,28 @@ class TokenStore(Mapping[str, TokenizedExample]):
         return found
 
 
+class Chosen(Mapping[str, TokenizedExample]):
+    """Some of a store's examples, in the order of ``names``. Raises ``ValueError`` for a name that is not there."""
+
+    def __init__(self, store: TokenStore, names: Sequence[str]) -> None:
+        missing = next((name for name in names if name not in store), None)
+        if missing is not None:
+            raise ValueError(f"names: expected ids of {store.path}, got {missing}")
+        self.store = store
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> TokenizedExample:
+        if name not in self._names:
+            raise KeyError(name)
+        return self.store[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def account_to_dict(account: Account) -> dict[str, Any]:
     """An account as plain data."""
     values = dict(vars(account))

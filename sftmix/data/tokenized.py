@@ -66,6 +66,9 @@ class TokenizedExample:
             raise ValueError(f"supervised: expected [T={size}] for {self.id}, got [{len(self.supervised)}]")
         if self.supervised and self.supervised[0]:
             raise ValueError(f"supervised: expected the first token of {self.id} unsupervised, got True")
+        for token, _ in self.replaced:
+            if not (0 <= token < size and self.supervised[token]):
+                raise ValueError(f"replaced: expected supervised tokens of {self.id} only, got token {token}")
         if self.weights is None:
             return
         if len(self.weights) != size:

@@ -215,8 +215,19 @@ def _assemble(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         rows=torch.from_numpy(rows),
-        target=torch.from_numpy(input_ids.reshape(-1)[rows + 1]),
+        target=torch.from_numpy(_targets(sequences, input_ids)[rows + 1]),
         lam=torch.from_numpy(lam),
         example=torch.from_numpy(rows // length),
         ids=[sequence.id for sequence in sequences],
     )
+
+
+def _targets(sequences: Sequence[TokenizedExample], input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The token trained at each of the B * T positions: the one that stands there, unless another one replaces it."""
+    if not any(sequence.replaced for sequence in sequences):
+        return input_ids.reshape(-1)
+    targets = input_ids.copy()
+    for b, sequence in enumerate(sequences):
+        for token, target in sequence.replaced:
+            targets[b, token] = target
+    return targets.reshape(-1)

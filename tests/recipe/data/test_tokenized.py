@@ -54,3 +54,23 @@ def test_good_examples_pass() -> None:
 def test_fields_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **changes).check()
+
+
+def test_tokens_taken_out() -> None:
+    whole = TokenizedExample(
+        "a",
+        (1, 2, 3, 4, 5),
+        (False, False, True, True, True),
+        (0.0, 0.0, 1.0, 2.0, 3.0),
+        replaced=((2, 8), (4, 9)),
+    )
+    assert whole.without(1, 2) == TokenizedExample(
+        "a", (1, 3, 4, 5), (False, True, True, True), (0.0, 1.0, 2.0, 3.0), replaced=((1, 8), (3, 9))
+    )
+    cut = whole.without(4, 5, cut=True)
+    assert (cut.input_ids, cut.replaced, cut.cut) == ((1, 2, 3, 4), ((2, 8),), True)
+    for token in (0, 5):
+        with pytest.raises(
+            ValueError, match=f"replaced: expected supervised tokens of a only, got token {token}"
+        ):
+            replace(whole, replaced=((token, 7),)).check()

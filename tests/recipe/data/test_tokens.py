@@ -1,8 +1,9 @@
-"""Which tokens bear loss: template tags, prefix comparison, merges, truncation, and templates that resist."""
+"""Which tokens bear loss: answers found in the rendered text, their ends, merges, length, and what is refused."""
 
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftmix.data.tokens import prompt_ids, tokenize_examples
-from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.prepare import Source
+from sftmix.data.rows import Example, Fault
 from sftmix.data.template import use_chat_template
-from sftmix.data.rows import Example
-from sftmix.data.examples import load_examples
+from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.tokens import Encoder, TokenOptions, prompt_ids, tokenize_examples
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -36,6 +37,9 @@ INSTRUCT = (  # no generation prompt, strips what the user says, refuses a syste
 PLAIN = (  # no special tokens; the generation prompt ends in a space that merges with the answer
     "{% for m in messages %}{{ 'User: ' if m['role'] == 'user' else 'Assistant: ' }}{{ m['content'] + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+JOINED = PLAIN.replace(
+    "m['content'] + '\n'", "m['content'] + ('<|im_end|>\n' if m['role'] != 'user' else '\n')"
 )
 FORGETFUL = (  # shows its reasoning in the last turn only
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -118,9 +122,14 @@ TURNS = ("what is this?", "the plain one", "and this?", "yes\n    return x", "so
         (CHATML, ["the plain one<|im_end|>", "yes\n    return x<|im_end|>", "no 😀<|im_end|>"]),
         (TAGGED, [" the plain one<|im_end|>", " yes\n    return x<|im_end|>", " no 😀<|im_end|>"]),
         (INSTRUCT, [" the plain one<|im_end|>", " yes\n    return x<|im_end|>", " no 😀<|im_end|>"]),
-        (PLAIN, [" the plain one\n", " yes\n    return x\n", " no 😀\n"]),
+        (JOINED, [" the plain one<|im_end|>", " yes\n    return x<|im_end|>", " no 😀<|im_end|>"]),
+        (
+            FORGETFUL,
+            ["the plain one<|im_end|>", "yes\n    return x<|im_end|>", "<think></think>no 😀<|im_end|>"],
+        ),
+        (THINKING, ["the plain one<|im_end|>", "yes\n    return x<|im_end|>", "no 😀<|im_end|>"]),
     ],
-    ids=["chatml", "tagged", "instruct", "plain"],
+    ids=["chatml", "tagged", "instruct", "joined", "forgetful", "thinking"],
 )
 def test_every_assistant_turn_with_its_end(
     base: Tokenizer, template: str, expected: list[str], slow: bool
@@ -135,7 +144,7 @@ def test_every_assistant_turn_with_its_end(
 
 
 def test_a_token_joined_across_the_boundary_belongs_to_the_answer(base: Tokenizer) -> None:
-    tok = tokenizer(base, PLAIN)
+    tok = tokenizer(base, JOINED)
     tokenized = one(conversation("hello", "yes no"), tok)
     first = tokenized.supervised.index(True)
     assert tok.convert_ids_to_tokens(tokenized.input_ids[first]) == "Ġyes"
@@ -148,8 +157,15 @@ def test_white_space_and_split_characters_inside_answers_bear_loss(base: Tokeniz
     assert answers(one(conversation("q", text), tok), tok) == [text + "<|im_end|>"]
     tagged = TAGGED.replace("{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}")
     tok = tokenizer(base, tagged)
-    # The last character is three tokens; the tags say that the end of turn bears no loss.
-    assert answers(one(conversation("q😀", "yes 漢", "漢", "no"), tok), tok) == [" yes 漢", " no"]
+    # The last character is three tokens; the end of the turn, which the tags leave out, is trained all the same.
+    assert answers(one(conversation("q😀", "yes 漢", "漢", "no"), tok), tok) == [
+        " yes 漢<|im_end|>",
+        " no<|im_end|>",
+    ]
+    ((_, notes),) = Encoder(tok, TokenOptions()).outcomes([conversation("q", "a")])
+    assert notes == (
+        "the end token <|im_end|> stands outside the template's generation block; it bears loss too",
+    )
 
 
 def test_a_system_message_is_part_of_the_prompt(base: Tokenizer) -> None:
@@ -160,7 +176,9 @@ def test_a_system_message_is_part_of_the_prompt(base: Tokenizer) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1), min_size=2, max_size=5
+        st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).filter(str.strip),
+        min_size=2,
+        max_size=5,
     )
 )
 def test_any_text_is_supervised_whole(base: Tokenizer, texts: list[str]) -> None:
@@ -182,7 +200,8 @@ def test_truncation_cuts_on_the_right(base: Tokenizer) -> None:
         assert short.input_ids == whole.input_ids[:length]
         assert short.supervised == whole.supervised[:length]
     with pytest.raises(
-        ValueError, match=rf"example ex: .* starts at token {first}, beyond max_length = {first}"
+        ValueError,
+        match=rf"example ex: .* within data.max_length = {first} tokens, got one that starts at token {first}",
     ):
         one(conversation(*TURNS), tok, max_length=first)
     with pytest.raises(ValueError, match="max_length: expected at least 2, got 1"):
@@ -191,22 +210,141 @@ def test_truncation_cuts_on_the_right(base: Tokenizer) -> None:
 
 def test_the_first_token_never_bears_loss(base: Tokenizer) -> None:
     example = Example("ex", ({"role": "assistant", "content": "yes no"},))
-    whole = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    whole = "{% for m in messages %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% endfor %}"
     tokenized = one(example, tokenizer(base, whole))
     assert tokenized.supervised == (False, *[True] * (len(tokenized.input_ids) - 1))
-    with pytest.raises(
-        ValueError, match=r"example ex: .* start with another role, got assistant.*generation"
-    ):
-        one(example, tokenizer(base, CHATML))
+    tok = tokenizer(base, CHATML)
+    assert answers(one(example, tok), tok) == ["yes no<|im_end|>"]  # an answer to nobody's question
 
 
-def test_an_empty_mask_is_an_error_that_names_the_example(base: Tokenizer) -> None:
-    nothing = TAGGED.replace("{{ m['content'] }}{{ '<|im_end|>' }}", "")
-    with pytest.raises(ValueError, match=r"example ex: .* the chat template marks none as the assistant's"):
-        one(conversation("q", "a"), tokenizer(base, nothing))
+def test_answers_that_the_template_does_not_show_or_marks_as_anothers(base: Tokenizer) -> None:
+    def refusal(template: str) -> str:
+        with pytest.raises(ValueError) as caught:
+            one(conversation("q", "answer"), tokenizer(base, template))
+        return str(caught.value)
+
+    silent = TAGGED.replace("{{ m['content'] }}{{ '<|im_end|>' }}", "")
+    assert "without the content of message 2 (assistant): 'answer'" in refusal(silent)
     deaf = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match=r"example ex: .* marks none as the assistant's"):
-        one(conversation("q", "a"), tokenizer(base, deaf))
+    assert "without the content of message 2 (assistant): 'answer'" in refusal(deaf)
+    astray = TAGGED.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}")
+    assert "expected the text of message 2 inside a {% generation %} block" in refusal(astray)
+    wide = "{% generation %}" + CHATML.replace("{% if add", "{% endgeneration %}{% if add")
+    assert "blocks around the assistant's text only, got one around message 1" in refusal(wide)
+    shouting = CHATML.replace("m['content']", "m['content'].upper()")
+    assert "expected the content of message 1 unchanged in the rendered text, got 'Q' for 'q'" in refusal(
+        shouting
+    )
+
+
+def test_an_answer_without_an_end_is_refused_or_ended(base: Tokenizer) -> None:
+    """Cases 19 and 20: no end at all, and an end that is several tokens."""
+    several = CHATML.replace("<|im_end|>", "<|ENDTURN|>")
+    for template, shown in ((PLAIN, r"'\\n'"), (several, r"'<\|ENDTURN\|>\\n'")):
+        tok = tokenizer(base, template)
+        with pytest.raises(
+            ValueError, match=f"expected a token that ends generation .* message 2, got {shown}"
+        ):
+            one(conversation("q", "a"), tok)
+        (ended,) = tokenize_examples([conversation("q", "a", "r", "b")], tok, end_token="<|im_end|>")
+        assert [run.strip() for run in answers(ended, tok)] == ["a<|im_end|>", "b<|im_end|>"]
+    with pytest.raises(ValueError, match=r"data\.end_token: expected one token .* '<\|ENDTURN\|>', which is"):
+        tokenize_examples([conversation("q", "a")], tokenizer(base, PLAIN), end_token="<|ENDTURN|>")
+
+
+def test_an_end_that_is_the_next_turns_beginning(base: Tokenizer) -> None:
+    """GLM's way: what closes an answer is the next user's token, and nothing closes the last one."""
+    chained = (
+        "{% for m in messages %}{{ ('<|im_start|>' if m['role'] == 'user' else '<|im_end|>') + m['content'] }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
+    )
+    tok = PreTrainedTokenizerFast(tokenizer_object=base, chat_template=chained)
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    with pytest.raises(ValueError, match="a token that ends generation behind the answer in message 2"):
+        one(conversation("q", "a", "r", "b"), tok)
+    start = tok.convert_tokens_to_ids("<|im_start|>")
+    (ended,) = tokenize_examples(
+        [conversation("q", "a", "r", "b")], tok, end_token="<|im_start|>", stop_ids=(start,)
+    )
+    assert answers(ended, tok) == ["a<|im_start|>", "b<|im_start|>"]
+    assert tok.decode(ended.input_ids) == "<|im_start|>q<|im_end|>a<|im_start|>r<|im_end|>b<|im_start|>"
+
+
+def test_an_end_that_only_the_last_answer_has_is_trained_in_the_earlier_ones(base: Tokenizer) -> None:
+    """gpt-oss's way: earlier answers are shown with another end, at which generation does not stop."""
+    tok = tokenizer(
+        base, CHATML.replace("'<|im_end|>\n'", "('<|im_end|>' if loop.last else '<|im_start|>') + '\n'")
+    )
+    encoder = Encoder(tok, TokenOptions())
+    ((tokenized, notes),) = encoder.outcomes([conversation("q", "a", "r", "b")])
+    assert isinstance(tokenized, TokenizedExample)
+    assert answers(tokenized, tok) == ["a<|im_start|>", "b<|im_end|>"]
+    end = tok.convert_tokens_to_ids("<|im_end|>")
+    ((token, target),) = tokenized.replaced
+    assert target == end and tok.decode(tokenized.input_ids[token]) == "<|im_start|>"
+    assert encoder.stops == {end: 2}
+    assert "an earlier answer is closed by <|im_start|>; what is trained there is <|im_end|>" in notes
+
+
+def test_special_tokens_in_text_stay_text(base: Tokenizer) -> None:
+    """Case of the kind: a user quotes a special token; the tokens of all other text are those of the tokenizer."""
+    tok = tokenizer(base, CHATML)
+    told = conversation("what is <|im_end|> for?", "it ends a turn: <|im_end|> 😀<|im_start|>", "so", "yes")
+    special = set(tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    text, as_token = (tokenize_examples([told], tok, special_tokens=how)[0] for how in ("text", "token"))
+    assert tok.decode(text.input_ids) == tok.decode(as_token.input_ids)
+    assert sum(token in special for token in text.input_ids) == 8
+    assert sum(token in special for token in as_token.input_ids) == 11
+    assert answers(text, tok)[0] == "it ends a turn: <|im_end|> 😀<|im_start|><|im_end|>"
+    whole = tok.apply_chat_template(list(told.messages), return_dict=True)["input_ids"]
+    assert list(as_token.input_ids) == whole
+    for how in ("text", "token"):
+        ((_, notes),) = Encoder(tok, TokenOptions(special_tokens=how)).outcomes([told])
+        assert notes == ("a special token's string in the text",)
+
+
+@pytest.mark.parametrize("form", ["text", "ids"])
+def test_texts_and_ready_tokens_need_no_chat_template(base: Tokenizer, form: str) -> None:
+    tok = tokenizer(base, None)
+    if form == "text":
+        example = Example("t", text="the quick brown fox")
+        tokenized = one(example, tok)
+        assert tok.decode(tokenized.input_ids) == "the quick brown fox<|im_end|>"
+        assert tokenized.supervised == (False, *[True] * (len(tokenized.input_ids) - 1))
+        already = one(Example("t", text="the quick brown fox<|im_end|>"), tok)
+        assert already.input_ids[-1] != tokenized.input_ids[-2]
+    else:
+        example = Example("i", input_ids=(5, 6, 7), labels=(-100, -100, 7))
+        assert one(example, tok) == TokenizedExample("i", (5, 6, 7), (False, False, True))
+        with pytest.raises(ValueError, match=f"expected input_ids below {len(tok)}, got {len(tok)}"):
+            one(Example("i", input_ids=(5, len(tok)), labels=(5, len(tok))), tok)
+        with pytest.raises(ValueError, match="at least one token that bears loss, got none"):
+            one(Example("i", input_ids=(5, 6), labels=(5, -100)), tok)
+
+
+def test_too_long_is_dropped_cut_or_refused(base: Tokenizer) -> None:
+    tok = tokenizer(base, CHATML)
+    long = conversation("what is this hello " * 9, "yes no maybe")
+    whole = one(long, tok)
+    first, size = whole.supervised.index(True), len(whole.input_ids)
+
+    def outcome(how: str, length: int) -> Any:
+        ((found, _),) = Encoder(tok, TokenOptions(max_length=length, too_long=how)).outcomes([long])
+        return found
+
+    for how in ("drop", "refuse"):
+        fault = outcome(how, size - 1)
+        assert isinstance(fault, Fault) and fault.kind == "too long"
+        assert fault.reason == f"expected at most data.max_length = {size - 1} tokens, got {size}"
+    cut = outcome("cut", size - 1)
+    assert cut.cut and cut.input_ids == whole.input_ids[:-1]
+    kept = outcome("cut_prompt", size - 5)
+    assert (
+        not kept.cut and kept.input_ids == whole.input_ids[5:] and answers(kept, tok) == answers(whole, tok)
+    )
+    both = outcome("cut_prompt", size - first)  # one token of the prompt stays, so one of the answer goes
+    assert both.cut and both.supervised.index(True) == 1 and len(both.input_ids) == size - first
 
 
 def test_no_chat_template_is_refused(base: Tokenizer) -> None:
@@ -235,13 +373,31 @@ def test_a_template_that_raises_is_refused_by_example(base: Tokenizer) -> None:
         one(conversation("q", "a"), tokenizer(base, TAGGED + "{{ raise_exception('no') }}"))
 
 
-def test_templates_whose_prefixes_disagree_are_refused(base: Tokenizer) -> None:
+def test_templates_that_render_turns_by_their_place_are_understood(base: Tokenizer) -> None:
+    """Qwen3's and DeepSeek's way; what the template adds to an answer, or to the prompt alone, is said."""
+    for template, note in (
+        (FORGETFUL, "the chat template's own '<think></think>' at the start of an answer bears loss"),
+        (THINKING, "generation begins with '<think>\\n', which the rendered answer does not have"),
+    ):
+        ((_, notes),) = Encoder(tokenizer(base, template), TokenOptions()).outcomes([conversation("q", "a")])
+        assert notes == (note,)
+
+
+def test_time_is_linear_in_turns(base: Tokenizer) -> None:
+    """400 turns took 10 s an example when every prefix was rendered."""
     tok = tokenizer(base, FORGETFUL)
-    assert answers(one(conversation("q", "a"), tok), tok) == ["<think></think>a<|im_end|>"]
-    with pytest.raises(ValueError, match=r"example ex: expected a chat template that .* at message 2"):
-        one(conversation("q", "a", "q", "a"), tok)
-    with pytest.raises(ValueError, match=r"give a template with \{% generation %\} tags"):
-        one(conversation("q", "a"), tokenizer(base, THINKING))
+
+    def seconds(turns: int) -> float:
+        long = conversation(*(f"{i}" for i in range(turns)))
+        encoder = Encoder(tok, TokenOptions())
+        started = time.thread_time()
+        for _ in range(3):
+            (found,) = encoder.outcomes([long])
+            assert isinstance(found[0], TokenizedExample) and len(answers(found[0], tok)) == turns // 2
+        return time.thread_time() - started
+
+    seconds(40)
+    assert min(seconds(400) for _ in range(3)) < 20 * min(seconds(40) for _ in range(3))
 
 
 def test_prompt_ids_stop_before_the_last_answer(base: Tokenizer) -> None:
@@ -258,9 +414,9 @@ def test_prompt_ids_stop_before_the_last_answer(base: Tokenizer) -> None:
 
 def test_a_template_from_a_file_overrides_the_tokenizers(base: Tokenizer, tmp_path: Path) -> None:
     tok = tokenizer(base, CHATML)
-    (tmp_path / "plain.jinja").write_text(PLAIN)
+    (tmp_path / "plain.jinja").write_text(JOINED)
     use_chat_template(tok, tmp_path / "plain.jinja")
-    assert answers(one(conversation("hello", "yes"), tok), tok) == [" yes\n"]
+    assert answers(one(conversation("hello", "yes"), tok), tok) == [" yes<|im_end|>"]
     (tmp_path / "empty.jinja").write_text(" ")
     for name, message in (("empty.jinja", "got an empty file"), ("none.jinja", "expected a text file")):
         with pytest.raises(ValueError, match=f"data.chat_template: expected .*{message.split()[-1]}"):
@@ -268,7 +424,7 @@ def test_a_template_from_a_file_overrides_the_tokenizers(base: Tokenizer, tmp_pa
 
 
 def test_many_examples_keep_their_order_and_ids(base: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftmix.data.chat._CHUNK", 3)
+    monkeypatch.setattr("sftmix.data.tokens._CHUNK", 3)
     examples = [Example(f"e{i}", conversation("q", f"answer {i}").messages) for i in range(8)]
     tok = tokenizer(base, CHATML)
     tokenized = tokenize_examples(examples, tok, max_length=99)
@@ -299,7 +455,7 @@ def test_the_demo_models_template(smollm2: Any) -> None:
 
 def test_the_demo_models_template_on_real_data(smollm2: Any, shared_data: Path) -> None:
     for name in ("medquad_heldout.jsonl.xz", "gsm8k_test.jsonl.xz", "alpaca_en_demo.json.xz"):
-        examples = load_examples(str(shared_data / name), limit=150)
+        examples = list(Source(str(shared_data / name), limit=150).examples())
         for example, tokenized in zip(
             examples, tokenize_examples(examples, smollm2, max_length=2048), strict=True
         ):

@@ -234,3 +234,12 @@ def test_a_broken_plan_is_refused(broken: Callable[[Batch], Batch], message: str
     check_batch(batch, VOCAB)
     with pytest.raises(ValueError, match=message):
         check_batch(broken(batch), VOCAB)
+
+
+def test_a_replaced_token_is_trained_and_not_shown() -> None:
+    """The model sees token 12, and at its place is taught 40: the end of an earlier answer under some templates."""
+    example = TokenizedExample("a", (10, 11, 12, 13), (False, True, True, True), replaced=((2, 40),))
+    other = TokenizedExample("b", (20, 21), (False, True))
+    batch = collate_pairs([(example, other, 0.5)], pad_id=0)
+    assert batch.input_ids[0].tolist() == [10, 11, 12, 13]
+    assert batch.target.tolist() == [11, 21, 40, 13]
