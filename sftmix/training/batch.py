@@ -73,8 +73,8 @@ def pair_weights(
     size = count_mixed(confident, unconfident)
     if unconfident is None or (confident.weights is None and unconfident.weights is None):
         return np.ones(size, dtype=np.float32)
-    share = _spread(lam, size, confident.id).astype(np.float64)
-    one, other = (_token_weights(member)[:size].astype(np.float64) for member in (confident, unconfident))
+    share = _spread(lam, size, confident.id).astype(np.float64)  # and with it all that it multiplies
+    one, other = (_token_weights(member)[:size] for member in (confident, unconfident))
     return (share * one + (1 - share) * other).astype(np.float32)
 
 
