@@ -107,6 +107,11 @@ class TokenStore(Mapping[str, TokenizedExample]):
     def __len__(self) -> int:
         return len(self._place)
 
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """The tokens that end an answer with how often they bear loss, the most frequent first."""
+        return sorted(self.stops.items(), key=lambda item: (-item[1], item[0]))
+
     def source_of(self, name: str) -> str:
         """The file and line that an example was read from."""
         b, i = self._place[name]

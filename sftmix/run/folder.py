@@ -2,6 +2,8 @@
 
 config.yaml             the resolved configuration
 stages.json             settings of each finished stage; one that finds its own there has nothing to do
+data.json               what became of the rows: used, left out and why, ignored fields, counts of tokens
+tokens/                 the tokenised examples, named by all that they depend on
 base/                   a GGUF model as safetensors, so that it is dequantised once
 reference/              point-000/ … (weights to score), point-000.json … (their steps), checkpoints/,
                         metrics.jsonl, online.parquet
@@ -31,6 +33,8 @@ class RunFolder:
         self.base = self.path / "base"
         self.reference = self.path / "reference"
         self.online = self.reference / "online.parquet"
+        self.tokens = self.path / "tokens"
+        self.data = self.path / "data.json"
         self.dynamics = self.path / "dynamics.parquet"
         self.split = self.path / "split.parquet"
         self.evaluation = self.path / "evaluation.json"

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
-from sftmix.data.chat import tokenize_examples, use_chat_template
-from sftmix.data.examples import Example, load_examples, split_heldout
+from sftmix.data.heldout import split_heldout
+from sftmix.data.prepare import Source
+from sftmix.data.rows import Example
+from sftmix.data.store import Chosen, TokenStore
+from sftmix.data.summary import first_object, lines
 from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.tokens import TokenOptions
+from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel, load_model
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.export import merge_and_export
@@ -25,6 +31,15 @@ from sftmix.model.parallel import join_world, local_device
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
 from sftmix.run.folder import RunFolder, Settings
+from sftmix.run.inputs import (
+    check_overlap,
+    heldout_source,
+    prepared,
+    settle_date,
+    token_options,
+    tokenizer_for,
+    train_source,
+)
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
 disable_progress_bar()  # transformers' bars for reading and writing files; the stages have their own
@@ -36,52 +51,107 @@ class Session:
     def __init__(self, config: Config) -> None:
         self.device = local_device()
         self.world = join_world(self.device)
-        self.config = config = settle_dtype(config, self.device)
+        self.config = config = settle_date(settle_dtype(config, self.device))
         self.folder = RunFolder(config.run_dir)
 
     # --- examples ---
 
-    @cached_property
-    def _examples(self) -> tuple[list[Example], list[Example]]:
-        data = self.config.data
-        with activity("reading the examples"):
-            examples = load_examples(data.train, split=data.split, limit=data.limit)
-            if data.heldout is not None:
-                return examples, load_examples(data.heldout, split=data.split)
-        return split_heldout(examples, data.heldout_fraction)
+    def _prepared(self, source: Source, tokenizer: Any, model: ModelConfig) -> TokenStore:
+        """The tokenised examples of a source: made by the main process, read by all."""
+        options = token_options(self.config, model)
+        if is_main():
+            with activity(f"reading and tokenising {source.name}"):
+                prepared(self.config, source, tokenizer, options, self.folder.tokens)
+        self.barrier()
+        return prepared(self.config, source, tokenizer, options, self.folder.tokens)
 
     @cached_property
-    def train(self) -> dict[str, TokenizedExample]:
+    def _train_store(self) -> TokenStore:
+        return self._prepared(train_source(self.config), self.tokenizer, self.model_source)
+
+    @cached_property
+    def _reference_store(self) -> TokenStore:
+        """The training examples in the reference model's tokens."""
+        if self.reference_source == self.model_source:
+            return self._train_store
+        tokenizer = tokenizer_for(self.config, self.reference_source)
+        return self._prepared(train_source(self.config), tokenizer, self.reference_source)
+
+    @cached_property
+    def _heldout_store(self) -> TokenStore | None:
+        """The held-out examples of their own source; None where they are a part of the training examples."""
+        source = heldout_source(self.config)
+        if source is None:
+            return None
+        store = self._prepared(source, self.tokenizer, self.model_source)
+        check_overlap(self._train_store, store, allowed=self.config.data.allow_overlap)
+        return store
+
+    @cached_property
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Ids of the training and of the held-out examples."""
+        train, heldout = list(self._train_store), list(self._heldout_store or ())
+        if self._heldout_store is None:
+            train, heldout = split_heldout(train, self.config.data.heldout_fraction)
+        usable = [name for name in train if name in self._reference_store]
+        if len(usable) < len(train):
+            say(
+                f"data: {len(train) - len(usable)} training examples are left out, the reference model cannot use them"
+            )
+        return usable, heldout[: self.config.evaluate.limit]
+
+    @cached_property
+    def train(self) -> Mapping[str, TokenizedExample]:
         """The training examples by id, for the model that is trained."""
-        return self._tokenized(self._examples[0], self.tokenizer)
-
-    @cached_property
-    def heldout_examples(self) -> list[Example]:
-        """The held-out conversations, at most ``evaluate.limit``."""
-        return self._examples[1][: self.config.evaluate.limit]
+        return Chosen(self._train_store, self._names[0])
 
     @cached_property
     def heldout(self) -> list[TokenizedExample]:
-        """The held-out examples, tokenised."""
-        return list(self._tokenized(self.heldout_examples, self.tokenizer).values())
+        """The held-out examples, at most ``evaluate.limit``."""
+        store = self._heldout_store or self._train_store
+        return [store[name] for name in self._names[1]]
 
-    def _tokenized(self, examples: list[Example], tokenizer: Any) -> dict[str, TokenizedExample]:
-        with activity(f"tokenising {len(examples)} examples"):
-            tokenized = tokenize_examples(examples, tokenizer, max_length=self.config.data.max_length)
-        return {example.id: example for example in tokenized}
+    def heldout_examples(self, count: int) -> list[Example]:
+        """The first held-out conversations as they were read."""
+        wanted = dict.fromkeys(self._names[1][:count])
+        found: dict[str, Example] = {}
+        for example in (heldout_source(self.config) or train_source(self.config)).examples():
+            if len(found) == len(wanted):
+                break
+            if example.id in wanted:
+                found[example.id] = example
+        return [found[name] for name in wanted]
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that were trained to end an answer, the most frequent first."""
+        return tuple(token for token, count in self._train_store.ends if count)
+
+    @cached_property
+    def token_options(self) -> TokenOptions:
+        """How examples become tokens for the model that is trained."""
+        return token_options(self.config, self.model_source)
+
+    def tell_data(self) -> None:
+        """Say what became of the rows, and write it to the run folder."""
+        stores = {"train": self._train_store, "heldout": self._heldout_store}
+        if not is_main():
+            return
+        told = {}
+        for name, store in stores.items():
+            if store is not None:
+                for line in lines(store.account, store):
+                    say(f"{name} {line}" if not line.startswith("  ") else line)
+                told[name] = first_object(store.account)
+        with replacing(self.folder.data) as temporary:
+            temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     # --- models ---
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model that is trained, with the configured chat template."""
-        return self._load_tokenizer(self.model_source)
-
-    def _load_tokenizer(self, source: ModelConfig) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision or "main")
-        if self.config.data.chat_template is not None:
-            use_chat_template(tokenizer, self.config.data.chat_template)
-        return tokenizer
+        return tokenizer_for(self.config, self.model_source)
 
     @cached_property
     def pad_id(self) -> int:
@@ -110,11 +180,9 @@ class Session:
         return dataclasses.replace(self.config.model, name=other, gguf_file=None, revision=None)
 
     @cached_property
-    def reference_examples(self) -> dict[str, TokenizedExample]:
+    def reference_examples(self) -> Mapping[str, TokenizedExample]:
         """The training examples in the reference model's tokens."""
-        if self.reference_source == self.model_source:
-            return self.train
-        return self._tokenized(self._examples[0], self._load_tokenizer(self.reference_source))
+        return Chosen(self._reference_store, self._names[0])
 
     def load(self, source: ModelConfig, *, trainable: bool) -> SFTMixModel:
         """The model, checked; ``trainable`` adds adapters where ``train.tuning`` is lora."""
@@ -152,7 +220,7 @@ class Session:
         return {name: values[name] for name in sections}
 
 
-def examples_digest(examples: dict[str, TokenizedExample]) -> str:
+def examples_digest(examples: Mapping[str, TokenizedExample]) -> str:
     """A short hash of ids and tokens, so that a changed data file is noticed."""
     digest = hashlib.sha256()
     for name in sorted(examples):

@@ -64,7 +64,7 @@ def test_some_of_a_store(tmp_path: Path) -> None:
     assert list(some) == ["c", "a"] and some["a"] == EXAMPLES[0] and "b" not in some
     with pytest.raises(KeyError):
         some["b"]
-    with pytest.raises(ValueError, match="expected ids of .*, got z"):
+    with pytest.raises(ValueError, match=r"expected ids of .*, got z"):
         Chosen(store, ["a", "z"])
 
 
