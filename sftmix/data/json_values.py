@@ -1,0 +1,149 @@
+"""JSON values checked as they are decoded: repeated keys, lone surrogates, depth, numbers that Python refuses.
+
+``NaN``, which Python and pandas write for a missing value, is read as null; JSON itself has no such word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sftmix.data.rows import RowError
+
+MAX_DEPTH = (
+    100  # deeper values make the recursive code after this one (templates, copies, json itself) overflow
+)
+SPACE = " \t\r\n"
+# A string, or a bracket: enough to find where a value ends, whatever its numbers and keys are.
+_TOKEN = re.compile(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*("?)|[\[\]{}]')
+
+
+class JsonDecoder:
+    """Decodes one value at a time and raises ``RowError`` for what is JSON and cannot be a row all the same."""
+
+    def __init__(self) -> None:
+        self._repeated: list[str] = []
+        decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=_constant)
+        self._scan: Any = decoder.scan_once  # type: ignore[attr-defined]  # C code; raw_decode adds a Python call
+
+    def decode(self, text: str, start: int = 0) -> tuple[Any, int]:
+        """(value, where it ends) of the value that begins at ``text[start]``.
+
+        Raises ``RowError``, its kind ``not JSON`` or that of the check that failed.
+        """
+        self._repeated.clear()
+        try:
+            value, end = self._scan(text, start)
+        except StopIteration as stop:
+            raise JsonError("Expecting value", text, start, stop.value) from None
+        except json.JSONDecodeError as error:
+            raise JsonError(error.msg, text, start, error.pos) from None
+        except RecursionError:
+            raise RowError("nested too deeply", f"expected at most {MAX_DEPTH} levels, got more") from None
+        except ValueError as error:  # int() of more than 4,300 digits
+            raise RowError("number too long", f"expected a number that Python reads, got {error}") from None
+        if self._repeated:
+            name = self._repeated[0]
+            raise RowError("repeated key", f"expected each key of an object once, got {name!r:.80} again")
+        return value, end
+
+    def check(self, value: Any, text: str, start: int, end: int) -> None:
+        """Raise ``RowError`` for lone surrogates and for depth, looked for only where the text allows them."""
+        if text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0:
+            check_surrogates(value)
+        if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
+            _check_depth(value)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            seen: set[str] = set()
+            self._repeated += [name for name, _ in pairs if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        return fields
+
+
+class JsonError(RowError):
+    """Text that is not JSON; ``position`` is where in the text."""
+
+    def __init__(self, message: str, text: str, start: int, position: int) -> None:
+        got = repr(text[position : position + 20]) if position < len(text) else "its end"
+        line = text.count("\n", start, position) + 1
+        column = position - (text.rfind("\n", 0, position) if line > 1 else start - 1)
+        where = f"column {column}" if line == 1 else f"column {column} of its line {line}"
+        super().__init__(
+            "not JSON", f"expected JSON, got text that does not parse ({message}, {where}: {got})"
+        )
+        self.message, self.position = message, position
+
+    def is_final(self, length: int) -> bool:
+        """Whether more text after the ``length`` characters that there are could not mend it."""
+        return not self.message.startswith("Unterminated string") and self.position < length - 16
+
+
+def value_end(text: str, start: int) -> int | None:
+    """Where the object or list that begins at ``text[start]`` ends, by its brackets; None: not in this text."""
+    if text[start : start + 1] not in ("{", "["):
+        return None
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        first = token[0][0]
+        if first == '"':
+            if not token[1]:
+                return None
+        elif first in "[{":
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0:
+                return token.end()
+    return None
+
+
+def check_surrogates(value: Any) -> None:
+    """Raise ``RowError`` naming the first field whose text, or whose own name, has half of a surrogate pair."""
+    for path, text in _texts(value, ""):
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                where = f" in {path.encode('ascii', 'backslashreplace').decode()}" if path else ""
+                code = f"\\u{ord(text[error.start]):04x}"
+                raise RowError(
+                    "lone surrogate",
+                    f"expected whole characters{where}, got {code} without its other half",
+                ) from None
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(path, text) of every string, the keys included; a path is ``messages[1].content``."""
+    todo = [(path, value)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            inner = [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
+            yield from zip((name for name, _ in inner), value)
+            todo += reversed(inner)
+        elif isinstance(value, list):
+            todo += reversed([(f"{path}[{i}]", item) for i, item in enumerate(value)])
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise RowError("nested too deeply", f"expected at most {MAX_DEPTH} levels, got more")
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name.replace("Infinity", "inf"))
