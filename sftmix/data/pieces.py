@@ -200,7 +200,10 @@ def _rebuilt(
     tool_copies = []
     for tool in tools:
         function = tool.get("function", tool)
-        marked = {**function, "name": leaf(function.get("name"), TOOLS, "tools")}
+        told = {
+            key: leaf(function[key], TOOLS, "tools") for key in ("name", "description") if key in function
+        }
+        marked = {**function, **told}
         tool_copies.append({**tool, "function": marked} if "function" in tool else marked)
     return copies, tool_copies
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -43,19 +43,17 @@ class Source:
     form: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[Row | Fault]:
+    def rows(self, on_skip: Callable[[str, str], None] | None = None) -> Iterator[Row | Fault]:
+        """The records; ``on_skip(what, why)`` is told of files that are passed over."""
         return read_rows(
-            self.name,
-            split=self.split,
-            configuration=self.configuration,
-            streaming=self.streaming,
-            limit=self.limit,
-        )
+            self.name, split=self.split, configuration=self.configuration, streaming=self.streaming,
+            limit=self.limit, on_skip=on_skip,
+        )  # fmt: skip
 
     def examples(self) -> Iterator[Example]:
         """The examples of the rows that can be used, with the ids that ``prepare`` gives them."""
         seen: Counter[str] = Counter()
-        for row in self.rows():
+        for row in self.rows(lambda what, why: None):
             if isinstance(row, Fault):
                 continue
             try:
@@ -196,9 +194,13 @@ def _write(
 
     account, stops, seen = Account(), Counter[int](), Counter[str]()
     batches = path.with_name(path.name + ".part")
+
+    def skipped(what: str, why: str) -> None:
+        account.notes[f"{what} is not read: {why}"] += 1
+
     try:
         with pa.OSFile(str(batches), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for part in _parts(source, tokenizer, options, num_workers):
+            for part in _parts(source, tokenizer, options, num_workers, skipped):
                 _merge(account, part.account)
                 stops.update(part.stops)
                 for i, entry in enumerate(part.entries):
@@ -288,7 +290,7 @@ def prompt_hash(example: Example) -> int:
 def _key(source: Source, tokenizer: Any, options: TokenOptions) -> str:
     """A hash of everything that the tokens depend on."""
     settings = {**asdict(source), "options": asdict(options), "version": _VERSION}
-    files = source_files(source.name)
+    files = source_files(source.name, split=source.split)
     settings["files"] = [content_hash(path) for path in files]
     if files:
         del settings["name"]  # a file that was moved is the same file
