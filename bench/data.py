@@ -71,7 +71,7 @@ def tokenizer_alone(folder: str, path: Path, answer: Any) -> None:
                 flush()
     if texts:
         flush()
-    answer.put({"tokens": tokens, "seconds": seconds})
+    answer.send({"tokens": tokens, "seconds": seconds})
 
 
 def recipe(folder: str, path: Path, answer: Any) -> None:
@@ -86,7 +86,7 @@ def recipe(folder: str, path: Path, answer: Any) -> None:
         seconds = time.perf_counter() - started
         first = next(iter(store))
         told = {"tokens": store.account.tokens, "seconds": seconds, "examples": len(store), "first": first}
-    answer.put({**told, "memory_bytes": memory.most})
+    answer.send({**told, "memory_bytes": memory.most})
 
 
 class _Memory:
@@ -150,10 +150,11 @@ def measure(folder: str, rows: int, command: str) -> dict[str, Any]:
         write_rows(path, rows)
         context = multiprocessing.get_context("spawn")
         for name, call in (("alone", tokenizer_alone), ("recipe", recipe)):
-            answer = context.Queue()
-            process = context.Process(target=call, args=(folder, path, answer))
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=call, args=(folder, path, theirs))
             process.start()
-            results[name] = answer.get()
+            theirs.close()
+            results[name] = ours.recv()  # EOFError where the process died; its own traceback stands above
             process.join()
         size = path.stat().st_size
     if results["alone"]["tokens"] != results["recipe"]["tokens"]:

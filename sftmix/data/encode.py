@@ -125,6 +125,7 @@ class SpecialTokens:
         flags |= {token: flags.get(token) for token in tokenizer.all_special_tokens}
         names = sorted((name for name in flags if name.strip()), key=len, reverse=True)
         self._plain = re.compile("|".join(map(re.escape, names))) if names else None
+        self._longest = max(map(len, names), default=1)
         parts = [
             rf"{_blank(flags[name], 'lstrip')}{re.escape(name)}{_blank(flags[name], 'rstrip')}"
             for name in names
@@ -133,10 +134,15 @@ class SpecialTokens:
 
     def fakes(self, text: str, pieces: Sequence[Span]) -> list[Span]:
         """Where a special token's string overlaps one of ``pieces``, the texts that the rows themselves hold."""
-        if self._plain is None:
-            return []
-        found = [match.span() for match in self._plain.finditer(text)]
-        return [span for span in found if any(span[0] < stop and start < span[1] for start, stop in pieces)]
+        search = self._plain.search if self._plain is not None else None
+        found = []
+        for start, stop in pieces:  # most texts hold none, so only they are searched
+            first, last = max(0, start - self._longest + 1), min(len(text), stop + self._longest - 1)
+            if search is None or search(text, first, last) is None:
+                continue
+            spans = (match.span() for match in self._plain.finditer(text, first, last))  # type: ignore[union-attr]
+            found += [span for span in spans if span[0] < stop and start < span[1]]
+        return sorted(set(found))
 
     def occurs(self, text: str) -> bool:
         return self._plain is not None and self._plain.search(text) is not None

@@ -222,8 +222,11 @@ def _write(
         batches.unlink(missing_ok=True)
 
 
-def _parts(source: Source, tokenizer: Any, options: TokenOptions, num_workers: int | None) -> Iterator[_Part]:
-    rows = source.rows()
+def _parts(
+    source: Source, tokenizer: Any, options: TokenOptions, num_workers: int | None,
+    on_skip: Callable[[str, str], None],
+) -> Iterator[_Part]:  # fmt: skip
+    rows = source.rows(on_skip)
     first = list(islice(rows, _POOL_FROM))
     workers = num_workers or _cores()
     tasks = _tasks(first, rows)

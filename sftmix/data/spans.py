@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sftmix.data.pieces import TOOLS, Piece, Placed, pieces_of, place
@@ -67,7 +69,6 @@ class Renderer:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
-        self._closers: dict[bool, str | None] = {}
 
     def render(
         self,
@@ -149,13 +150,14 @@ class Renderer:
             return None
         old = shape.placed.spans
         answers = tuple(
-            replace(
-                answer,
-                start=spans[first][0] + answer.start - old[first][0],  # type: ignore[index]
-                stop=spans[last][1] + answer.stop - old[last][1],  # type: ignore[index]
+            Answer(
+                answer.message,
+                spans[first][0] + answer.start - old[first][0],  # type: ignore[index]
+                spans[last][1] + answer.stop - old[last][1],  # type: ignore[index]
+                answer.end, answer.target, answer.notes,
             )
             for answer, first, last in shape.answers
-        )
+        )  # fmt: skip
         return Rendered(text, answers, tuple(spans), ())
 
     def _remember(
@@ -194,8 +196,14 @@ class Renderer:
             first = min(found, key=lambda i: placed.spans[i][0])  # type: ignore[index]
             last = max(found, key=lambda i: placed.spans[i][1])  # type: ignore[index]
             begin, finish = placed.spans[first][0], placed.spans[last][1]  # type: ignore[index]
-            before = max((stop for stop in stops if stop <= begin), default=0)
-            after = min((start for start in starts if start >= finish), default=len(placed.text))
+            if bisect_left(starts, finish) - bisect_left(starts, begin) > len(found):
+                raise RowError(
+                    "another's text inside an answer",
+                    f"expected the chat template to show message {message + 1} in one place, got the text of another "
+                    "message inside it",
+                )
+            before = stops[at - 1] if (at := bisect_right(stops, begin)) else 0
+            after = starts[at] if (at := bisect_left(starts, finish)) < len(starts) else len(placed.text)
             calls = bool(messages[message].get("tool_calls"))
             answer = self._answer(placed.text, message, (before, begin), (finish, after), calls)
             if tags is not None:
@@ -234,7 +242,7 @@ class Renderer:
     def _end(self, text: str, after: Span, calls: bool) -> tuple[int, str | None, str | None]:
         """Where an answer stops, its end token, and the token trained in that one's place."""
         gap = text[after[0] : after[1]]
-        closer = self.closer(calls)
+        closer = self.closer
         found = _closing(self.template, gap, calls, closer)
         if found is None:
             return after[0], None, None
@@ -244,37 +252,30 @@ class Renderer:
             return after[0] + found.end(), found[0], closer
         return after[0], None, None
 
-    def closer(self, calls: bool) -> str | None:
-        """The token that the template puts after the last answer of a conversation, with or without tool calls."""
-        if calls not in self._closers:
-            self._closers[calls] = None  # a conversation that the template refuses shows none
-            answer: Message = {"role": "assistant", "content": "" if calls else "b"}
-            if calls:
-                function = {"name": "c", "arguments": {"d": "e"}}
-                answer["tool_calls"] = [{"type": "function", "id": "call00000", "function": function}]
-            messages = [{"role": "user", "content": "a"}, answer]
-            try:
-                _, placed = self._best(messages, (), {})
-            except RowError:
-                return None
-            stops = [span[1] for span in placed.spans if span is not None]
-            found = _closing(self.template, placed.text[max(stops, default=0) :], calls, None)
-            self._closers[calls] = None if found is None else found[0]
-        return self._closers[calls]
+    @cached_property
+    def closer(self) -> str | None:
+        """The token that the template puts after the last answer of a conversation."""
+        try:
+            _, placed = self._best(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], (), {}
+            )
+        except RowError:  # a template that refuses it shows none
+            return None
+        stops = [span[1] for span in placed.spans if span is not None]
+        found = _closing(self.template, placed.text[max(stops, default=0) :], False, None)
+        return None if found is None else found[0]
 
 
 def _closing(template: ChatTemplate, gap: str, calls: bool, closer: str | None) -> re.Match[str] | None:
     """The token that closes an answer in the text ``gap`` behind it.
 
     That is the first added token, or one that stands right behind it and ends generation. Behind tool calls there is
-    text that closes the call itself: there it is a token that ends generation, ``closer``, or the last one of all.
+    text that closes the call itself: there it is the first token that ends generation, or ends answers without calls.
     """
     found = list(template.added_tokens.finditer(gap)) if template.added_tokens is not None else []
     if calls:
         stops = template.known_stops | {closer}
-        known = next((match for match in found if match[0] in stops), None)
-        is_last = bool(found) and closer is None and not gap[found[-1].end() :].strip()
-        return known or (found[-1] if is_last else None)
+        return next((match for match in found if match[0] in stops), None)
     if not found or gap[: found[0].start()].strip():
         return None
     for i, match in enumerate(found):

@@ -235,24 +235,24 @@ class Encoder:
         self, example: Example, draft: _Draft, ids: Sequence[int], spans: Sequence[Span]
     ) -> TokenizedExample:
         """The example with the weight of every token."""
-        loss = [0.0] * len(ids)
+        marks = [False] * len(ids)
         replaced = []
-        for (first, last), weight, target in zip(spans, draft.weights, draft.targets, strict=True):
-            loss[first:last] = [weight] * (last - first)
-            if last > first:
-                trained = ids[last - 1] if target is None else self._single(target, "chat template")
-                self.stops[trained] += 1
-                if target is not None:
-                    replaced.append((last - 1, trained))
-        loss[:1] = [0.0]  # nothing predicts the first token
-        is_plain = all(weight in (0.0, 1.0) for weight in draft.weights)
-        return TokenizedExample(
-            example.id,
-            tuple(ids),
-            tuple(weight > 0 for weight in loss),
-            weights=None if is_plain else tuple(loss),
-            replaced=tuple(replaced),
-        )
+        for (first, last), target in zip(spans, draft.targets, strict=True):
+            if first == last:
+                continue
+            marks[first:last] = [True] * (last - first)
+            trained = ids[last - 1] if target is None else self._single(target, "chat template")
+            self.stops[trained] += 1
+            if target is not None:
+                replaced.append((last - 1, trained))
+        marks[:1] = [False]  # nothing predicts the first token
+        weights = None
+        if any(weight != 1 for weight in draft.weights):
+            loss = [0.0] * len(ids)
+            for (first, last), weight in zip(spans, draft.weights, strict=True):
+                loss[first:last] = [weight] * (last - first)
+            weights = (0.0, *loss[1:])
+        return TokenizedExample(example.id, tuple(ids), tuple(marks), weights, replaced=tuple(replaced))
 
     def _fit(self, example: Example, found: TokenizedExample) -> TokenizedExample:
         """The example within the longest length. Raises ``RowError`` where nothing is left to train on."""
