@@ -15,9 +15,7 @@ from tests.recipe.data.template_judge import judge, verdict
 from tests.recipe.data.template_tokenizers import Family, family_of, stand_in
 
 FAMILY = family_of("qwen")
-HEAD = (
-    "{% for t in tools or [] %}{{ '<|im_start|>system\n' + t.function.description + '<|im_end|>\n' }}{% endfor %}"
-)
+HEAD = "{% for t in tools or [] %}{{ '<|im_start|>system\n' + t.function.description + '<|im_end|>\n' }}{% endfor %}"
 THOUGHT = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
 END = "<|im_end|>\n"
@@ -57,7 +55,9 @@ def product(talk: Conversation, tokenizer: Any, *, fault: str = "") -> Tokens:
             given = call["function"]["arguments"]
             call["function"]["arguments"] = json.loads(given) if isinstance(given, str) else given
     text = tokenizer.apply_chat_template(messages, tools=talk.tools or None, tokenize=False)
-    spans = [match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.S)]
+    spans = [
+        match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.S)
+    ]
     spans = spans[1:] if fault == "a turn lost" else spans
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -67,7 +67,7 @@ def product(talk: Conversation, tokenizer: Any, *, fault: str = "") -> Tokens:
         "everything": [True] * len(marks),
         "nothing": [False] * len(marks),
         "user text": [
-            mark or not any(marks[:i]) and i > 3 and ids[i] > 256 for i, mark in enumerate(marks)
+            mark or (not any(marks[:i]) and i > 3 and ids[i] > 256) for i, mark in enumerate(marks)
         ],
         "end missing": [mark and i != last for i, mark in enumerate(marks)],
         "one more token": [mark or i == last + 1 for i, mark in enumerate(marks)],
@@ -101,8 +101,8 @@ def test_the_judge_lets_a_right_product_pass(kind: str) -> None:
         ("everything", "is supervised"),
         ("nothing", "is not wholly supervised"),
         ("user text", "user text of message 0 is supervised"),
-        ("end missing", "is no end"),
-        ("one more token", "is no end"),
+        ("end missing", "generation does not stop"),
+        ("one more token", "generation does not stop"),
         ("first token missing", "is not wholly supervised"),
         ("a hole", "is not wholly supervised"),
         ("shifted", "is not wholly supervised"),
@@ -115,7 +115,9 @@ def test_the_judge_lets_a_right_product_pass(kind: str) -> None:
 def test_the_judge_catches_wrong_marks_and_tokens(fault: str, why: str) -> None:
     tokenizer, talk = stand_in(template(), "qwen"), conversation("multi")
     if fault == "user text":
-        talk.messages[0]["content"] = "then " + talk.messages[0]["content"] + " then"  # words of merged letters
+        talk.messages[0]["content"] = (
+            "then " + talk.messages[0]["content"] + " then"
+        )  # words of merged letters
         talk.texts[0] = type(talk.texts[0])("user", talk.messages[0]["content"], 0)
     assert why in said(talk, tokenizer, fault)
 
@@ -141,7 +143,11 @@ def test_the_judge_catches_a_marker_that_becomes_a_token() -> None:
         ("tools", "tool call", {"calls": CALLS.replace("| tojson", "| tojson | tojson")}),
         ("single", "end", {"end": "\n"}),
         ("multi", "end", {"end": "{% if not loop.last %}<|im_end|>{% endif %}\n"}),
-        ("single", "assistant", {"end": "{% if m.role == 'user' %}<|im_end|>{% else %}{% break %}{% endif %}"}),
+        (
+            "single",
+            "assistant",
+            {"end": "{% if m.role == 'user' %}<|im_end|>{% else %}{% break %}{% endif %}"},
+        ),
     ],
 )
 def test_the_judge_catches_text_that_a_template_loses(kind: str, lost: str, changes: dict[str, str]) -> None:
