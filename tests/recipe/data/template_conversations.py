@@ -110,6 +110,12 @@ def _role_names(talk: Conversation) -> None:
     talk.turns(1)
 
 
+def _unlisted_tools(talk: Conversation) -> None:
+    talk.call()
+    talk.tools.clear()
+    talk.texts = [text for text in talk.texts if text.kind != "tools"]
+
+
 def _running_users(talk: Conversation) -> None:
     talk.add("user")
     talk.turns(2)
@@ -131,6 +137,7 @@ KINDS: dict[str, Callable[[Conversation], Any]] = {
     "tools, text beside the call": lambda talk: talk.call(content=talk.word()),
     "tools, reasoning": lambda talk: talk.call(reasoning=True),
     "tools, multi": lambda talk: (talk.call(), talk.call(), talk.turns(1)),
+    "tools, not listed": _unlisted_tools,
     "reasoning": lambda talk: talk.turns(1, reasoning=True),
     "reasoning, multi": lambda talk: talk.turns(2, reasoning=True),
     "white space": _white_space,

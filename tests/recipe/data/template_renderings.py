@@ -65,8 +65,11 @@ def _fixed_date() -> Iterator[None]:
         yield
 
 
-def _rewritten(messages: list[Message], *, as_text: bool | None, keep_empty: bool) -> list[Message]:
-    """The messages with reasoning under each of its names, arguments as text or objects, and calls' empty content."""
+def _rewritten(messages: list[Message], *, as_text: bool | None, empty: str | None = "") -> list[Message]:
+    """The messages with reasoning under each of its names, arguments as text or objects, and calls' empty content.
+
+    ``empty`` is what stands for it: ``""``, None, or ``"absent"`` for no such key.
+    """
     made = copy.deepcopy(messages)
     for message in made:
         if "reasoning_content" in message:
@@ -75,8 +78,10 @@ def _rewritten(messages: list[Message], *, as_text: bool | None, keep_empty: boo
             given = call["function"]["arguments"]
             if as_text is not None and isinstance(given, str) != as_text:
                 call["function"]["arguments"] = json.dumps(given) if as_text else json.loads(given)
-        if not keep_empty and message.get("tool_calls") and not message["content"]:
-            del message["content"]
+        if message.get("tool_calls") and not message["content"]:
+            message["content"] = empty
+            if empty == "absent":
+                del message["content"]
     return made
 
 
@@ -88,15 +93,16 @@ def _in_parts(messages: list[Message]) -> list[Message]:
 
 
 def renderings(talk: Conversation, tokenizer: Any, family: Family) -> list[Rendering]:
-    """Every way to say the same: arguments as objects or text, a call's empty content or none; then two more ways
-    that a product may take or leave: parts of text, and without a system message that is empty."""
-    plain = _rewritten(talk.messages, as_text=None, keep_empty=True)
+    """Every way to say the same: arguments as objects or text, a call's empty content or none; then more ways that a
+    product may take or leave: parts of text, no system message where it is empty, and None for a call's content,
+    which some templates ask for and ``apply_chat_template`` takes out before they see it."""
+    plain = _rewritten(talk.messages, as_text=None)
     ways = [(plain, True)]
-    if talk.tools:
+    if any("tool_calls" in message for message in talk.messages):
         ways += [
-            (_rewritten(talk.messages, as_text=as_text, keep_empty=keep_empty), True)
+            (_rewritten(talk.messages, as_text=as_text, empty=empty), empty is not None)
             for as_text in (False, True)
-            for keep_empty in (True, False)
+            for empty in ("", "absent", None)
         ]
     if talk.messages[0]["role"] == "system" and not talk.messages[0]["content"]:
         ways.append((plain[1:], False))
@@ -110,19 +116,34 @@ def _render(
     tools = talk.tools or None
     try:
         with _fixed_date():
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            ids = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False)
+            text = _text(messages, tools, tokenizer)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if all(value is not None for message in messages for value in message.values()):
+                told = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False)
+                assert list(ids) == list(told)
     except Exception as error:  # a template runs into whatever it runs into
         return Rendering(error=str(error) or type(error).__name__, demanded=demanded)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert encoded["input_ids"] == list(ids)
-    made = Rendering(text, list(ids), [tuple(o) for o in encoded["offset_mapping"]], demanded=demanded)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    made = Rendering(text, list(ids), [tuple(pair) for pair in offsets], demanded=demanded)
     _search(made, talk)
     if not made.missing:
         ends = [_end_of(made, talk, index, tokenizer, family) for index in answers(talk)]
         made.merged = "merged" in ends
         made.missing += ["end"] if "none" in ends else []
     return made
+
+
+def _text(messages: list[Message], tools: Any, tokenizer: Any) -> str:
+    """What ``apply_chat_template`` gives; a value of None reaches the template."""
+    if all(value is not None for message in messages for value in message.values()):
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+    rendered: Any = chat_template_utils.render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
+    return str(rendered[0][0])
 
 
 def _search(made: Rendering, talk: Conversation) -> None:

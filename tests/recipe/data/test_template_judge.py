@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.recipe.data.template_conversations import KINDS, Conversation, conversation
-from tests.recipe.data.template_judge import judge, verdict
+from tests.recipe.data.template_judge import Judge
 from tests.recipe.data.template_tokenizers import Family, family_of, stand_in
 
 FAMILY = family_of("qwen")
@@ -24,7 +24,8 @@ END = "<|im_end|>\n"
 def template(*, head: str = HEAD, thought: str = THOUGHT, calls: str = CALLS, end: str = END) -> str:
     """ChatML with tools, thoughts and calls, or without one of them."""
     body = "{{ '<|im_start|>' + m.role + '\n' }}" + thought + "{{ m.content }}" + calls + end
-    return head + "{% for m in messages %}" + body + "{% endfor %}"
+    asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    return head + "{% for m in messages %}" + body + "{% endfor %}" + asked
 
 
 @dataclass
@@ -59,6 +60,8 @@ def product(talk: Conversation, tokenizer: Any, *, fault: str = "") -> Tokens:
         match.span(1) for match in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.S)
     ]
     spans = spans[1:] if fault == "a turn lost" else spans
+    if fault == "header":
+        spans = [(start - len("<|im_start|>assistant\n"), stop) for start, stop in spans]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     marks = [any(first < stop and last > start for start, stop in spans) for first, last in offsets]
@@ -85,13 +88,13 @@ def product(talk: Conversation, tokenizer: Any, *, fault: str = "") -> Tokens:
 
 
 def said(talk: Conversation, tokenizer: Any, fault: str = "", family: Family = FAMILY) -> str:
-    return judge(product(talk, tokenizer, fault=fault), talk, tokenizer, family)
+    return Judge(talk, tokenizer, family).tokens(product(talk, tokenizer, fault=fault))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("marker", "</think> inside")])
 def test_the_judge_lets_a_right_product_pass(kind: str) -> None:
     tokenizer, talk = stand_in(template(), "qwen"), conversation(kind)
-    assert verdict(talk, tokenizer, FAMILY) == "pass"
+    assert Judge(talk, tokenizer, FAMILY).verdict == "pass"
     assert said(talk, tokenizer) == ""
 
 
@@ -105,6 +108,7 @@ def test_the_judge_lets_a_right_product_pass(kind: str) -> None:
         ("one more token", "generation does not stop"),
         ("first token missing", "is not wholly supervised"),
         ("a hole", "is not wholly supervised"),
+        ("header", "starts with '<|im_start|>'"),
         ("shifted", "is not wholly supervised"),
         ("wrong ids", "tokens differ"),
         ("last token lost", "tokens differ"),
@@ -129,8 +133,7 @@ def test_the_judge_catches_reasoning_that_is_dropped() -> None:
 
 def test_the_judge_catches_a_marker_that_becomes_a_token() -> None:
     tokenizer, talk = stand_in(template(), "qwen"), conversation("marker", "<|endoftext|>")
-    ids = product(talk, tokenizer)
-    assert "became the token" in judge(ids, talk, tokenizer, FAMILY)
+    assert "became the token" in said(talk, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +158,12 @@ def test_the_judge_catches_text_that_a_template_loses(kind: str, lost: str, chan
     if lost == "assistant":
         source = source.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}")
     tokenizer, talk = stand_in(source, "qwen"), conversation(kind)
-    assert verdict(talk, tokenizer, FAMILY) == f"refuse: {lost}"
-    assert judge(Tokens([1], [True]), talk, tokenizer, FAMILY) == f"accepted, expected refuse: {lost}"
+    assert Judge(talk, tokenizer, FAMILY).verdict == f"refuse: {lost}"
+    assert Judge(talk, tokenizer, FAMILY).tokens(Tokens([1], [True])) == f"accepted, expected refuse: {lost}"
 
     def refused(reason: str, place: str = "x.jsonl, line 3") -> str:
         fault = Refusal(place, "template", reason)
-        return judge(fault, talk, tokenizer, FAMILY, place="x.jsonl, line 3", is_fault=True)
+        return Judge(talk, tokenizer, FAMILY).refusal(fault, "x.jsonl, line 3")
 
     assert refused(f"the chat template drops the {lost}, or the answer has no end") == ""
     assert refused("something is wrong") != ""
@@ -170,15 +173,15 @@ def test_the_judge_catches_text_that_a_template_loses(kind: str, lost: str, chan
 def test_the_judge_catches_a_refusal_without_cause() -> None:
     tokenizer, talk = stand_in(template(), "qwen"), conversation("multi")
     fault = Refusal("", "template", "the chat template drops the user's text, reasoning, tools and system")
-    assert judge(fault, talk, tokenizer, FAMILY, is_fault=True).startswith("refused, expected tokens")
+    assert Judge(talk, tokenizer, FAMILY).refusal(fault).startswith("refused, expected tokens")
 
 
 def test_the_judge_names_what_a_template_raises() -> None:
     source = "{{ raise_exception('no system here, please') }}"
     tokenizer, talk = stand_in(source, "qwen"), conversation("system")
-    assert verdict(talk, tokenizer, FAMILY) == "refuse: no system here, please"
+    assert Judge(talk, tokenizer, FAMILY).verdict == "refuse: no system here, please"
     fault = Refusal("", "template", "TemplateError: no system here, please")
-    assert judge(fault, talk, tokenizer, FAMILY, is_fault=True) == ""
+    assert Judge(talk, tokenizer, FAMILY).refusal(fault) == ""
 
 
 def test_the_next_role_ends_an_answer_only_where_generation_stops_at_it() -> None:
@@ -186,5 +189,5 @@ def test_the_next_role_ends_an_answer_only_where_generation_stops_at_it() -> Non
     talk = conversation("multi")
     knows = Family(eos="<|e|>", generation=("<|user|>",), marker="", more=("<|assistant|>", "<|user|>"))
     wants = Family(eos="<|e|>", generation=("<|e|>",), marker="", more=("<|assistant|>", "<|user|>"))
-    assert verdict(talk, stand_in(source, "x", knows), knows) == "pass"
-    assert verdict(talk, stand_in(source, "x", wants), wants) == "refuse: end"
+    assert Judge(talk, stand_in(source, "x", knows), knows).verdict == "pass"
+    assert Judge(talk, stand_in(source, "x", wants), wants).verdict == "refuse: end"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.recipe.data.template_conversations import KINDS, Conversation, conversation
-from tests.recipe.data.template_judge import judge
+from tests.recipe.data.template_judge import Judge
 from tests.recipe.data.template_renderings import DATE, renderings
 from tests.recipe.data.template_tokenizers import Family, family_of, stand_in
 
@@ -35,8 +35,9 @@ def templates() -> list[Path]:
 
 def outcomes(talks: Sequence[Conversation], tokenizer: Any, family: Family, **options: Any) -> list[Any]:
     """What the product makes of conversations: tokens or a fault each. The one place that knows its interface."""
-    from sftmix.data.rows import Example
     from sftmix.data.tokens import Encoder, TokenOptions
+
+    from sftmix.data.rows import Example
 
     stops = tuple(tokenizer.convert_tokens_to_ids(list(family.generation)))
     encoder = Encoder(tokenizer, TokenOptions(**{"date": DATE, "stop_ids": stops, **options}))
@@ -60,15 +61,26 @@ needs_templates = pytest.mark.skipif(
 @needs_templates
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_kind_of_conversation_is_right_or_rightly_refused(path: Path) -> None:
+    assert complaints(path) == {}
+
+
+@needs_templates
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_left_is_right_where_text_may_be_dropped(path: Path) -> None:
+    kinds = [kind for kind in KINDS if kind.startswith(("tools", "reasoning"))]
+    assert complaints(path, kinds, template_drops="allow") == {}
+
+
+def complaints(path: Path, kinds: Sequence[str] = tuple(KINDS), **options: Any) -> dict[str, str]:
+    """What is wrong, by the kind of conversation."""
     family = family_of(path.stem)
     tokenizer = stand_in(path.read_text(encoding="utf-8"), path.stem)
-    talks = [conversation(kind, family.marker) for kind in KINDS]
-    made = outcomes(talks, tokenizer, family)
-    complaints = {
-        talk.kind: judge(outcome, talk, tokenizer, family, place=PLACE, is_fault=is_fault(outcome))
-        for talk, outcome in zip(talks, made, strict=True)
-    }
-    assert {kind: complaint for kind, complaint in complaints.items() if complaint} == {}
+    talks = [conversation(kind, family.marker) for kind in kinds]
+    found = {}
+    for talk, outcome in zip(talks, outcomes(talks, tokenizer, family, **options), strict=True):
+        judge = Judge(talk, tokenizer, family, drops=options.get("template_drops") == "allow")
+        found[talk.kind] = judge.refusal(outcome, PLACE) if is_fault(outcome) else judge.tokens(outcome)
+    return {kind: complaint for kind, complaint in found.items() if complaint}
 
 
 @needs_templates
