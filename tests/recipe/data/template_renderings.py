@@ -88,14 +88,16 @@ def _rewritten(messages: list[Message], *, as_text: bool | None, empty: str | No
 def _in_parts(messages: list[Message]) -> list[Message]:
     """Each plain string as a list of one part of text, as models of images want it."""
     return [
-        {**message, "content": [{"type": "text", "text": message.get("content", "")}]} for message in messages
+        {**message, "content": [{"type": "text", "text": message.get("content") or ""}]}
+        for message in messages
     ]
 
 
 def renderings(talk: Conversation, tokenizer: Any, family: Family) -> list[Rendering]:
     """Every way to say the same: arguments as objects or text, a call's empty content or none; then more ways that a
     product may take or leave: parts of text, no system message where it is empty, and None for a call's content,
-    which some templates ask for and ``apply_chat_template`` takes out before they see it."""
+    which some templates ask for and ``apply_chat_template`` takes out before they see it; these count only where no
+    other loses nothing."""
     plain = _rewritten(talk.messages, as_text=None)
     ways = [(plain, True)]
     if any("tool_calls" in message for message in talk.messages):
@@ -107,29 +109,35 @@ def renderings(talk: Conversation, tokenizer: Any, family: Family) -> list[Rende
     if talk.messages[0]["role"] == "system" and not talk.messages[0]["content"]:
         ways.append((plain[1:], False))
     ways += [(_in_parts(messages), False) for messages, _ in ways]
-    return [_render(talk, messages, demanded, tokenizer, family) for messages, demanded in ways]
+    made = [_render(talk, messages, True, tokenizer, family) for messages, demanded in ways if demanded]
+    if not any(one.plain for one in made):
+        made += [
+            _render(talk, messages, False, tokenizer, family) for messages, demanded in ways if not demanded
+        ]
+    return made
 
 
 def _render(
     talk: Conversation, messages: list[Message], demanded: bool, tokenizer: Any, family: Family
 ) -> Rendering:
-    tools = talk.tools or None
+    tools, told = talk.tools or None, None
     try:
         with _fixed_date():
             text = _text(messages, tools, tokenizer)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if all(value is not None for message in messages for value in message.values()):
+            if messages == talk.messages:
                 told = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False)
-                assert list(ids) == list(told)
     except Exception as error:  # a template runs into whatever it runs into
         return Rendering(error=str(error) or type(error).__name__, demanded=demanded)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    made = Rendering(text, list(ids), [tuple(pair) for pair in offsets], demanded=demanded)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert told is None or list(told) == encoded["input_ids"]
+    offsets = [tuple(pair) for pair in encoded["offset_mapping"]]
+    made = Rendering(text, list(encoded["input_ids"]), offsets, demanded=demanded)
     _search(made, talk)
-    if not made.missing:
-        ends = [_end_of(made, talk, index, tokenizer, family) for index in answers(talk)]
-        made.merged = "merged" in ends
-        made.missing += ["end"] if "none" in ends else []
+    tokens = tokenizer.convert_tokens_to_ids(list(family.ends))
+    ends = [pair for token, pair in zip(made.ids, made.offsets, strict=True) if token in tokens]
+    found = [_end_of(made, talk, index, ends) for index in answers(talk)]
+    made.merged = "merged" in found
+    made.missing += ["end"] if "none" in found else []
     return made
 
 
@@ -181,8 +189,11 @@ def answers(talk: Conversation) -> list[int]:
     return [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
 
 
-def _end_of(made: Rendering, talk: Conversation, index: int, tokenizer: Any, family: Family) -> str:
-    """What follows the text of message ``index``: an ``end``, another answer (``merged``), or ``none`` of them."""
+def _end_of(made: Rendering, talk: Conversation, index: int, ends: list[tuple[int, int]]) -> str:
+    """What follows the text of message ``index``: an ``end``, another answer (``merged``), or ``none`` of them.
+
+    ``ends`` are the characters [start, stop) of every token that may end an answer.
+    """
     lying = [(place, text) for text, place in zip(talk.texts, made.places, strict=True) if place]
     mine = [place for place, text in lying if text.message == index]
     if not mine:
@@ -192,8 +203,6 @@ def _end_of(made: Rendering, talk: Conversation, index: int, tokenizer: Any, fam
         ((place, text.kind) for place, text in lying if place[0] >= last), key=lambda pair: pair[0]
     )
     before = later[0][0][0] if later else len(made.text)
-    ends = tokenizer.convert_tokens_to_ids(list(family.ends))
-    spans = zip(made.ids, made.offsets, strict=True)
-    if any(token in ends and start >= last and stop <= before for token, (start, stop) in spans):
+    if any(last <= start and stop <= before for start, stop in ends):
         return "end"
     return "merged" if later and later[0][1] in SUPERVISED else "none"

@@ -191,3 +191,14 @@ def test_the_next_role_ends_an_answer_only_where_generation_stops_at_it() -> Non
     wants = Family(eos="<|e|>", generation=("<|e|>",), marker="", more=("<|assistant|>", "<|user|>"))
     assert Judge(talk, stand_in(source, "x", knows), knows).verdict == "pass"
     assert Judge(talk, stand_in(source, "x", wants), wants).verdict == "refuse: end"
+
+
+def test_the_judge_sees_to_the_rest_where_text_may_be_dropped() -> None:
+    tokenizer, talk = stand_in(template(thought=""), "qwen"), conversation("reasoning, multi")
+    judge = Judge(talk, tokenizer, FAMILY, drops=True)
+    assert judge.verdict == "either"
+    assert judge.tokens(product(talk, tokenizer)) == ""
+    assert "is supervised" in judge.tokens(product(talk, tokenizer, fault="everything"))
+    assert "generation does not stop" in judge.tokens(product(talk, tokenizer, fault="end missing"))
+    endless = stand_in(template(thought="", end="\n"), "qwen")
+    assert Judge(talk, endless, FAMILY, drops=True).verdict == "refuse: reasoning, end"

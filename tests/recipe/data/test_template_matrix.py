@@ -35,9 +35,8 @@ def templates() -> list[Path]:
 
 def outcomes(talks: Sequence[Conversation], tokenizer: Any, family: Family, **options: Any) -> list[Any]:
     """What the product makes of conversations: tokens or a fault each. The one place that knows its interface."""
-    from sftmix.data.tokens import Encoder, TokenOptions
-
     from sftmix.data.rows import Example
+    from sftmix.data.tokens import Encoder, TokenOptions
 
     stops = tuple(tokenizer.convert_tokens_to_ids(list(family.generation)))
     encoder = Encoder(tokenizer, TokenOptions(**{"date": DATE, "stop_ids": stops, **options}))
@@ -113,3 +112,10 @@ def test_time_is_linear_in_turns(name: str) -> None:
 
     seconds(40)  # the template is compiled
     assert seconds(400) < 1.5 * 10 * seconds(40)
+
+
+@needs_templates
+def test_the_page_of_templates_is_as_the_command_writes_it() -> None:
+    from tests.recipe.data.template_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()
