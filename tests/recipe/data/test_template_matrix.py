@@ -64,6 +64,7 @@ def test_every_kind_of_conversation_is_right_or_rightly_refused(path: Path) -> N
 
 
 @needs_templates
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_is_left_is_right_where_text_may_be_dropped(path: Path) -> None:
     kinds = [kind for kind in KINDS if kind.startswith(("tools", "reasoning"))]
