@@ -18,13 +18,16 @@ import json
 import lzma
 import re
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sftmix.data.heldout import split_heldout
+
+__all__ = ["Example", "load_examples", "split_heldout"]
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _FORMS = (".json", ".jsonl", ".ndjson", ".parquet")
 _SUFFIXES = (*_FORMS, *_OPENERS)
@@ -66,34 +69,6 @@ def load_examples(source: str, *, split: str = "train", limit: int | None = None
     if not examples:
         raise ValueError(f"{source}: expected at least one example, got none")
     return examples
-
-
-def split_heldout(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Split examples into (training, held-out) by a hash of their ids.
-
-    The held-out part is the examples with the smallest hashes, ``fraction`` of all and at least one; both
-    parts keep the order they came in. Copies of one conversation stay on one side. A fraction of 0 holds
-    nothing out. Raises ``ValueError`` when fewer than two training examples would remain.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: expected at least 0 and less than 1, got {fraction}")
-    if fraction == 0:
-        return list(examples), []
-    copies: defaultdict[str, list[str]] = defaultdict(list)
-    for example in examples:
-        copies[example.id.split("-")[0]].append(example.id)
-    wanted = max(1, round(fraction * len(examples)))
-    heldout: set[str] = set()
-    for name in sorted(copies, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if len(heldout) >= wanted:
-            break
-        heldout.update(copies[name])
-    if len(examples) - len(heldout) < 2:
-        raise ValueError(
-            f"examples: expected at least {len(heldout) + 2} to hold {len(heldout)} out, got {len(examples)}"
-        )
-    training = [example for example in examples if example.id not in heldout]
-    return training, [example for example in examples if example.id in heldout]
 
 
 def _content_hash(messages: tuple[dict[str, str], ...]) -> str:

@@ -82,5 +82,7 @@ def samples_table(folder: RunFolder) -> Table | None:
         table.add_row("question", text, style="bold")
         table.add_row("expected", sample["expected"])
         for label, figures in results.items():
-            table.add_row(LABELS.get(label, label), figures["samples"][index]["answer"])
+            answer = figures["samples"][index]
+            cut = "" if answer.get("stopped", True) else " … [no end within evaluate.max_new_tokens]"
+            table.add_row(LABELS.get(label, label), f"{answer['answer']}{cut}")
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,20 @@ from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
 from sftmix.data.chat import TokenizedExample, tokenize_examples, use_chat_template
-from sftmix.data.examples import Example, load_examples, split_heldout
+from sftmix.data.examples import Example, load_examples
+from sftmix.data.heldout import check_sources, overlap, split_heldout
+from sftmix.data.identity import examples_digest
+from sftmix.data.stops import stop_ids
+from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel, load_model
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.export import merge_and_export
+from sftmix.model.identity import model_identity
 from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import join_world, local_device
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
-from sftmix.run.folder import RunFolder, Settings
+from sftmix.run.folder import RunFolder, Settings, stages_from
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
 disable_progress_bar()  # transformers' bars for reading and writing files; the stages have their own
@@ -32,7 +37,9 @@ disable_progress_bar()  # transformers' bars for reading and writing files; the 
 class Session:
     """One run folder being worked on; under torchrun, by every process together."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, restart: str | None = None) -> None:
+        self._fresh_base = restart == "all"
+        self._model_ids: dict[tuple[str, str | None, str | None], str] = {}
         self.device = local_device()
         self.world = join_world(self.device)
         self.config = config = settle_dtype(config, self.device)
@@ -43,11 +50,18 @@ class Session:
     @cached_property
     def _examples(self) -> tuple[list[Example], list[Example]]:
         data = self.config.data
+        check_sources(data)
         with activity("reading the examples"):
             examples = load_examples(data.train, split=data.split, limit=data.limit)
             if data.heldout is not None:
-                return examples, load_examples(data.heldout, split=data.split)
-        return split_heldout(examples, data.heldout_fraction)
+                heldout = load_examples(data.heldout, split=data.heldout_split or data.split)
+        if data.heldout is None:
+            examples, heldout = split_heldout(examples, data.heldout_fraction)
+        shared = overlap(examples, heldout)
+        for line in shared.lines():
+            say(line)
+        shared.check(train=data.train, heldout=data.heldout or "its part", allowed=data.allow_overlap)
+        return examples, heldout
 
     @cached_property
     def train(self) -> dict[str, TokenizedExample]:
@@ -64,9 +78,29 @@ class Session:
         """The held-out examples, tokenised."""
         return list(self._tokenized(self.heldout_examples, self.tokenizer).values())
 
+    @cached_property
+    def train_id(self) -> str:
+        """A hash of the training examples' tokens, masks and weights."""
+        return examples_digest(self.train)
+
+    @cached_property
+    def reference_id(self) -> str:
+        """The same of the training examples in the reference model's tokens."""
+        examples = self.reference_examples
+        return self.train_id if examples is self.train else examples_digest(examples)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end the training examples' answers, the most frequent first."""
+        return stop_ids(self.train.values(), max_length=self._max_length)
+
+    @property
+    def _max_length(self) -> int:
+        return self.config.data.max_length or 2048
+
     def _tokenized(self, examples: list[Example], tokenizer: Any) -> dict[str, TokenizedExample]:
         with activity(f"tokenising {len(examples)} examples"):
-            tokenized = tokenize_examples(examples, tokenizer, max_length=self.config.data.max_length)
+            tokenized = tokenize_examples(examples, tokenizer, max_length=self._max_length)
         return {example.id: example for example in tokenized}
 
     # --- models ---
@@ -93,12 +127,43 @@ class Session:
         model = self.config.model
         if model.gguf_file is None:
             return model
-        if not (self.folder.base / "config.json").exists():
-            say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
-            with activity(f"reading {model.gguf_file}"):
-                merge_and_export(*load_model(model), self.folder.base)
+        self._convert(model)
         self.barrier()
         return dataclasses.replace(model, name=str(self.folder.base), gguf_file=None, revision=None)
+
+    def _convert(self, model: ModelConfig) -> None:
+        """Bring a GGUF file into ``base/``, unless it is there; refuse another file's, but for ``--restart all``."""
+        note = self.folder.base / "source.json"
+        wanted = {"model": self.model_id(model), "dtype": model.dtype}
+        if note.is_file() and (self.folder.base / "config.json").is_file() and not self._fresh_base:
+            try:
+                found = json.loads(note.read_text(encoding="utf-8"))
+            except ValueError:
+                found = None
+            if found == wanted:
+                return
+            if self.folder.record():
+                raise ValueError(
+                    f"{self.folder.base}: expected the model of {Path(model.name) / (model.gguf_file or '')} in "
+                    f"{model.dtype}, got another; take another run folder, or --restart all"
+                )
+        say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
+        with activity(f"reading {model.gguf_file}"):
+            merge_and_export(*load_model(model), self.folder.base)
+        if is_main():
+            with replacing(note) as temporary:  # last: without it the folder is made again
+                temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+    def model_id(self, source: ModelConfig) -> str:
+        """A hash of the model's files; a converted GGUF file counts as the file itself."""
+        if source.name == str(self.folder.base) and self.config.model.gguf_file is not None:
+            source = self.config.model
+        key = (source.name, source.gguf_file, source.revision)
+        if key not in self._model_ids:
+            self._model_ids[key] = model_identity(
+                source.name, gguf_file=source.gguf_file, revision=source.revision
+            )
+        return self._model_ids[key]
 
     @cached_property
     def reference_source(self) -> ModelConfig:
@@ -138,22 +203,17 @@ class Session:
         if dist.is_initialized():
             dist.barrier()
 
-    def finish(self, stage: str, settings: Settings) -> None:
+    def finish(self, stage: str, settings: Settings, about: Settings) -> None:
         """Record a finished stage, once all processes are done with it."""
         self.barrier()
         if is_main():
-            self.folder.finish(stage, settings)
+            self.folder.note(stage, "finished", settings, about)
         self.barrier()
 
-    def settings(self, *sections: str) -> Settings:
-        """The knobs of some sections as plain data, for the record of finished stages."""
-        values = dataclasses.asdict(self.config)
-        return {name: values[name] for name in sections}
-
-
-def examples_digest(examples: dict[str, TokenizedExample]) -> str:
-    """A short hash of ids and tokens, so that a changed data file is noticed."""
-    digest = hashlib.sha256()
-    for name in sorted(examples):
-        digest.update(f"{name} {examples[name].input_ids} {examples[name].supervised}\n".encode())
-    return digest.hexdigest()[:16]
+    def restart(self, stage: str) -> None:
+        """Remove the files and records of ``stage`` and of all stages after it, saying which."""
+        self.barrier()
+        if is_main():
+            removed = self.folder.remove(stages_from(stage))
+            say(f"restart {stage}: removed {', '.join(removed) or 'nothing, nothing was there'}")
+        self.barrier()
