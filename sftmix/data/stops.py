@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sftmix.data.chat import TokenizedExample
 
 
-def stop_ids(examples: Iterable[TokenizedExample], *, max_length: int | None = None) -> tuple[int, ...]:
+def stop_ids(
+    examples: Iterable[TokenizedExample],
+    *,
+    max_length: int | None = None,
+    among: Container[int] | None = None,
+) -> tuple[int, ...]:
     """The last token of each run of tokens that bear loss, the most frequent first.
 
-    A run that ends at ``max_length`` lost its end to the cut and does not count.
+    A run that ends at ``max_length`` lost its end to the cut and does not count. ``among`` are the tokens that may
+    end an answer (those added to the vocabulary): a template without an end leaves answers whose last token is a word.
     """
     counts: Counter[int] = Counter()
     for example in examples:
@@ -21,5 +27,6 @@ def stop_ids(examples: Iterable[TokenizedExample], *, max_length: int | None = N
         for at, marked in enumerate(marks):
             ends = marked and (at == last or not marks[at + 1])
             if ends and not (at == last and max_length is not None and at + 1 >= max_length):
-                counts[int(example.input_ids[at])] += 1
-    return tuple(token for token, _ in counts.most_common())
+                token = int(example.input_ids[at])
+                counts[token] += among is None or token in among
+    return tuple(token for token, count in counts.most_common() if count)

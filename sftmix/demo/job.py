@@ -144,7 +144,7 @@ def _write_pairs(folder: Path) -> tuple[Path, Path]:
 
 def closing(folder: RunFolder, config: Config) -> list[str]:
     """Three sentences: what the demo showed, what it did not, what to type next."""
-    from sftmix.run.report import read_evaluation
+    from sftmix.run.folder import read_evaluation
 
     pairs = config.data.limit or "all"
     nll = {label: figures["nll"] for label, figures in read_evaluation(folder.evaluation).items()}

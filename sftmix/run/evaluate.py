@@ -17,7 +17,7 @@ from sftmix.files import replacing
 from sftmix.model.identity import model_identity
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
-from sftmix.run.report import read_evaluation
+from sftmix.run.folder import read_evaluation
 from sftmix.run.session import Session
 
 METHODS = ("ntp", "sftmix")

@@ -132,3 +132,14 @@ class RunFolder:
     def _write(self, record: dict[str, Settings]) -> None:
         with replacing(self._stages) as temporary:
             temporary.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What ``sftmix evaluate`` wrote. Raises ``ValueError`` if it is missing or does not parse."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the results of `sftmix evaluate`, got {error}") from error
+    if not isinstance(results, dict) or not all(isinstance(v, dict) and "nll" in v for v in results.values()):
+        raise ValueError(f"{path}: expected figures by model, got {str(results)[:60]}")
+    return results

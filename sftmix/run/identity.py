@@ -80,7 +80,7 @@ def passed(session: Session, stage: str, *, whole: bool) -> bool:
     Raises ``ValueError`` where it was begun or finished with other settings.
     """
     present = settings(session, stage)
-    _refuse(session, stage, present)
+    _refuse(session, stage, present, restart=stage)
     if whole and session.folder.is_finished(stage, present):
         return True
     session.barrier()  # every process has read the record
@@ -96,11 +96,10 @@ def check(session: Session, stages: Sequence[str], *, restart: str | None = None
     The recorded stages before them, and the other training run, must be about the same examples. Those that
     ``restart`` does anew are not looked at. Raises ``ValueError`` saying what differs and what to do.
     """
-    anew = stages_from(restart)
-    if anew:
-        _ = session.train  # data that cannot be used are met before anything is removed
     if set(stages) == {"plot"}:  # draws what the files hold
         return
+    anew = stages_from(restart)
+    _ = session.train  # data that cannot be used are met before anything is written or removed
     order = list(FILES)
     last = max((order.index(stage) for stage in stages), default=0)
     for stage in order[: last + 1]:
@@ -109,10 +108,12 @@ def check(session: Session, stages: Sequence[str], *, restart: str | None = None
         if stage == "reference" and session.config.reference.scores is not None:
             continue
         present = settings(session, stage)
-        _refuse(session, stage, present if stage in stages else {"examples": present["examples"]})
+        both = stage == "train-ntp" and "train-sftmix" in stages  # what differs for ntp does for sftmix
+        compared = present if stage in stages else {"examples": present["examples"]}
+        _refuse(session, stage, compared, restart="train" if both else stage)
 
 
-def _refuse(session: Session, stage: str, present: Settings) -> None:
+def _refuse(session: Session, stage: str, present: Settings, *, restart: str) -> None:
     """Raise ``ValueError`` where the record of ``stage`` differs from ``present`` in what ``present`` holds."""
     entry = session.folder.record().get(stage)
     if entry is None:
@@ -121,7 +122,7 @@ def _refuse(session: Session, stage: str, present: Settings) -> None:
     if not isinstance(recorded, dict):
         raise ValueError(
             f"{session.folder.path}: expected a record of the settings of {stage}, got one of an older version; "
-            + _ways_out(stage)
+            + _ways_out(restart)
         )
     if len(present) == 1:  # the examples alone are compared
         recorded = {key: value for key, value in recorded.items() if key in present}
@@ -136,7 +137,7 @@ def _refuse(session: Session, stage: str, present: Settings) -> None:
     shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
     raise ValueError(
         f"{session.folder.path}: expected the settings with which {stage} was {entry.get('state', 'begun')}, got "
-        f"others: {shown}; {_ways_out(stage)}"
+        f"others: {shown}; {_ways_out(restart)}"
     )
 
 

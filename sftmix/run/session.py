@@ -92,7 +92,8 @@ class Session:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end the training examples' answers, the most frequent first."""
-        return stop_ids(self.train.values(), max_length=self._max_length)
+        added = {*self.tokenizer.all_special_ids, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+        return stop_ids(self.train.values(), max_length=self._max_length, among=added)
 
     @property
     def _max_length(self) -> int:

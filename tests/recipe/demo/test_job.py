@@ -254,7 +254,9 @@ def fake_demo(
     monkeypatch.setattr(demo, "find_smollm2", lambda: (str(tmp_path), "model.gguf"))
     monkeypatch.setattr(demo, "plan", lambda config, **given: SimpleNamespace(pairs=pairs, watch=print))
     monkeypatch.setattr(demo, "_write_pairs", write or (lambda folder: None))
-    monkeypatch.setattr(start, "open_session", lambda config, names, restart=None: start.record(config) or config)
+    monkeypatch.setattr(
+        start, "open_session", lambda config, names, restart=None: start.record(config) or config
+    )
     monkeypatch.setattr(stages, "run", run)
     return calls
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from sftmix import cli
-from sftmix.config import load_config, read_config
+from sftmix.config import Config, load_config, read_config
 from sftmix.model import dtype
 from sftmix.model.causal_lm import load_model
 from sftmix.run.session import Session
@@ -83,9 +83,7 @@ def test_the_run_folder_keeps_what_was_decided(
     )
     assert resolve(tmp_path, tmp_path / "other.yaml", []).model.dtype == "float32"
     assert read_config(tmp_path).model.dtype == "float32"
-    assert (
-        resolve(tmp_path, None, ["model.dtype=bfloat16"]).model.dtype == "bfloat16"
-    )  # named: taken
+    assert resolve(tmp_path, None, ["model.dtype=bfloat16"]).model.dtype == "bfloat16"  # named: taken
 
 
 @pytest.mark.parametrize("in_hardware,taken", [(True, torch.bfloat16), (False, torch.float32)])
