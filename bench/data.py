@@ -54,7 +54,8 @@ def tokenizer_alone(folder: str, path: Path, answer: Any) -> None:
     """Tokens and seconds of the tokenizer over the rendered texts, all its threads at work."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer = _tokenizer(folder)
-    tokens, seconds, texts = 0, 0.0, []
+    tokens, seconds = 0, 0.0
+    texts: list[str] = []
 
     def flush() -> None:
         nonlocal tokens, seconds

@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sftmix.config import CONFIG_FILE, Config, describe, load_config, override, read_config, save_config
+from sftmix.config import describe, load_config
 from sftmix.progress import activity, on_terminal, say, show
 from sftmix.rank import is_main
+from sftmix.run.folder import RESTARTS, stage_names
+from sftmix.run.start import knob_flags, open_session, resolve
 
 app = typer.Typer(
     help="SFTMix instruction tuning. Every knob is a flag, e.g. --train.epochs 2; `sftmix knobs` lists them.",
@@ -37,57 +39,12 @@ def _forms() -> str:
 
 RunDir = Annotated[str, typer.Argument(help="run folder", show_default=False)]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of knobs")]
-
-
-def knob_flags(extra: list[str]) -> list[str]:
-    """``--a.b 1``, ``--a.b=1`` and ``a.b=1`` as ``a.b=1``. Raises ``ValueError`` for anything else."""
-    flags, words = [], iter(extra)
-    for word in words:
-        if not word.startswith("--") and "=" not in word:
-            raise ValueError(f"flag: expected --knob value or knob=value, got {word!r}")
-        if "=" not in word:
-            value = next(words, None)
-            if value is None or value.startswith("--"):
-                raise ValueError(f"{word}: expected a value after it, got {value or 'nothing'}")
-            word = f"{word}={value}"
-        flags.append(word.removeprefix("--"))
-    return flags
-
-
-def resolve(run_dir: str, config_file: Path | None, extra: list[str]) -> Config:
-    """The run's configuration from its folder, a file and flags; written to the folder.
-
-    Raises ``ValueError`` for a folder that holds files but no readable config.yaml and is given no file or flags
-    to make one, and for bad knobs.
-    """
-    flags = knob_flags(extra)
-    recorded = Path(run_dir) / CONFIG_FILE
-    earlier = _readable(run_dir)
-    if config_file is not None or not recorded.exists():
-        config = load_config(config_file, [f"run_dir={run_dir}", *flags])
-    else:
-        config = override(read_config(run_dir), flags)
-    # Only now: what follows imports torch, which takes seconds.
-    say(f"run folder: {run_dir}")
-    with activity("loading torch and transformers"):
-        from sftmix.model.dtype import settle_dtype, warn_if_slow
-        from sftmix.model.parallel import join_world, local_device
-
-    device = local_device()
-    join_world(device)
-    config = settle_dtype(config, device, earlier)
-    warn_if_slow(config, device)
-    if is_main():
-        save_config(config, recorded)
-    return config
-
-
-def _readable(run_dir: str) -> Config | None:
-    """The configuration recorded in a run folder; None where there is none that can be read."""
-    try:
-        return read_config(run_dir)
-    except ValueError:
-        return None
+Restart = Annotated[
+    str | None,
+    typer.Option(
+        help=f"remove this stage's results and all later ones, to do them anew: {', '.join(RESTARTS)}"
+    ),
+]
 
 
 def default_run_dir(data: str, model: str) -> str:
@@ -106,6 +63,7 @@ def run(
     run_dir: Annotated[str | None, typer.Option(help="run folder; by default runs/<data>-<model>")] = None,
     config: ConfigFile = None,
     baseline: Annotated[bool, typer.Option(help="also train plain NTP on the same batches")] = True,
+    restart: Restart = None,
 ) -> None:
     """All stages: reference, score, split, train, evaluate, plot. Start it again to go on where it stopped."""
     extra = list(ctx.args)
@@ -118,11 +76,13 @@ def run(
             if given.run_dir != "unset"
             else default_run_dir(given.data.train, model or given.model.name)
         )
-    session = _session(resolve(run_dir, config, extra))
+    settled = resolve(run_dir, config, extra)
+    method = settled.train.method
+    methods = ("ntp", "sftmix") if baseline and method == "sftmix" else (method,)
+    session = open_session(settled, stage_names(methods), restart=restart)
     from sftmix.run import stages
 
-    method = session.config.train.method
-    stages.run(session, stages.METHODS if baseline and method == "sftmix" else (method,))
+    stages.run(session, methods)
     show_files(session.config.run_dir)
     show_results(session.config.run_dir)
 
@@ -138,17 +98,9 @@ def _model_flags(model: str | None) -> list[str]:
     return [f"model.name={folder}", f"model.gguf_file={gguf_file}"]
 
 
-def _session(config: Config) -> Any:
-    with activity("loading torch and transformers"):
-        from sftmix.run import stages  # noqa: F401 - all that a stage needs
-        from sftmix.run.session import Session
-
-    return Session(config)
-
-
-def _stage(name: str, run_dir: str, config: Path | None, extra: list[str]) -> Any:
+def _stage(name: str, run_dir: str, config: Path | None, extra: list[str], restart: str | None) -> Any:
     """Run one stage of a run folder; the session it ran in."""
-    session = _session(resolve(run_dir, config, extra))
+    session = open_session(resolve(run_dir, config, extra), (name,), restart=restart)
     from sftmix.run import stages
 
     getattr(stages, name)(session)
@@ -156,27 +108,30 @@ def _stage(name: str, run_dir: str, config: Path | None, extra: list[str]) -> An
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def reference(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def reference(
+    ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None
+) -> None:
     """Train the reference and save its weights at each scoring point."""
-    _stage("reference", run_dir, config, ctx.args)
+    _stage("reference", run_dir, config, ctx.args, restart)
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def score(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def score(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Score every training example at each scoring point: dynamics.parquet."""
-    _stage("score", run_dir, config, ctx.args)
+    _stage("score", run_dir, config, ctx.args, restart)
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Cut the examples at their median confidence: split.parquet."""
-    _stage("split", run_dir, config, ctx.args)
+    _stage("split", run_dir, config, ctx.args, restart)
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
-    session = _session(resolve(run_dir, config, ctx.args))
+    settled = resolve(run_dir, config, ctx.args)
+    session = open_session(settled, (f"train-{settled.train.method}",), restart=restart)
     from sftmix.run import stages
 
     stages.train(session, session.config.train.method)
@@ -184,9 +139,9 @@ def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> Non
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Held-out NLL, perplexity, token accuracy and sample answers of the base and the trained models."""
-    _stage("evaluate", run_dir, config, ctx.args)
+    _stage("evaluate", run_dir, config, ctx.args, restart)
     show_files(run_dir)
     show_results(run_dir)
 
@@ -225,9 +180,9 @@ def data_command(
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None) -> None:
+def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Draw the data map, the loss curves and the confidence histogram."""
-    session = _session(resolve(run_dir, config, ctx.args))
+    session = open_session(resolve(run_dir, config, ctx.args), ("plot",), restart=restart)
     from sftmix.run import stages
 
     for path in stages.plot(session):
@@ -239,6 +194,7 @@ def demo(
     ctx: typer.Context,
     run_dir: Annotated[str, typer.Option(help="run folder")] = "runs/demo",
     minutes: Annotated[float, typer.Option(help="time limit; decides how many examples are used")] = 5.0,
+    restart: Restart = None,
 ) -> None:
     """Fine-tune SmolLM2-135M with SFTMix on questions about Python's standard library."""
     started, flags = time.perf_counter(), knob_flags(ctx.args)
@@ -248,7 +204,7 @@ def demo(
     with activity("at work on the demo"):
         from sftmix.demo import job as demo
 
-        config = demo.run(run_dir, minutes=minutes, flags=flags)
+        config = demo.run(run_dir, minutes=minutes, flags=flags, restart=restart)
         from sftmix.run.folder import RunFolder
 
         show_files(run_dir)

@@ -50,9 +50,7 @@ class DataConfig:
     split: str = knob("split to read when train is a datasets id or a saved DatasetDict", "train")
     configuration: str | None = knob("configuration to read when train is a datasets id", None)
     heldout: str | None = knob("held-out examples, same forms; null: a part of the training examples", None)
-    heldout_split: str | None = knob(
-        "split of heldout; null: a split of train's name is refused for the same id", None
-    )
+    heldout_split: str | None = knob("split of heldout; must be given where heldout is a datasets id", None)
     heldout_configuration: str | None = knob("configuration of heldout when it is a datasets id", None)
     heldout_fraction: float = knob(
         "share of the training examples held out (by a hash of the id) when heldout is null; 0: none",

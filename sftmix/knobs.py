@@ -7,6 +7,7 @@ has the form ``name: expected X, got Y``.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import types
@@ -97,19 +98,26 @@ def read_yaml(path: Path, knobs: Knobs) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a YAML file, got {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a YAML file, got text that does not parse: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected a YAML file of knobs, got one that is nested too deep") from error
+    except (ValueError, TypeError) as error:  # a key given twice, a date or a number that is none
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a YAML mapping of knobs, got {type(tree).__name__}")
-    values: dict[str, Any] = {}
+    given: list[tuple[str, Any]] = []
     for name, value in tree.items():
         if name not in sections(knobs):
-            key = _known(str(name), knobs)
-            values[key] = check_type(key, value, knobs[key])
+            given.append((str(name), value))
         elif not isinstance(value, dict):
             raise ValueError(f"{name}: expected a mapping of knobs, got {value!r}")
         else:
-            for leaf, item in value.items():
-                key = _known(f"{name}.{leaf}", knobs)
-                values[key] = check_type(key, item, knobs[key])
+            given += [(f"{name}.{leaf}", item) for leaf, item in value.items()]
+    values: dict[str, Any] = {}
+    for name, value in given:
+        key = _known(name, knobs)
+        if key in values:  # ``train.epochs: 1`` beside ``train: {epochs: 2}``
+            raise ValueError(f"{key}: expected once, got it twice")
+        values[key] = check_type(key, value, knobs[key])
     return values
 
 
@@ -155,6 +163,8 @@ def check_type(key: str, value: Any, knob: Knob) -> Any:
         return _from_text(key, value, knob)  # YAML 1.1 reads 2e-6, which has no dot, as a string
     if knob.base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if knob.base is str and type(value) is datetime.date:
+        return value.isoformat()  # YAML reads 2026-01-31 without quotes as a date
     if type(value) is not knob.base:
         raise ValueError(f"{key}: expected {knob.type_name}, got {value!r}")
     return value

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.data.forms import parse_row
+from sftmix.data.heldout import words_keys
 from sftmix.data.read import read_rows, source_files
 from sftmix.data.rows import Account, Example, Fault, Row, RowError
 from sftmix.data.tokens import Encoder, TokenOptions
@@ -60,7 +61,7 @@ class Source:
                 example = parse_row(row, form=self.form, columns=self.columns).example
             except RowError:
                 continue
-            yield replace(example, id=_unique(example.id, seen))
+            yield replace(example, id=unique(example.id, seen))
 
 
 @dataclass
@@ -112,7 +113,7 @@ class _Worker:
             account.cut += outcome.cut
             account.tokens += len(outcome.input_ids)
             account.supervised_tokens += outcome.num_supervised
-            entries.append(Entry(outcome, example.place, prompt_hash(example)))
+            entries.append(Entry(outcome, example.place, words_keys(example)))
         return _Part(entries, account, self.encoder.stops)
 
 
@@ -206,7 +207,7 @@ def _write(
                 for i, entry in enumerate(part.entries):
                     example = entry.example
                     account.duplicates += example.id in seen
-                    name = _unique(example.id, seen)
+                    name = unique(example.id, seen)
                     if name != example.id:
                         part.entries[i] = replace(entry, example=replace(example, id=name))
                 if part.entries:
@@ -259,7 +260,8 @@ def _tasks(first: list[Row | Fault], rest: Iterable[Row | Fault]) -> Iterator[li
         yield task
 
 
-def _unique(name: str, seen: Counter[str]) -> str:
+def unique(name: str, seen: Counter[str]) -> str:
+    """An id, with -2, -3, … behind it where it was ``seen`` before."""
     seen[name] += 1
     return name if seen[name] == 1 else f"{name}-{seen[name]}"
 
@@ -276,18 +278,6 @@ def _merge(into: Account, part: Account) -> None:
     for name in ("dropped", "ignored", "forms", "notes"):
         getattr(into, name).update(getattr(part, name))
     into.faults += part.faults[: SHOWN - len(into.faults)]
-
-
-def prompt_hash(example: Example) -> int:
-    """64 bits of what is asked: everything before the last answer, blanks and case made equal."""
-    roles = [message["role"] for message in example.messages]
-    if "assistant" in roles:
-        last = len(roles) - 1 - roles[::-1].index("assistant")
-        texts = [str(message.get("content") or "") for message in example.messages[:last]]
-    else:
-        texts = [example.text or str(example.input_ids)]
-    folded = " ".join(" ".join(texts).split()).casefold()
-    return int.from_bytes(hashlib.blake2b(folded.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _key(source: Source, tokenizer: Any, options: TokenOptions) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sftmix.data.heldout import Keys
+from sftmix.data.identity import example_digest
 from sftmix.data.rows import Account, Fault
 from sftmix.data.tokenized import TokenizedExample
 
@@ -37,7 +39,16 @@ class Entry:
 
     example: TokenizedExample
     place: str
-    prompt: int
+    keys: Keys
+
+
+@dataclass(frozen=True)
+class Named:
+    """One example of the file by name: enough to find copies and to hold some out."""
+
+    id: str
+    place: str
+    keys: Keys
 
 
 def to_batch(entries: Sequence[Entry]) -> pa.RecordBatch:
@@ -46,7 +57,8 @@ def to_batch(entries: Sequence[Entry]) -> pa.RecordBatch:
     columns = [
         pa.array([example.id for example in examples], pa.string()),
         pa.array([entry.place for entry in entries], pa.string()),
-        pa.array([entry.prompt for entry in entries], pa.int64()),
+        *(pa.array([getattr(entry.keys, part) for entry in entries], pa.int64()) for part in Keys.PARTS),
+        pa.array([example_digest(example) for example in examples], pa.int64()),
         _lists([example.input_ids for example in examples], np.int32),
         _lists([example.supervised for example in examples], np.uint8),
         pa.array([example.weights for example in examples], pa.list_(pa.float32())),
@@ -129,11 +141,20 @@ class TokenStore(Mapping[str, TokenizedExample]):
             supervised += np.diff(sums[offsets - offsets[0]]).tolist()
         return tokens, supervised
 
-    def prompts(self) -> dict[str, int]:
-        """A hash of the prompt's text by example id."""
+    def named(self) -> list[Named]:
+        """All examples by name, in order."""
+        found = []
+        for batch in self._batches:
+            names, places = (batch.column(name).to_pylist() for name in ("id", "place"))
+            keys = map(Keys, *(batch.column(part).to_pylist() for part in Keys.PARTS))
+            found += list(map(Named, names, places, keys))
+        return found
+
+    def digests(self) -> dict[str, int]:
+        """A hash of each example's tokens, marks and weights, by id."""
         found: dict[str, int] = {}
         for batch in self._batches:
-            found.update(zip(batch.column("id").to_pylist(), batch.column("prompt").to_pylist(), strict=True))
+            found.update(zip(batch.column("id").to_pylist(), batch.column("digest").to_pylist(), strict=True))
         return found
 
 
@@ -157,6 +178,11 @@ class Chosen(Mapping[str, TokenizedExample]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def digests(self) -> dict[str, int]:
+        """A hash of each example's tokens, marks and weights, by id."""
+        found = self.store.digests()
+        return {name: found[name] for name in self._names}
 
 
 def account_to_dict(account: Account) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftmix.config import CONFIG_FILE, Config, load_config, override, read_config, save_config
+from sftmix.config import CONFIG_FILE, Config, load_config, override, read_config
 from sftmix.files import replacing
 from sftmix.progress import activity, duration, say
+from sftmix.run.strays import look, tell_unread_variables
 
 if TYPE_CHECKING:
     from sftmix.demo.budget import Budget
@@ -52,8 +53,10 @@ def find_smollm2() -> tuple[str, str]:
     return str(files[0].parent), files[0].name
 
 
-def run(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
+def run(run_dir: str, *, minutes: float, flags: list[str], restart: str | None = None) -> Config:
     """The whole demo but its closing table: data, probe, all stages. Stopped and started again it goes on.
+
+    ``restart`` removes the results of a stage and of all later ones first.
 
     Raises ``ValueError`` for bad input, before anything is written.
     """
@@ -64,7 +67,8 @@ def run(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
         from sftmix.model.dtype import settle_dtype, warn_if_slow
         from sftmix.model.parallel import join_world, local_device
         from sftmix.run import stages
-        from sftmix.run.session import Session
+        from sftmix.run.folder import stage_names
+        from sftmix.run.start import open_session
     join_world(device := local_device())
     config = settle_dtype(config, device)
     warn_if_slow(config, device)
@@ -74,15 +78,14 @@ def run(run_dir: str, *, minutes: float, flags: list[str]) -> Config:
         config = _limited(config, budget.pairs)
     elif not is_new:
         say(f"demo: goes on in {run_dir}, with {config.data.limit or 'all'} training pairs")
-    save_config(config, Path(run_dir) / CONFIG_FILE)
+    session = open_session(config, stage_names(("ntp", "sftmix")), restart=restart)
     try:
-        stages.run(Session(config), watch=budget.watch if budget is not None else None)
+        stages.run(session, watch=budget.watch if budget is not None else None)
     except Behind as behind:
         # Nothing depends on the number yet: the reference starts anew on fewer pairs.
         say(f"demo: {behind.pairs} training pairs instead of {config.data.limit}, to end in time")
         config = _limited(config, behind.pairs)
-        save_config(config, Path(run_dir) / CONFIG_FILE)
-        stages.run(Session(config))
+        stages.run(open_session(config, stage_names(("ntp", "sftmix")), restart="reference"))
     return config
 
 
@@ -93,6 +96,8 @@ def prepare(run_dir: str, *, minutes: float, flags: list[str]) -> tuple[Config, 
     """
     if minutes <= 0:
         raise ValueError(f"minutes: expected more than 0, got {minutes}")
+    look(run_dir)
+    tell_unread_variables(os.environ)
     if (Path(run_dir) / CONFIG_FILE).exists():
         return override(read_config(run_dir), flags), False
     folder, gguf_file = find_smollm2()
@@ -139,7 +144,7 @@ def _write_pairs(folder: Path) -> tuple[Path, Path]:
 
 def closing(folder: RunFolder, config: Config) -> list[str]:
     """Three sentences: what the demo showed, what it did not, what to type next."""
-    from sftmix.run.report import read_evaluation
+    from sftmix.run.folder import read_evaluation
 
     pairs = config.data.limit or "all"
     nll = {label: figures["nll"] for label, figures in read_evaluation(folder.evaluation).items()}

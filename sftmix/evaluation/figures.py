@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import torch
 
-from sftmix.data.chat import prompt_ids
-from sftmix.data.examples import Example
+from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.tokens import TokenOptions, prompt_ids
 from sftmix.model.causal_lm import SFTMixModel, evaluating
+from sftmix.model.export import stops
 from sftmix.scores.dynamics import accumulate
 from sftmix.training.batch import check_batch, collate_plain
 from sftmix_kernels import TokenStats
@@ -87,30 +88,45 @@ def _sums(
 
 @torch.inference_mode()
 def sample_answers(
-    model: SFTMixModel, tokenizer: Any, examples: Sequence[Example], *, max_new_tokens: int = 64
-) -> list[dict[str, str]]:
-    """Greedy answers: ``{"id", "prompt", "answer", "expected"}`` each, the prompt being the last question.
+    model: SFTMixModel, tokenizer: Any, examples: Sequence[Example], *, max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (), options: TokenOptions | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Greedy answers: ``{"id", "prompt", "answer", "expected", "stopped"}`` each, the prompt being the last question.
 
-    The model is given the conversation up to its last assistant turn, in the tokenizer's chat template. Its
-    mode is restored. A model sharded by FSDP cannot generate: load its exported form.
+    The model is given the conversation up to its last assistant turn, in the tokenizer's chat template with the
+    arguments of ``options``; of a text or of ready tokens, what comes before the first that bears loss. An answer
+    ends before the first of ``stop_ids``, or of the model's own stop tokens; ``stopped`` is False where none came
+    within ``max_new_tokens``. The model's mode is restored. A model sharded by FSDP cannot generate: load its
+    exported form.
     """
     answers = []
+    ends = stops(model.base, stop_ids)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluating(model):
         for example in examples:
-            ids = prompt_ids(example, tokenizer)
-            question, expected = _last_turns(example)
+            ids = prompt_ids(example, tokenizer, options)
+            question, expected = _last_turns(example, tokenizer)
             prompt = torch.tensor([ids], device=model.device)
             output = model.base.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad_id,
+                max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None,
             )  # fmt: skip
-            answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-            answers.append({"id": example.id, "prompt": question, "answer": answer, "expected": expected})
+            tokens = output[0, len(ids) :].tolist()
+            length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+            answer = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+            answers.append(
+                {
+                    "id": example.id, "prompt": question, "answer": answer, "expected": expected,
+                    "stopped": length < len(tokens),
+                }
+            )  # fmt: skip
     return answers
 
 
-def _last_turns(example: Example) -> tuple[str, str]:
+def _last_turns(example: Example, tokenizer: Any) -> tuple[str, str]:
     """The last answer of a conversation, and the message before it: (question, answer)."""
+    if not example.messages:
+        return "", example.text if example.text is not None else tokenizer.decode(example.input_ids)
     at = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-    return example.messages[at - 1]["content"] if at else "", example.messages[at]["content"]
+    question, answer = example.messages[at - 1] if at else {}, example.messages[at]
+    return str(question.get("content") or ""), str(answer.get("content") or answer.get("tool_calls") or "")

@@ -1,7 +1,7 @@
-"""The run folder: where every stage's files are, and which stages are done with which settings.
+"""The run folder: where every stage's files are, and with which settings each stage was begun or finished.
 
 config.yaml             the resolved configuration
-stages.json             settings of each finished stage; one that finds its own there has nothing to do
+stages.json             by stage: begun or finished, the settings its result depends on, and what tells them apart
 data.json               what became of the rows: used, left out and why, ignored fields, counts of tokens
 tokens/                 the tokenised examples, named by all that they depend on
 base/                   a GGUF model as safetensors, so that it is dequantised once
@@ -17,12 +17,43 @@ plots/                  data_map.png, loss_curves.png, confidence.png
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sftmix.files import replacing
 
 Settings = dict[str, Any]
+# What each stage leaves in the folder, in the order of the stages; the two training runs stand side by side.
+FILES = {
+    "reference": "reference", "score": "dynamics.parquet", "split": "split.parquet", "train-ntp": "train-ntp",
+    "train-sftmix": "train-sftmix", "evaluate": "evaluation.json", "plot": "plots",
+}  # fmt: skip
+_RANK = {"reference": 0, "score": 1, "split": 2, "train-ntp": 3, "train-sftmix": 3, "evaluate": 4, "plot": 5}
+RESTARTS = ("reference", "score", "split", "train", "train-ntp", "train-sftmix", "evaluate", "plot", "all")
+
+
+def stage_names(methods: Sequence[str]) -> tuple[str, ...]:
+    """The stages of a whole run that trains with ``methods``."""
+    return ("reference", "score", "split", *(f"train-{method}" for method in methods), "evaluate", "plot")
+
+
+def stages_from(restart: str | None) -> tuple[str, ...]:
+    """The stages that ``--restart`` does anew: the one named and all that come after it; none for None.
+
+    ``train`` is both training runs; one of the two alone leaves the other. Raises ``ValueError`` for another name.
+    """
+    if restart is None:
+        return ()
+    if restart not in RESTARTS:
+        raise ValueError(f"restart: expected one of {', '.join(RESTARTS)}, got {restart!r}")
+    rank = {"all": 0, "train": _RANK["train-ntp"]}.get(restart, _RANK.get(restart, 0))
+    return tuple(
+        stage
+        for stage in FILES
+        if _RANK[stage] > rank or restart in (stage, "all") or stage.startswith(f"{restart}-")
+    )
 
 
 class RunFolder:
@@ -57,8 +88,11 @@ class RunFolder:
         """The trained model as ``from_pretrained`` loads it."""
         return self.train(method) / "model"
 
-    def finished(self) -> dict[str, Settings]:
-        """Settings of the stages that are done. Raises ``ValueError`` if the record does not parse."""
+    def record(self) -> dict[str, Settings]:
+        """By stage: ``state`` (begun or finished), ``settings`` and ``about``.
+
+        Raises ``ValueError`` if the file does not parse.
+        """
         if not self._stages.exists():
             return {}
         try:
@@ -74,10 +108,42 @@ class RunFolder:
 
     def is_finished(self, stage: str, settings: Settings) -> bool:
         """Whether ``stage`` was finished with exactly these settings."""
-        return self.finished().get(stage) == json.loads(json.dumps(settings))
+        found = self.record().get(stage, {})
+        return found.get("state") == "finished" and found.get("settings") == json.loads(json.dumps(settings))
 
-    def finish(self, stage: str, settings: Settings) -> None:
-        """Record that ``stage`` is done; the file is whole at any moment."""
-        record = {**self.finished(), stage: settings}
+    def note(self, stage: str, state: str, settings: Settings, about: Settings) -> None:
+        """Record that ``stage`` is begun or finished, with its settings; the file is whole at any moment."""
+        self._write({**self.record(), stage: {"state": state, "settings": settings, "about": about}})
+
+    def remove(self, stages: tuple[str, ...]) -> list[str]:
+        """Delete the files and records of ``stages``; the names of the files and folders that were there."""
+        record = self.record()
+        if record.keys() & set(
+            stages
+        ):  # first: files without a record are looked at, a record without files is not
+            self._write({stage: entry for stage, entry in record.items() if stage not in stages})
+        removed = []
+        for stage in stages:
+            path = self.path / FILES[stage]
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+                removed.append(f"{FILES[stage]}/")
+            elif path.exists() or path.is_symlink():
+                path.unlink()
+                removed.append(FILES[stage])
+        return removed
+
+    def _write(self, record: dict[str, Settings]) -> None:
         with replacing(self._stages) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What ``sftmix evaluate`` wrote. Raises ``ValueError`` if it is missing or does not parse."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the results of `sftmix evaluate`, got {error}") from error
+    if not isinstance(results, dict) or not all(isinstance(v, dict) and "nll" in v for v in results.values()):
+        raise ValueError(f"{path}: expected figures by model, got {str(results)[:60]}")
+    return results

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from sftmix.run.folder import RunFolder
+from sftmix.run.folder import RunFolder, read_evaluation
 from sftmix.training.metrics import read_metrics
 
 LABELS = {"base": "base model", "ntp": "NTP", "sftmix": "SFTMix"}
-
-
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What ``sftmix evaluate`` wrote. Raises ``ValueError`` if it is missing or does not parse."""
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected the results of `sftmix evaluate`, got {error}") from error
-    if not isinstance(results, dict) or not all(isinstance(v, dict) and "nll" in v for v in results.values()):
-        raise ValueError(f"{path}: expected figures by model, got {str(results)[:60]}")
-    return results
 
 
 def training_figures(folder: RunFolder, method: str) -> dict[str, Any]:
@@ -82,5 +69,7 @@ def samples_table(folder: RunFolder) -> Table | None:
         table.add_row("question", text, style="bold")
         table.add_row("expected", sample["expected"])
         for label, figures in results.items():
-            table.add_row(LABELS.get(label, label), figures["samples"][index]["answer"])
+            answer = figures["samples"][index]
+            cut = "" if answer.get("stopped", True) else " … [no end within evaluate.max_new_tokens]"
+            table.add_row(LABELS.get(label, label), f"{answer['answer']}{cut}")
     return table

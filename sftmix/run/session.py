@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
-from sftmix.data.heldout import split_heldout
+from sftmix.data.heldout import check_sources, overlap, split_heldout
+from sftmix.data.identity import examples_digest
 from sftmix.data.prepare import Source
 from sftmix.data.rows import Example
 from sftmix.data.store import Chosen, TokenStore
@@ -26,13 +26,13 @@ from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel, load_model
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.export import merge_and_export
+from sftmix.model.identity import model_identity
 from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import join_world, local_device
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
-from sftmix.run.folder import RunFolder, Settings
+from sftmix.run.folder import RunFolder, Settings, stages_from
 from sftmix.run.inputs import (
-    check_overlap,
     heldout_source,
     prepared,
     settle_date,
@@ -48,7 +48,9 @@ disable_progress_bar()  # transformers' bars for reading and writing files; the 
 class Session:
     """One run folder being worked on; under torchrun, by every process together."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, restart: str | None = None) -> None:
+        self._fresh_base = restart == "all"
+        self._model_ids: dict[tuple[str, str | None, str | None], str] = {}
         self.device = local_device()
         self.world = join_world(self.device)
         self.config = config = settle_date(settle_dtype(config, self.device))
@@ -83,22 +85,27 @@ class Session:
         source = heldout_source(self.config)
         if source is None:
             return None
-        store = self._prepared(source, self.tokenizer, self.model_source)
-        check_overlap(self._train_store, store, allowed=self.config.data.allow_overlap)
-        return store
+        check_sources(self.config.data)
+        return self._prepared(source, self.tokenizer, self.model_source)
 
     @cached_property
     def _names(self) -> tuple[list[str], list[str]]:
         """Ids of the training and of the held-out examples."""
-        train, heldout = list(self._train_store), list(self._heldout_store or ())
-        if self._heldout_store is None:
-            train, heldout = split_heldout(train, self.config.data.heldout_fraction)
-        usable = [name for name in train if name in self._reference_store]
+        data, theirs = self.config.data, self._heldout_store
+        ours = self._train_store.named()
+        train, heldout = (
+            split_heldout(ours, data.heldout_fraction) if theirs is None else (ours, theirs.named())
+        )
+        shared = overlap(train, heldout)
+        for line in shared.lines():
+            say(line)
+        shared.check(train=data.train, heldout=data.heldout or "its part", allowed=data.allow_overlap)
+        usable = [named.id for named in train if named.id in self._reference_store]
         if len(usable) < len(train):
             say(
                 f"data: {len(train) - len(usable)} training examples are left out, the reference model cannot use them"
             )
-        return usable, heldout[: self.config.evaluate.limit]
+        return usable, [named.id for named in heldout[: self.config.evaluate.limit]]
 
     @cached_property
     def train(self) -> Mapping[str, TokenizedExample]:
@@ -121,6 +128,16 @@ class Session:
             if example.id in wanted:
                 found[example.id] = example
         return [found[name] for name in wanted]
+
+    @cached_property
+    def train_id(self) -> str:
+        """A hash of the training examples' tokens, masks and weights."""
+        return examples_digest(self.train)
+
+    @cached_property
+    def reference_id(self) -> str:
+        """The same of the training examples in the reference model's tokens."""
+        return examples_digest(self.reference_examples)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -164,12 +181,43 @@ class Session:
         model = self.config.model
         if model.gguf_file is None:
             return model
-        if not (self.folder.base / "config.json").exists():
-            say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
-            with activity(f"reading {model.gguf_file}"):
-                merge_and_export(*load_model(model), self.folder.base)
+        self._convert(model)
         self.barrier()
         return dataclasses.replace(model, name=str(self.folder.base), gguf_file=None, revision=None)
+
+    def _convert(self, model: ModelConfig) -> None:
+        """Bring a GGUF file into ``base/``, unless it is there; refuse another file's, but for ``--restart all``."""
+        note = self.folder.base / "source.json"
+        wanted = {"model": self.model_id(model), "dtype": model.dtype}
+        if note.is_file() and (self.folder.base / "config.json").is_file() and not self._fresh_base:
+            try:
+                found = json.loads(note.read_text(encoding="utf-8"))
+            except ValueError:
+                found = None
+            if found == wanted:
+                return
+            if self.folder.record():
+                raise ValueError(
+                    f"{self.folder.base}: expected the model of {Path(model.name) / (model.gguf_file or '')} in "
+                    f"{model.dtype}, got another; take another run folder, or --restart all"
+                )
+        say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
+        with activity(f"reading {model.gguf_file}"):
+            merge_and_export(*load_model(model), self.folder.base)
+        if is_main():
+            with replacing(note) as temporary:  # last: without it the folder is made again
+                temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+    def model_id(self, source: ModelConfig) -> str:
+        """A hash of the model's files; a converted GGUF file counts as the file itself."""
+        if source.name == str(self.folder.base) and self.config.model.gguf_file is not None:
+            source = self.config.model
+        key = (source.name, source.gguf_file, source.revision)
+        if key not in self._model_ids:
+            self._model_ids[key] = model_identity(
+                source.name, gguf_file=source.gguf_file, revision=source.revision
+            )
+        return self._model_ids[key]
 
     @cached_property
     def reference_source(self) -> ModelConfig:
@@ -207,22 +255,17 @@ class Session:
         if dist.is_initialized():
             dist.barrier()
 
-    def finish(self, stage: str, settings: Settings) -> None:
+    def finish(self, stage: str, settings: Settings, about: Settings) -> None:
         """Record a finished stage, once all processes are done with it."""
         self.barrier()
         if is_main():
-            self.folder.finish(stage, settings)
+            self.folder.note(stage, "finished", settings, about)
         self.barrier()
 
-    def settings(self, *sections: str) -> Settings:
-        """The knobs of some sections as plain data, for the record of finished stages."""
-        values = dataclasses.asdict(self.config)
-        return {name: values[name] for name in sections}
-
-
-def examples_digest(examples: Mapping[str, TokenizedExample]) -> str:
-    """A short hash of ids and tokens, so that a changed data file is noticed."""
-    digest = hashlib.sha256()
-    for name in sorted(examples):
-        digest.update(f"{name} {examples[name].input_ids} {examples[name].supervised}\n".encode())
-    return digest.hexdigest()[:16]
+    def restart(self, stage: str) -> None:
+        """Remove the files and records of ``stage`` and of all stages after it, saying which."""
+        self.barrier()
+        if is_main():
+            removed = self.folder.remove(stages_from(stage))
+            say(f"restart {stage}: removed {', '.join(removed) or 'nothing, nothing was there'}")
+        self.barrier()

@@ -1,23 +1,24 @@
 """The stages of a run, each from files to files: reference, score, split, train, evaluate, plot.
 
 A stage that is already done with the same settings is passed over, so a stopped run goes on where it stood by
-starting it again; inside a stage the trainer goes on from its newest checkpoint.
+starting it again; inside a stage the trainer goes on from its newest checkpoint. One that was done or begun with
+other settings is refused (``identity``); evaluation and pictures are cheap and made anew, with a word.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sftmix.evaluation.figures import evaluate_model, sample_answers, score_examples
-from sftmix.files import replacing
+from sftmix.evaluation.figures import score_examples
 from sftmix.model.export import merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
-from sftmix.run.folder import Settings
-from sftmix.run.session import Session, examples_digest
+from sftmix.run.evaluate import evaluate
+from sftmix.run.folder import stage_names
+from sftmix.run.identity import about, check, differences, passed, settings, split_digest
+from sftmix.run.session import Session
 from sftmix.scores.confidence import confidence, make_split, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
 from sftmix.scores.halves import Split
@@ -37,12 +38,12 @@ def reference(session: Session, *, watch: Progress | None = None) -> None:
     if config.reference.scores is not None:
         say(f"reference: not needed, scores come from {config.reference.scores}")
         return
-    settings = reference_settings(session)
-    if folder.is_finished("reference", settings):
+    wants_points = config.reference.dynamics != "online"
+    whole = folder.point_step(0).exists() if wants_points else folder.online.exists()
+    if passed(session, "reference", whole=whole):
         say("reference: done before")
         return
     model = session.load(session.reference_source, trainable=True)
-    wants_points = config.reference.dynamics != "online"
 
     def on_point(index: int, step: int) -> None:
         save_trainable(model, folder.point(index))
@@ -59,23 +60,23 @@ def reference(session: Session, *, watch: Progress | None = None) -> None:
         rows = train_plain(
             config, model, session.reference_examples, folder=folder.reference, pad_id=session.pad_id,
             on_point=on_point if wants_points else None, progress=on_step,
+            identity={"examples": session.reference_id, "model files": session.model_id(session.reference_source)},
         )  # fmt: skip
     if is_main() and config.reference.dynamics != "checkpoint":
         write_dynamics(folder.online, rows)
-    session.finish("reference", settings)
+    session.finish("reference", settings(session, "reference"), about(session))
 
 
 def score(session: Session) -> None:
     """Collect the training dynamics: score the saved points, take the online scores, or read a ready file."""
     config, folder = session.config, session.folder
-    settings = {**reference_settings(session), "scores": config.reference.scores}
-    if folder.is_finished("score", settings) and folder.dynamics.exists():
+    if passed(session, "score", whole=folder.dynamics.exists()):
         say("score: done before")
         return
     if config.reference.scores is not None:
         rows = read_rows(config.reference.scores)
     else:
-        _require(session, "reference", reference_settings(session))
+        _require(session, "reference")
         rows = _score_points(session) if config.reference.dynamics != "online" else []
         if config.reference.dynamics != "checkpoint":
             rows += read_rows(folder.online)
@@ -86,7 +87,7 @@ def score(session: Session) -> None:
         session, read_dynamics(folder.dynamics).examples, str(config.reference.scores or folder.dynamics)
     )
     _tell_correlation(session)
-    session.finish("score", settings)
+    session.finish("score", settings(session, "score"), about(session))
 
 
 def _score_points(session: Session) -> list[dict[str, Any]]:
@@ -129,8 +130,12 @@ def split(session: Session) -> None:
     folder = session.folder
     dynamics = read_dynamics(folder.dynamics)
     _check_ids(session, dynamics.examples, str(folder.dynamics))
+    made = make_split(dynamics)
+    if folder.split.exists():
+        _same_split(session, made)
+    session.barrier()
     if is_main():
-        write_split(folder.split, make_split(dynamics))
+        write_split(folder.split, made)
     session.barrier()
     done = read_split(folder.split)
     border = (done.confidence[done.confident[-1]] + done.confidence[done.unconfident[0]]) / 2
@@ -145,8 +150,7 @@ def train(session: Session, method: str) -> None:
     folder = session.folder
     halves = read_split(folder.split)
     _check_ids(session, halves.confident + halves.unconfident, str(folder.split))
-    settings = train_settings(session, method)
-    if folder.is_finished(f"train-{method}", settings) and folder.model(method).exists():
+    if passed(session, f"train-{method}", whole=folder.model(method).exists()):
         say(f"train {method}: done before")
         return
     model = session.load(session.model_source, trainable=True)
@@ -154,42 +158,11 @@ def train(session: Session, method: str) -> None:
         train_pairs(
             session.with_method(method), model, session.train, halves, folder=folder.train(method),
             pad_id=session.pad_id, progress=progress.steps,
+            identity={"examples": session.train_id, "model files": session.model_id(session.model_source)},
         )  # fmt: skip
     with activity("writing the trained model"):
-        merge_and_export(model, session.tokenizer, folder.model(method))
-    session.finish(f"train-{method}", settings)
-
-
-def evaluate(session: Session, *, generate: bool = True) -> dict[str, Any]:
-    """Held-out figures of the base model and of each trained one, and sample answers; to evaluation.json."""
-    config, folder = session.config, session.folder
-    if not session.heldout:
-        raise ValueError("data.heldout: expected held-out examples (or data.heldout_fraction > 0), got none")
-    sources = {"base": session.model_source}
-    for method in METHODS:
-        if folder.model(method).exists():
-            sources[method] = session.source_at(folder.model(method))
-    results: dict[str, Any] = {}
-    for label, source in sources.items():
-        model = session.load(source, trainable=False)
-        with bar(f"evaluate {label}") as progress:
-            figures: dict[str, Any] = evaluate_model(
-                model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-                impl=config.train.impl, progress=progress.batches,
-            )  # fmt: skip
-        figures["num_examples"] = len(session.heldout)
-        if generate:
-            chosen = session.heldout_examples[: config.evaluate.num_samples]
-            with activity(f"writing sample answers ({label})"):
-                figures["samples"] = sample_answers(
-                    model, session.tokenizer, chosen, max_new_tokens=config.evaluate.max_new_tokens
-                )
-        results[label] = figures
-    if is_main():
-        with replacing(folder.evaluation) as temporary:
-            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    session.barrier()
-    return results
+        merge_and_export(model, session.tokenizer, folder.model(method), stop_ids=session.stop_ids)
+    session.finish(f"train-{method}", settings(session, f"train-{method}"), about(session))
 
 
 def plot(session: Session) -> list[str]:
@@ -203,6 +176,8 @@ def plot(session: Session) -> list[str]:
             from sftmix.evaluation import plots
 
             folder.plots.mkdir(parents=True, exist_ok=True)
+            for path in paths:  # a picture of files that are gone must not stand
+                path.unlink(missing_ok=True)
             plots.plot_data_map(dynamics, halves, paths[0])
             plots.plot_confidence(halves, paths[1])
             runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
@@ -215,7 +190,11 @@ def plot(session: Session) -> list[str]:
 
 
 def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress | None = None) -> None:
-    """All stages in order; the ones that are done are passed over. ``watch``: see ``reference``."""
+    """All stages in order; the ones that are done are passed over. ``watch``: see ``reference``.
+
+    Raises ``ValueError``, before anything is done, where the folder was begun with other settings.
+    """
+    check(session, stage_names(methods))
     steps: list[Callable[[], Any]] = [
         lambda: reference(session, watch=watch),
         lambda: score(session),
@@ -226,36 +205,34 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
         steps.append(lambda: evaluate(session))
     else:
         say("evaluate: left out, there are no held-out examples (data.heldout, data.heldout_fraction)")
+        if session.folder.evaluation.exists() and is_main():
+            session.folder.remove(("evaluate",))
+            say("evaluate: removed evaluation.json, which is about other held-out examples")
     for step in [*steps, lambda: plot(session)]:
         step()
 
 
-def reference_settings(session: Session) -> Settings:
-    """What the reference run's results depend on."""
-    examples = {"examples": examples_digest(session.reference_examples)}
-    return {**session.settings("seed", "model", "reference", "optim", "train", "lora"), **examples}
+def _same_split(session: Session, made: Split) -> None:
+    """A split that is there already must be the one that the scores give."""
+    path = session.folder.split
+    if split_digest(read_split(path)) != split_digest(made):
+        raise ValueError(
+            f"{path}: expected the split of {session.folder.dynamics}, got another; move it away, or --restart split"
+        )
 
 
-def train_settings(session: Session, method: str) -> Settings:
-    """What a training run's result depends on, its split included."""
-    halves = read_split(session.folder.split)
-    settings = session.settings("seed", "model", "mixup", "optim", "train", "lora")
-    settings["train"] = {**settings["train"], "method": method}
-    return {**settings, "examples": examples_digest(session.train), "split": digest(halves)}
-
-
-def digest(halves: Split) -> str:
-    """A short hash of which example is in which half."""
-    return hashlib.sha256(repr((sorted(halves.confident), sorted(halves.unconfident))).encode()).hexdigest()[
-        :16
-    ]
-
-
-def _require(session: Session, stage: str, settings: Settings) -> None:
-    if not session.folder.is_finished(stage, settings):
+def _require(session: Session, stage: str) -> None:
+    found = session.folder.record().get(stage, {})
+    if found.get("state") != "finished":
         raise ValueError(
             f"{session.folder.path}: expected a finished {stage} stage with the present settings, found "
-            f"{'other settings' if stage in session.folder.finished() else 'none'}; run `sftmix {stage}`"
+            f"{'one that is only begun' if found else 'none'}; run `sftmix {stage}`"
+        )
+    told = differences(found["settings"], json.loads(json.dumps(settings(session, stage))))
+    if told:
+        raise ValueError(
+            f"{session.folder.path}: expected a finished {stage} stage with the present settings, found others: "
+            f"{'; '.join(told)}; run `sftmix {stage} --restart {stage}`"
         )
 
 

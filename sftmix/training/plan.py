@@ -83,10 +83,12 @@ def denominators(step: Step, examples: Examples, *, mixup: MixupConfig, seed: in
     return math.fsum(member.weight_sum for member in members), mixed or 1
 
 
-def digest(steps: Sequence[Step]) -> str:
-    """A short hash of an epoch's ids, in order, and lambdas: equal plans have equal digests."""
+def digest(steps: Sequence[Step], *, lam: bool = True) -> str:
+    """A short hash of an epoch's ids, in order, and with ``lam`` the lambdas: equal plans have equal digests."""
     pairs = [pair for step in steps for chunk in step.chunks for pair in chunk]
-    entries = sorted((pair.index, pair.confident, pair.unconfident or "", pair.lam) for pair in pairs)
+    entries = sorted(
+        (pair.index, pair.confident, pair.unconfident or "", pair.lam if lam else 0) for pair in pairs
+    )
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from sftmix.config import Config
+from sftmix.data.identity import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
@@ -46,12 +47,13 @@ OnPoint = Callable[[int, int], None]  # (index of the scoring point, step)
 def train_pairs(
     config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], split: Split, *,
     folder: str | Path, pad_id: int = 0, progress: Progress | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Trainer:  # fmt: skip
     """Train on pairs of confident and unconfident examples, ``config.train.method`` being sftmix or ntp.
 
     Both draw the same batches; they differ in the weight of the Mixup term, which is 0 for ntp. Resumes from
     ``folder/checkpoints`` when a checkpoint is there. Raises ``ValueError`` for a checkpoint of another run
-    and for a loss that is not finite.
+    and for a loss that is not finite. ``identity``: see ``Trainer``.
     """
 
     def plan(epoch: int) -> list[Step]:
@@ -61,7 +63,7 @@ def train_pairs(
     weight = config.mixup.weight if config.train.method == "sftmix" else 0.0
     trainer = Trainer(
         config, model, examples, Path(folder), plan=plan, epochs=config.train.epochs, mixup_weight=weight,
-        pad_id=pad_id, progress=progress,
+        pad_id=pad_id, progress=progress, identity=identity,
     )  # fmt: skip
     trainer.run()
     return trainer
@@ -70,12 +72,14 @@ def train_pairs(
 def train_plain(
     config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], *,
     folder: str | Path, pad_id: int = 0, on_point: OnPoint | None = None, progress: Progress | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> list[Row]:  # fmt: skip
     """The reference run: next-token prediction on single examples for ``config.reference.epochs`` epochs.
 
     ``on_point(index, step)`` is called at ``reference.checkpoints_per_epoch`` evenly spaced steps of each
     epoch, on every process; a resumed run calls it again for the points of the epoch it repeats. Returns the
     online dynamics: one row per example and epoch, taken while training, as ``write_dynamics`` wants them.
+    ``identity``: see ``Trainer``.
     """
 
     def plan(epoch: int) -> list[Step]:
@@ -85,7 +89,7 @@ def train_plain(
     trainer = Trainer(
         config, model, examples, Path(folder), plan=plan, epochs=config.reference.epochs, mixup_weight=0.0,
         pad_id=pad_id, progress=progress, on_point=on_point,
-        points_per_epoch=config.reference.checkpoints_per_epoch, online=True,
+        points_per_epoch=config.reference.checkpoints_per_epoch, online=True, identity=identity,
     )  # fmt: skip
     trainer.run()
     return trainer.online.rows
@@ -112,14 +116,16 @@ class Trainer:
 
     ``plan(epoch)`` gives an epoch's steps, as many in every epoch. Under torchrun it joins the process group
     and shards the model; files and ``progress`` are the first process's. ``step`` counts the optimizer steps
-    done, ``total`` those of the run, and ``first_step`` is where this process began.
+    done, ``total`` those of the run, and ``first_step`` is where this process began. ``identity`` is what a resumed
+    run must share beside its settings, by name: ``examples``, their digest (made here when it is not given), and
+    whatever else the caller knows, such as the base model's files.
     """
 
     def __init__(
         self, config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], folder: Path, *,
         plan: Callable[[int], list[Step]], epochs: int, mixup_weight: float, pad_id: int = 0,
         progress: Progress | None = None, on_point: OnPoint | None = None, points_per_epoch: int = 1,
-        online: bool = False,
+        online: bool = False, identity: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.examples, self.folder, self.plan = config, examples, folder, plan
         self.mixup_weight, self.pad_id = mixup_weight, pad_id
@@ -135,7 +141,11 @@ class Trainer:
         self.world = join_world(model.device)
         if config.train.gradient_checkpointing:
             model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.fingerprint = {"fingerprint": checkpoint.fingerprint(model), "run": self._run_fingerprint(first)}
+        told = dict(identity or {})
+        if "examples" not in told:
+            told["examples"] = examples_digest(examples)
+        run = {**self._run_fingerprint(first), **told}
+        self.fingerprint = {"fingerprint": checkpoint.fingerprint(model), "run": run}
         self.model = shard(model, self.world)
         self.weights = TrainableWeights(self.model)
         self.optimizer = build_optimizer(self.weights, config.optim)
@@ -229,7 +239,8 @@ class Trainer:
         settings: dict[str, Any] = {
             "seed": config.seed, "steps": self.total, "train.batch_size": config.train.batch_size,
             "train.tuning": config.train.tuning, "lora": lora, "mixup weight": self.mixup_weight,
-            "mixup.lam": config.mixup.lam, "examples and pairs of the first epoch": digest(first),
+            "mixup.lam": config.mixup.lam if self.mixup_weight else None,
+            "examples and pairs of the first epoch": digest(first, lam=self.mixup_weight > 0),
         }  # fmt: skip
         return {**settings, **{f"optim.{k}": v for k, v in dataclasses.asdict(config.optim).items()}}
 

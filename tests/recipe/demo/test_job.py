@@ -21,7 +21,7 @@ from sftmix.config import Config, read_config
 from sftmix.demo import job as demo
 from sftmix.demo.budget import AIM, CHECK_STEP, MIN_PAIRS, Behind, Budget, Pace, probe
 from sftmix.model.causal_lm import SFTMixModel
-from sftmix.run import session, stages
+from sftmix.run import stages, start
 from sftmix.run.folder import RunFolder
 from sftmix.scores.dynamics import read_dynamics
 from sftmix_kernels import product_support
@@ -254,7 +254,9 @@ def fake_demo(
     monkeypatch.setattr(demo, "find_smollm2", lambda: (str(tmp_path), "model.gguf"))
     monkeypatch.setattr(demo, "plan", lambda config, **given: SimpleNamespace(pairs=pairs, watch=print))
     monkeypatch.setattr(demo, "_write_pairs", write or (lambda folder: None))
-    monkeypatch.setattr(session, "Session", lambda config: config)
+    monkeypatch.setattr(
+        start, "open_session", lambda config, names, restart=None: start.record(config) or config
+    )
     monkeypatch.setattr(stages, "run", run)
     return calls
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sftmix.data.chat import prompt_ids
-from sftmix.data.examples import Example
+from sftmix.data.rows import Example
+from sftmix.data.tokens import prompt_ids
 from sftmix.evaluation.figures import evaluate_model, sample_answers, score_examples
 from tests.recipe import tiny
 
@@ -97,3 +97,21 @@ def test_sample_answers_are_greedy_and_follow_the_chat_template() -> None:
             break
     expected = tokenizer.decode(ids[7:], skip_special_tokens=True)
     assert answer["answer"].split() == expected.split()
+
+
+def test_sample_answers_stop_at_the_trained_tokens_and_say_when_they_did_not() -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model(seed=4)
+    model.base.config.eos_token_id = model.base.generation_config.eos_token_id = None
+    messages = ({"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"})
+    example = Example(id="a", messages=messages)
+    (free,) = sample_answers(model, tokenizer, [example], max_new_tokens=8)
+    words = free["answer"].split()
+    assert free["stopped"] is False and len(words) == 8
+    stop = tokenizer.convert_tokens_to_ids(words[3])
+    first = words.index(words[3])
+    (cut,) = sample_answers(model, tokenizer, [example], max_new_tokens=8, stop_ids=(stop,))
+    assert cut["stopped"] is True and cut["answer"].split() == words[:first]
+    (exact,) = sample_answers(model, tokenizer, [example], max_new_tokens=first + 1, stop_ids=(stop,))
+    assert exact["stopped"] is True and exact["answer"] == cut["answer"]
+    model.base.generation_config.eos_token_id = [60, stop]  # the model's own, without trained ones
+    assert sample_answers(model, tokenizer, [example], max_new_tokens=8) == [cut]

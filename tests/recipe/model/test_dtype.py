@@ -10,10 +10,11 @@ import torch
 import yaml
 
 from sftmix import cli
-from sftmix.config import load_config, read_config
+from sftmix.config import Config, load_config, read_config
 from sftmix.model import dtype
 from sftmix.model.causal_lm import load_model
 from sftmix.run.session import Session
+from sftmix.run.start import record
 from sftmix_kernels import ProductSupport
 from tests.recipe import tiny
 
@@ -56,28 +57,33 @@ def test_bfloat16_by_name_is_taken_and_warned_of_once_with_the_factor(
     assert line.startswith("warning: model.dtype=bfloat16 is slow here") and "takes 38 times as long" in line
 
 
+def resolve(folder: Path, file: Path | None, flags: list[str]) -> Config:
+    """What a command is set to, recorded as one that is not refused records it."""
+    config = cli.resolve(str(folder), file, flags)
+    record(config)
+    return config
+
+
 def test_the_run_folder_keeps_what_was_decided(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A run begun on one kind of machine goes on with its type on another, whichever way it is started again."""
     products(monkeypatch, False)
     flags = ["model.name=tiny", "data.train=none"]
-    assert cli.resolve(str(tmp_path), None, flags).model.dtype == "float32"
+    assert resolve(tmp_path, None, flags).model.dtype == "float32"
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["dtype"] == "float32"
     capsys.readouterr()
     products(monkeypatch, True)
-    assert cli.resolve(str(tmp_path), None, []).model.dtype == "float32"
+    assert resolve(tmp_path, None, []).model.dtype == "float32"
     assert "model.dtype:" not in capsys.readouterr().out
-    assert cli.resolve(str(tmp_path), None, ["model.dtype=auto"]).model.dtype == "float32"
+    assert resolve(tmp_path, None, ["model.dtype=auto"]).model.dtype == "float32"
     assert "model.dtype: float32 (recorded in the run folder)" in capsys.readouterr().out
     (tmp_path / "other.yaml").write_text(
         f"model: {{name: tiny}}\ndata: {{train: none}}\nrun_dir: {tmp_path}\n"
     )
-    assert cli.resolve(str(tmp_path), tmp_path / "other.yaml", []).model.dtype == "float32"
+    assert resolve(tmp_path, tmp_path / "other.yaml", []).model.dtype == "float32"
     assert read_config(tmp_path).model.dtype == "float32"
-    assert (
-        cli.resolve(str(tmp_path), None, ["model.dtype=bfloat16"]).model.dtype == "bfloat16"
-    )  # named: taken
+    assert resolve(tmp_path, None, ["model.dtype=bfloat16"]).model.dtype == "bfloat16"  # named: taken
 
 
 @pytest.mark.parametrize("in_hardware,taken", [(True, torch.bfloat16), (False, torch.float32)])

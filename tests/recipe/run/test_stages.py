@@ -12,62 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sftmix import cli
 from sftmix.cli import default_run_dir, knob_flags
 from sftmix.run import stages
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.training.metrics import read_metrics
 from tests.recipe import tiny
+from tests.recipe.run.small import FLAGS, Stop, run, same, sftmix, trained
 
 ROOT = Path(__file__).resolve().parents[3]
-FLAGS = [
-    "--model.dtype", "float32", "--train.batch_size=8", "train.micro_batch_size=4", "--train.epochs", "2",
-    "--optim.lr", "0.01", "--reference.epochs", "2", "--data.heldout_fraction", "0.2", "--evaluate.max_new_tokens", "3",
-    "--reference.dynamics", "both",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny model on disk and 30 conversations in its words."""
-    folder = tmp_path_factory.mktemp("material")
-    tiny.causal_lm().save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
-    draw = torch.Generator().manual_seed(0)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{int(i)}" for i in torch.randint(0, 50, (count,), generator=draw))
-
-    rows = [{"prompt": words(3), "completion": words(2 + n % 7)} for n in range(30)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "model", folder / "pairs.jsonl"
-
-
-def sftmix(*arguments: str | Path) -> None:
-    """The command line in this process; Ctrl-C and ValueError come through."""
-    cli.app([str(a) for a in arguments], standalone_mode=False)
-
-
-def run(material: tuple[Path, Path], folder: Path, *extra: str) -> None:
-    sftmix("run", "--model", material[0], "--data", material[1], "--run-dir", folder, *FLAGS, *extra)
-
-
-@pytest.fixture(scope="session")
-def finished(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    run(material, folder)
-    return folder
-
-
-def trained(folder: Path, method: str = "sftmix") -> dict[str, torch.Tensor]:
-    return load_file(folder / f"train-{method}" / "model" / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_run_leaves_every_file_of_the_run_folder(finished: Path) -> None:
@@ -88,6 +42,15 @@ def test_trained_model_loads_with_plain_transformers_and_moved(
     base = AutoModelForCausalLM.from_pretrained(material[0])
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
     assert not same(trained(finished, "ntp"), trained(finished, "sftmix"))
+
+
+def test_the_trained_model_and_the_samples_know_where_training_ended_answers(finished: Path) -> None:
+    saved = json.loads((finished / "train-sftmix" / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == 2  # <|im_end|>
+    samples = json.loads((finished / "evaluation.json").read_text())["sftmix"]["samples"]
+    assert all(
+        isinstance(sample["stopped"], bool) and "<|im_end|>" not in sample["answer"] for sample in samples
+    )
 
 
 def test_ntp_and_sftmix_saw_the_same_batches(finished: Path) -> None:
@@ -121,10 +84,6 @@ def test_stages_one_by_one_give_the_same_bits_as_run(
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads(
         (finished / "evaluation.json").read_text()
     )
-
-
-class Stop(Exception):
-    """Stands for a kill at some moment."""
 
 
 @pytest.mark.parametrize("stage,call", [("reference", 3), ("train ntp", 5), ("train sftmix", 6)])
@@ -236,7 +195,7 @@ BROKEN: list[tuple[str, bytes | None, Sequence[str], str]] = [
         "train-sftmix/model",
         None,
         ["train", "--optim.lr", "0.5"],
-        "checkpoint: .* belongs to another run: optim.lr",
+        "train-sftmix was finished, got others: optim.lr: 0.01 → 0.5; .* --restart train-sftmix",
     ),
 ]
 
@@ -270,7 +229,7 @@ def test_changed_data_is_noticed(finished: Path, material: tuple[Path, Path], tm
     lines = material[1].read_text().splitlines(keepends=True)
     data.write_text("".join(lines[2:]))
     with pytest.raises(
-        ValueError, match=r"dynamics.parquet: expected exactly the examples of data.train, got 0"
+        ValueError, match=r"reference was finished, got others: examples: other tokens; data.train: .*changed"
     ):
         sftmix("split", folder, "--data.train", data)
 

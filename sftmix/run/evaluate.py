@@ -1,0 +1,107 @@
+"""The evaluate stage: held-out figures and sample answers of the base model and of each trained one.
+
+evaluation.json says of every model what its figures are about: a hash of the held-out tokens and of the model's
+files. Figures about something else are made anew, with a word; the others stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from sftmix.config import ModelConfig
+from sftmix.data.identity import examples_digest
+from sftmix.evaluation.figures import evaluate_model, sample_answers
+from sftmix.files import replacing
+from sftmix.model.identity import model_identity
+from sftmix.progress import activity, bar, say
+from sftmix.rank import is_main
+from sftmix.run.folder import read_evaluation
+from sftmix.run.session import Session
+
+METHODS = ("ntp", "sftmix")
+_ABOUT = {
+    "heldout": "held-out examples",
+    "model": "model",
+    "dtype": "model.dtype",
+    "samples": "sample answers",
+}
+
+
+def evaluate(session: Session, *, generate: bool = True) -> dict[str, Any]:
+    """Held-out figures of the base model and of each trained one, and sample answers; to evaluation.json.
+
+    Raises ``ValueError`` where there are no held-out examples.
+    """
+    folder = session.folder
+    if not session.heldout:
+        raise ValueError("data.heldout: expected held-out examples (or data.heldout_fraction > 0), got none")
+    sources = {"base": session.model_source}
+    for method in METHODS:
+        if folder.model(method).exists():
+            sources[method] = session.source_at(folder.model(method))
+    earlier = _earlier(session)
+    results: dict[str, Any] = {}
+    for label, source in sources.items():
+        about = _about(session, source, label, generate=generate)
+        before = earlier.get(label, {})
+        if before.get("about") == about:
+            say(f"evaluate {label}: done before")
+            results[label] = before
+            continue
+        if before:
+            was = before.get("about") or {}
+            others = [words for key, words in _ABOUT.items() if was.get(key) != about[key]]
+            say(f"evaluate {label}: anew, the figures that stand there are about other {', '.join(others)}")
+        results[label] = {**_figures(session, source, label, generate=generate), "about": about}
+    session.barrier()  # every process has read the earlier results
+    if is_main():
+        with replacing(folder.evaluation) as temporary:
+            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    session.barrier()
+    return results
+
+
+def _earlier(session: Session) -> dict[str, Any]:
+    """The figures that stand in the folder; none where they cannot be read, which is said."""
+    if not session.folder.evaluation.exists():
+        return {}
+    try:
+        return read_evaluation(session.folder.evaluation)
+    except ValueError as error:
+        say(f"evaluate: anew, {error}")
+        return {}
+
+
+def _figures(session: Session, source: ModelConfig, label: str, *, generate: bool) -> dict[str, Any]:
+    config = session.config
+    model = session.load(source, trainable=False)
+    with bar(f"evaluate {label}") as progress:
+        figures: dict[str, Any] = evaluate_model(
+            model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
+            impl=config.train.impl, progress=progress.batches,
+        )  # fmt: skip
+    figures["num_examples"] = len(session.heldout)
+    if generate:
+        chosen = session.heldout_examples(config.evaluate.num_samples)
+        with activity(f"writing sample answers ({label})"):
+            figures["samples"] = sample_answers(
+                model, session.tokenizer, chosen, max_new_tokens=config.evaluate.max_new_tokens,
+                stop_ids=session.stop_ids, options=session.token_options,
+            )  # fmt: skip
+    return figures
+
+
+def _about(session: Session, source: ModelConfig, label: str, *, generate: bool) -> dict[str, Any]:
+    config = session.config.evaluate
+    template = hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest()[:16]
+    samples = [config.num_samples, config.max_new_tokens, list(session.stop_ids), template]
+    # A trained model may have been written a moment ago, so its hash is not one that the session keeps.
+    model = session.model_id(source) if label == "base" else model_identity(source.name)
+    return {
+        "heldout": examples_digest({example.id: example for example in session.heldout}),
+        "model": model,
+        "dtype": source.dtype,
+        "samples": samples if generate else None,
+    }

@@ -1,0 +1,189 @@
+"""What each stage's result depends on, and the refusal of a run folder that was begun with something else.
+
+A stage's settings are the tokens and weights of its examples, the model's files, and the knobs in the tables below.
+They are recorded when the stage begins. Knobs that only change speed, memory, what is printed or where a file lies
+are in no table: they may change from one start to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftmix.rank import is_main
+from sftmix.run.folder import FILES, Settings, stages_from
+from sftmix.scores.confidence import read_split
+from sftmix.scores.halves import Split
+
+if TYPE_CHECKING:
+    from sftmix.run.session import Session
+
+# A section's name stands for all of its knobs. Not here: train.micro_batch_size, gradient_checkpointing and impl and
+# model.attn_implementation (the same sums in another order), train.log_every, all of evaluate (evaluation.json says
+# itself what it is about), and all of data, which acts through the examples.
+_ALWAYS = ("seed", "model.dtype", "optim", "train.batch_size", "train.tuning", "train.max_steps")
+KNOBS = {
+    "reference": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
+    "score": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
+    "train-ntp": (*_ALWAYS, "train.epochs"),
+    "train-sftmix": (*_ALWAYS, "train.epochs", "mixup"),
+}
+# Settings whose value is a hash, and how a difference is told.
+_HASHES = {
+    "examples": "examples: other tokens", "model": "model: other files", "split": "split: other halves",
+    "chat template": "chat template: another text", "reference.scores": "reference.scores: another file",
+}  # fmt: skip
+_UNTOLD = ("data.num_workers", "model.attn_implementation", "model.dtype")
+_SHOWN = 8  # differences named in a message
+
+
+def settings(session: Session, stage: str) -> Settings:
+    """What the result of ``stage`` depends on, as plain data by dotted name.
+
+    For a training run the split must be there; where it cannot be read its part is left out.
+    """
+    config = session.config
+    if stage == "score" and config.reference.scores is not None:
+        return {"examples": session.train_id, "reference.scores": _file_digest(config.reference.scores)}
+    found: Settings = {}
+    flat = _flatten(dataclasses.asdict(config))
+    lora = ("lora",) if config.train.tuning == "lora" else ()
+    for knob in (*KNOBS[stage], *lora):
+        found.update({name: value for name, value in flat.items() if (name + ".").startswith(f"{knob}.")})
+    if stage in ("reference", "score"):
+        return {
+            "examples": session.reference_id, "model": session.model_id(session.reference_source), **found
+        }  # fmt: skip
+    found = {"examples": session.train_id, "model": session.model_id(session.model_source), **found}
+    found["chat template"] = hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest()[:16]
+    try:
+        found["split"] = split_digest(read_split(session.folder.split))
+    except ValueError:
+        pass
+    return found
+
+
+def about(session: Session) -> Settings:
+    """Knobs that decide nothing by themselves but tell why examples or model are others."""
+    flat = _flatten(dataclasses.asdict(session.config))
+    told = {k: v for k, v in flat.items() if k.startswith(("data.", "model.", "reference.model"))}
+    return {k: v for k, v in told.items() if k not in _UNTOLD}
+
+
+def passed(session: Session, stage: str, *, whole: bool) -> bool:
+    """Whether ``stage`` is finished with the present settings and its files are ``whole``; if not, it begins now.
+
+    Raises ``ValueError`` where it was begun or finished with other settings.
+    """
+    present = settings(session, stage)
+    _refuse(session, stage, present, restart=stage)
+    if whole and session.folder.is_finished(stage, present):
+        return True
+    session.barrier()  # every process has read the record
+    if is_main():
+        session.folder.note(stage, "begun", present, about(session))
+    session.barrier()
+    return False
+
+
+def check(session: Session, stages: Sequence[str], *, restart: str | None = None) -> None:
+    """Before anything is written: the stages that will run were not begun with other settings.
+
+    The recorded stages before them, and the other training run, must be about the same examples. Those that
+    ``restart`` does anew are not looked at. Raises ``ValueError`` saying what differs and what to do.
+    """
+    if set(stages) == {"plot"}:  # draws what the files hold
+        return
+    anew = stages_from(restart)
+    _ = session.train  # data that cannot be used are met before anything is written or removed
+    order = list(FILES)
+    last = max((order.index(stage) for stage in stages), default=0)
+    for stage in order[: last + 1]:
+        if stage not in KNOBS or stage in anew or stage not in session.folder.record():
+            continue
+        if stage == "reference" and session.config.reference.scores is not None:
+            continue
+        present = settings(session, stage)
+        both = stage == "train-ntp" and "train-sftmix" in stages  # what differs for ntp does for sftmix
+        compared = present if stage in stages else {"examples": present["examples"]}
+        _refuse(session, stage, compared, restart="train" if both else stage)
+
+
+def _refuse(session: Session, stage: str, present: Settings, *, restart: str) -> None:
+    """Raise ``ValueError`` where the record of ``stage`` differs from ``present`` in what ``present`` holds."""
+    entry = session.folder.record().get(stage)
+    if entry is None:
+        return
+    recorded = entry.get("settings")
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"{session.folder.path}: expected a record of the settings of {stage}, got one of an older version; "
+            + _ways_out(restart)
+        )
+    if len(present) == 1:  # the examples alone are compared
+        recorded = {key: value for key, value in recorded.items() if key in present}
+    elif "split" not in present:
+        recorded = {key: value for key, value in recorded.items() if key != "split"}
+    told = differences(recorded, json.loads(json.dumps(present)))
+    if not told:
+        return
+    if {"examples", "model"} & {line.split(":")[0] for line in told}:
+        before = entry.get("about")
+        told += differences(before if isinstance(before, dict) else {}, about(session))
+    shown = "; ".join(told[:_SHOWN]) + (f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else "")
+    raise ValueError(
+        f"{session.folder.path}: expected the settings with which {stage} was {entry.get('state', 'begun')}, got "
+        f"others: {shown}; {_ways_out(restart)}"
+    )
+
+
+def _ways_out(stage: str) -> str:
+    names = ", ".join(FILES[name] for name in stages_from(stage))
+    return f"take another run folder, or --restart {stage}, which removes {names}"
+
+
+def differences(recorded: Settings, present: Settings) -> list[str]:
+    """``train.epochs: 2 → 3`` for each setting that is not the same in both; hashes in words."""
+    told = []
+    for name in [*present, *(name for name in recorded if name not in present)]:
+        before, now = recorded.get(name), present.get(name)
+        if before != now:
+            told.append(_HASHES.get(name, f"{name}: {_shown(before)} → {_shown(now)}"))
+    return told
+
+
+def split_digest(halves: Split) -> str:
+    """A short hash of which example is in which half."""
+    members = repr((sorted(halves.confident), sorted(halves.unconfident)))
+    return hashlib.sha256(members.encode()).hexdigest()[:16]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flatten(values: dict[str, Any]) -> Settings:
+    flat: Settings = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": item for key, item in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _file_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise ValueError(
+            f"reference.scores: expected a file, got {path} ({error.strerror or error})"
+        ) from error
+    return digest.hexdigest()[:16]
