@@ -252,12 +252,13 @@ def show_results(run_dir: str) -> None:
 
 
 def main() -> None:
-    """Entry point: a ``ValueError`` becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Entry point: a ``ValueError`` becomes one line, or a line a fault, and exit code 2, Ctrl-C exit code 130."""
     _prepare_process()
     try:
         app()
     except ValueError as error:
-        print(f"sftmix: {' '.join(str(error).split())}", file=sys.stderr)
+        listed = [" ".join(line.split()) for line in str(error).split("\n  ")]
+        print("sftmix: " + "\n  ".join(listed), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("sftmix: stopped; the same command goes on from here", file=sys.stderr)

@@ -145,14 +145,28 @@ def prepare(
     from sftmix.data.store import TokenStore
 
     path = folder / f"{_key(source, tokenizer, options)}.arrow"
-    if not path.exists():
+    is_new = not path.exists()
+    if is_new:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _write(temporary, source, tokenizer, options, num_workers)
     store = TokenStore(path)
     if bad_rows is not None:
-        check(store.account, source.name, bad_rows=bad_rows, too_long=options.too_long)
+        try:
+            check(store.account, source.name, bad_rows=bad_rows, too_long=options.too_long)
+        except ValueError:
+            if is_new:  # a start that is refused leaves the folder as it was
+                remove(path)
+            raise
     return store
+
+
+def remove(path: Path) -> None:
+    """Take back a file of tokenised examples, and the folders that were made for it."""
+    path.unlink(missing_ok=True)
+    for folder in (path.parent, path.parent.parent):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def check(account: Account, name: str, *, bad_rows: str, too_long: str) -> None:

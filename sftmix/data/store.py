@@ -21,9 +21,8 @@ SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("place", pa.string(), nullable=False),
-        pa.field(
-            "prompt", pa.int64(), nullable=False
-        ),  # a hash of the prompt's text, to find the same question again
+        # Hashes of what is said (all of it, what is asked, the last answer), and of tokens, marks and weights.
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("whole", "prompt", "answer", "digest")),
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("supervised", pa.list_(pa.uint8()), nullable=False),
         pa.field("weights", pa.list_(pa.float32())),  # null where every supervised token weighs 1

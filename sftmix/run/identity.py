@@ -98,6 +98,14 @@ def check(session: Session, stages: Sequence[str], *, restart: str | None = None
     """
     if set(stages) == {"plot"}:  # draws what the files hold
         return
+    try:
+        _check(session, stages, restart)
+    except ValueError:
+        session.take_back()
+        raise
+
+
+def _check(session: Session, stages: Sequence[str], restart: str | None) -> None:
     anew = stages_from(restart)
     _ = session.train  # data that cannot be used are met before anything is written or removed
     order = list(FILES)

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from sftmix.config import Config, ModelConfig
 from sftmix.data.heldout import check_sources, overlap, split_heldout
 from sftmix.data.identity import examples_digest
-from sftmix.data.prepare import Source
+from sftmix.data.prepare import Source, remove
 from sftmix.data.rows import Example
 from sftmix.data.store import Chosen, TokenStore
 from sftmix.data.summary import first_object, lines
@@ -50,6 +50,10 @@ class Session:
 
     def __init__(self, config: Config, *, restart: str | None = None) -> None:
         self._fresh_base = restart == "all"
+        self._made: set[Path] = (
+            set()
+        )  # files of tokenised examples that this session wrote, and all that it reads
+        self._used: set[Path] = set()
         self._model_ids: dict[tuple[str, str | None, str | None], str] = {}
         self.device = local_device()
         self.world = join_world(self.device)
@@ -61,11 +65,22 @@ class Session:
     def _prepared(self, source: Source, tokenizer: Any, model: ModelConfig) -> TokenStore:
         """The tokenised examples of a source: made by the main process, read by all."""
         options = token_options(self.config, model)
+        before = set(self.folder.tokens.glob("*.arrow"))
         if is_main():
             with activity(f"reading and tokenising {source.name}"):
-                prepared(self.config, source, tokenizer, options, self.folder.tokens)
+                store = prepared(self.config, source, tokenizer, options, self.folder.tokens)
+            self._made |= {store.path} - before
         self.barrier()
-        return prepared(self.config, source, tokenizer, options, self.folder.tokens)
+        if not is_main():
+            store = prepared(self.config, source, tokenizer, options, self.folder.tokens)
+        self._used.add(store.path)
+        return store
+
+    def take_back(self) -> None:
+        """Remove the tokenised examples that this session made: a start that is refused leaves the folder as it was."""
+        for path in self._made:
+            remove(path)
+        self._made.clear()
 
     @cached_property
     def _train_store(self) -> TokenStore:
@@ -160,6 +175,8 @@ class Session:
                 for line in lines(store.account, store):
                     say(f"{name} {line}" if not line.startswith("  ") else line)
                 told[name] = first_object(store.account)
+        for path in set(self.folder.tokens.glob("*.arrow")) - self._used:
+            path.unlink()  # of settings that were left behind
         with replacing(self.folder.data) as temporary:
             temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

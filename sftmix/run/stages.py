@@ -195,6 +195,7 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
     Raises ``ValueError``, before anything is done, where the folder was begun with other settings.
     """
     check(session, stage_names(methods))
+    session.tell_data()
     steps: list[Callable[[], Any]] = [
         lambda: reference(session, watch=watch),
         lambda: score(session),

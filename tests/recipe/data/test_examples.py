@@ -1,21 +1,19 @@
-"""Examples from files: every format and column form, stable ids, the held-out part, and broken input."""
+"""Examples in memory: every format gives the same ones, with stable ids."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import lzma
-import random
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftmix.data.examples import Example, load_examples, split_heldout
+from sftmix.data.examples import Example, load_examples
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(5)]
 
@@ -48,14 +46,20 @@ def write_all_formats(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def unplaced(examples: list[Example]) -> list[Example]:
+    """Without the files and lines they come from."""
+    assert all(example.place for example in examples)
+    return [replace(example, place="") for example in examples]
+
+
 def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     files = write_all_formats(tmp_path, ROWS)
     assert len(files) == 9
-    expected = load_examples(str(files[0]))
+    expected = unplaced(load_examples(str(files[0])))
     assert [e.messages for e in expected] == [exchange(f"What is {i}?", f"It is {i}.") for i in range(5)]
     for file in files:
-        assert load_examples(str(file)) == expected, file.name
-        assert load_examples(str(file), limit=2) == expected[:2], file.name
+        assert unplaced(load_examples(str(file))) == expected, file.name
+        assert unplaced(load_examples(str(file), limit=2)) == expected[:2], file.name
 
 
 @pytest.mark.parametrize(
@@ -112,153 +116,13 @@ def test_copies_get_numbered_ids(tmp_path: Path) -> None:
     assert second != first
 
 
-def make_examples(count: int) -> list[Example]:
-    return [Example(f"{i:016x}", exchange(str(i), "a")) for i in range(count)]
-
-
-def test_heldout_part_follows_the_ids_and_not_the_order() -> None:
-    examples = make_examples(200)
-    training, heldout = split_heldout(examples, 0.1)
-    assert len(heldout) == 20
-    assert sorted(e.id for e in training + heldout) == sorted(e.id for e in examples)
-    assert [e.id for e in training] == sorted(e.id for e in training)  # the order they came in
-    shuffled = random.Random(0).sample(examples, 200)
-    assert {e.id for e in split_heldout(shuffled, 0.1)[1]} == {e.id for e in heldout}
-    assert heldout != examples[:20]
-
-
-def test_copies_stay_on_one_side() -> None:
-    examples = [
-        Example(f"{e.id}{suffix}", e.messages) for e in make_examples(30) for suffix in ("", "-2", "-3")
-    ]
-    training, heldout = split_heldout(examples, 0.3)
-    assert len(heldout) >= 27
-    assert not {e.id.split("-")[0] for e in training} & {e.id.split("-")[0] for e in heldout}
-
-
-def test_heldout_limits() -> None:
-    assert split_heldout(make_examples(5), 0) == (make_examples(5), [])
-    assert len(split_heldout(make_examples(5), 0.01)[1]) == 1
-    with pytest.raises(ValueError, match="expected at least 3 to hold 1 out, got 2"):
-        split_heldout(make_examples(2), 0.1)
-    with pytest.raises(ValueError, match="fraction: expected at least 0 and less than 1, got 1"):
-        split_heldout(make_examples(5), 1.0)
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"text": "x"}, "a.jsonl, line 1: expected columns messages; or instruction and output"),
-        ({"prompt": "Q"}, "got prompt"),
-        ({}, "got none"),
-        ({"prompt": "Q", "completion": None}, "expected columns"),
-        ([1, 2], "expected an object with columns"),
-        ("text", "expected an object with columns"),
-        ({"prompt": "Q", "completion": ""}, "message 2: expected an answer, got empty text"),
-        ({"prompt": "Q", "completion": "  \n"}, "message 2: expected an answer, got empty text"),
-        ({"prompt": "Q", "completion": 7}, "message 2, content: expected text, got 7"),
-        ({"instruction": "Q", "input": 3, "output": "A"}, "column input: expected text, got 3"),
-        ({"messages": []}, "expected at least one assistant message, got []"),
-        ({"messages": [{"role": "user", "content": "Q"}]}, "assistant message, got ['user']"),
-        ({"messages": "Q"}, "expected messages to be a list of objects, got 'Q'"),
-        ({"messages": [{"content": "Q"}]}, "message 1, role: expected text, got None"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "message 1, content: expected text",
-        ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "got tool_calls"),
-    ],
-)
-def test_bad_rows_are_refused_with_their_line(tmp_path: Path, row: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        load_examples(write_one(tmp_path / "a.jsonl", row))
-    assert message in str(error.value)
-    assert "a.jsonl, line 1" in str(error.value)
-
-
-def cut(name: str, packed: bytes) -> tuple[str, Callable[[Path], None], str]:
-    return (
-        name,
-        lambda path: path.write_bytes(packed[: len(packed) // 2]) and None,
-        rf"{name}, line \d+: expected a whole",
-    )
-
-
-MANY = jsonl([{"prompt": f"{random.Random(i).random()}", "completion": "A"} for i in range(3000)]).encode()
-
-
-@pytest.mark.parametrize(
-    "name, write, message",
-    [
-        (
-            "a.jsonl",
-            lambda p: p.write_text(jsonl(ROWS) + '{"prompt": "Q", "compl'),
-            "a.jsonl, line 6: expected JSON",
-        ),
-        ("a.jsonl", lambda p: p.write_bytes(jsonl(ROWS).encode() + b"\xff\xfe\n"), "line 6: expected UTF-8"),
-        ("a.json", lambda p: p.write_text(json.dumps(ROWS)[:-20]), "a.json: expected JSON"),
-        ("a.json", lambda p: p.write_text("[1, 2]"), "a.json, item 1: expected an object"),
-        ("a.jsonl", lambda p: p.write_text(json.dumps(ROWS)), "line 1: expected an object"),
-        ("a.jsonl", lambda p: p.write_text(""), "expected at least one example, got none"),
-        ("a.json", lambda p: p.write_text("[]"), "expected at least one example, got none"),
-        ("a.jsonl", lambda p: p.write_text("\n \n"), "expected at least one example, got none"),
-        ("a.jsonl.gz", lambda p: p.write_text(jsonl(ROWS)), r"a.jsonl.gz, line 1: expected a whole .gz file"),
-        ("a.jsonl.xz", lambda p: p.write_text(jsonl(ROWS)), r"a.jsonl.xz, line 1: expected a whole .xz file"),
-        cut("a.jsonl.gz", gzip.compress(MANY)),
-        cut("a.jsonl.xz", lzma.compress(MANY)),
-        cut(
-            "a.json.xz", lzma.compress(json.dumps([json.loads(line) for line in MANY.splitlines()]).encode())
-        ),
-        (
-            "a.parquet",
-            lambda p: p.write_bytes(b"PAR1 but no more"),
-            "a.parquet: expected a whole Parquet file",
-        ),
-        ("a.csv", lambda p: p.write_text("a,b"), r"expected a \.json.* file.*, got 'a.csv'"),
-        ("a.jsonl.zip", lambda p: p.write_text("x"), "got 'a.jsonl.zip'"),
-        ("a.jsonl", lambda p: p.mkdir(), "got a folder"),
-    ],
-)
-def test_broken_files_are_refused(
-    tmp_path: Path, name: str, write: Callable[[Path], None], message: str
-) -> None:
-    write(tmp_path / name)
-    with pytest.raises(ValueError, match=message):
-        load_examples(str(tmp_path / name))
-
-
-def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    whole = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.parquet: expected a whole Parquet file"):
-        load_examples(str(tmp_path / "a.parquet"))
-
-
-def test_a_datasets_id_is_loaded_when_there_is_no_such_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(source: str, *, split: str) -> datasets.Dataset:
-        asked.append((source, split))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load_examples("someone/some-data", split="test", limit=3)) == 3
-    assert asked == [("someone/some-data", "test")]
-
-
-def test_a_source_that_is_nothing_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(source: str, *, split: str) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        ValueError, match=r"no such file, and loading it .* failed \(ConnectionError: no network\)"
-    ):
-        load_examples("someone/some-data")
-    for name in ("missing.jsonl", "/no/such/place", "./x", "data/train.jsonl.xz", "a/b/c"):
-        with pytest.raises(ValueError, match="no such file, and its name is not one of a datasets id"):
-            load_examples(name)
+def test_the_first_bad_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(jsonl([ROWS[0], {"prompt": "Q", "completion": " "}]) + "{")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected an answer"):
+        load_examples(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text(jsonl([ROWS[0]]) + "{")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected JSON"):
+        load_examples(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from sftmix.data.heldout import Keys
+from sftmix.data.identity import examples_digest
 from sftmix.data.rows import Account, Fault
 from sftmix.data.store import (
     SCHEMA,
@@ -41,7 +43,7 @@ def written(path: Path) -> TokenStore:
     schema = SCHEMA.with_metadata({"sftmix": json.dumps(told)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for part in (EXAMPLES[:2], EXAMPLES[2:]):
-            entries = [Entry(example, f"f, line {example.id}", -(2**63)) for example in part]
+            entries = [Entry(example, f"f, line {example.id}", Keys(-(2**63), 7, 0)) for example in part]
             batch = to_batch(entries)
             writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
     return TokenStore(path)
@@ -52,7 +54,10 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert list(store) == ["a", "b", "c"] and len(store) == 3
     assert [store[name] for name in store] == EXAMPLES
     assert store.account == ACCOUNT and store.stops == {9: 2}
-    assert store.source_of("c") == "f, line c" and store.prompts() == dict.fromkeys("abc", -(2**63))
+    assert store.source_of("c") == "f, line c"
+    assert [named.id for named in store.named()] == ["a", "b", "c"]
+    assert {named.keys for named in store.named()} == {Keys(-(2**63), 7, 0)}
+    assert examples_digest(store) == examples_digest({example.id: example for example in EXAMPLES})
     assert store.lengths() == ([3, 2, 4], [2, 1, 2])
     with pytest.raises(KeyError):
         store["d"]
