@@ -78,7 +78,7 @@ def _records(
     configuration: str | None,
     streaming: bool,
 ) -> Iterator[Row | Fault]:
-    count = 0
+    empty = True
     for part in parts:
         if part.kind == "hub":
             records = hub_rows(part.name, split, configuration, streaming=streaming)
@@ -88,9 +88,10 @@ def _records(
             records = _zip_records(part.path, split, said)
         else:
             records = _piece_records(file_piece(part.path), split, said)
-        for count, record in enumerate(records, count + 1):
+        for record in records:
+            empty = False
             yield record
-    if not count:
+    if empty:
         raise ValueError(f"{source}: expected at least one row, got none")
 
 

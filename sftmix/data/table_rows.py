@@ -127,4 +127,4 @@ def _fields(names: list[str], cells: list[str], more_lines: int) -> dict[str, st
     if len(cells) != len(names):
         lines = f" (in {more_lines + 1} lines)" if more_lines else ""
         raise RowError("number of cells", f"expected {len(names)} cells, got {len(cells)}{lines}")
-    return dict(zip(names, cells))
+    return dict(zip(names, cells, strict=True))
