@@ -42,7 +42,7 @@ def read_rows(
     Raises ``ValueError``, at once for a source that is not there or not known, and while it is read for a file
     that is empty, damaged or cut short, and for a source without any record.
     """
-    said = on_skip or _warn
+    said = _warn if on_skip is None else on_skip
     parts = parts_of(source, split, said)
     on_disk = [part.name for part in parts if part.kind != "hub"]
     if on_disk and configuration is not None:
