@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sftmix.data.documents import Said, rows_of_document
-from sftmix.data.json_values import SPACE, JsonDecoder, JsonError, check_depth, check_keys, check_surrogates
+from sftmix.data.json_values import (
+    SPACE,
+    JsonDecoder,
+    JsonError,
+    check_depth,
+    check_keys,
+    check_line_depth,
+    check_surrogates,
+)
 from sftmix.data.json_window import NOT_SPACE, TextWindow
 from sftmix.data.packed import Piece
 from sftmix.data.rows import Fault, Row, RowError
@@ -76,6 +84,7 @@ def _wholeness(line: str) -> str:
     """``whole`` for a line of one value, ``open`` for one that ends where a value has to follow, else ``broken``."""
     line = line.strip(SPACE)
     try:
+        check_line_depth(line)
         return "whole" if JsonDecoder().decode(line)[1] == len(line) else "broken"
     except JsonError as error:
         return "open" if error.position >= len(line) and line[-1] in "{[,:" else "broken"
@@ -96,6 +105,7 @@ def _lines(lines: Iterator[tuple[int, str, str | None]], piece: Piece) -> Iterat
                 start = len(text) - len(text.lstrip(SPACE))
                 if start == len(text):
                     continue
+            check_line_depth(text)
             value, end = decoder.decode(text, start)
             if text[end:] not in _ENDS and (rest := NOT_SPACE.search(text, end)):
                 raise JsonError("Extra data", text, 0, rest.start())
@@ -151,9 +161,12 @@ def _document(window: TextWindow, piece: Piece, split: str | None, said: Said) -
     decoder = JsonDecoder()
     count = 0
     first: Row | None = None  # until it is known whether it is the only one
-    while window.next():
+    first_is_suspect = False
+    while begin := window.next():
         count += 1
-        place = f"{piece.name}, line {window.line()}"
+        place = f"{piece.name}, object {count}, line {window.line()}"
+        if begin != "{":
+            raise ValueError(f"{place}: expected nothing but objects one after another, got {begin!r}")
         if first:
             yield _checked(first, first_is_suspect, window)
             first = None

@@ -14,6 +14,10 @@ from sftmix.data.rows import RowError
 
 # Deeper values make the recursive code after this one (templates, copies, json itself) overflow.
 MAX_DEPTH = 100
+# So many brackets could, on a small stack, overflow the decoder itself, which counts on a large one: they are looked
+# at before it is called.
+_MANY_BRACKETS = 1000
+_BLOCK = 4096
 SPACE = " \t\r\n"
 # A string, or a bracket: enough to find where a value ends, whatever its numbers and keys are.
 _TOKEN = re.compile(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*("?)|[\[\]{}]')
@@ -40,14 +44,17 @@ class JsonDecoder:
         except json.JSONDecodeError as error:
             raise JsonError(error.msg, text, start, error.pos) from None
         except RecursionError:
-            raise RowError("nested too deeply", f"expected at most {MAX_DEPTH} levels, got more") from None
-        except ValueError as error:  # int() of more than 4,300 digits
-            raise RowError("number too long", f"expected a number that Python reads, got {error}") from None
+            raise _too_deep() from None
+        except ValueError:  # int() refuses more, since its time is quadratic
+            reason = "expected a number of at most 4,300 digits, got more"
+            raise RowError("number too long", reason) from None
         return value, end
 
     def is_suspect(self, text: str, start: int, end: int) -> bool:
         """Whether the value last decoded, of this text, has to be looked through."""
-        return bool(self._repeated) or _may_have_surrogates(text, start, end) or _may_be_deep(text, start, end)
+        return (
+            bool(self._repeated) or _may_have_surrogates(text, start, end) or _may_be_deep(text, start, end)
+        )
 
     def check(self, value: Any, text: str, start: int, end: int) -> None:
         """Raise ``RowError`` for what no row may have in the value last decoded; looked for where it can be."""
@@ -112,13 +119,51 @@ def value_end(text: str, start: int) -> int | None:
     return None
 
 
+def check_line_depth(line: str) -> None:
+    """Raise ``RowError`` for one line that is nested so deep that decoding it might be dangerous."""
+    if line.count("[") + line.count("{") > _MANY_BRACKETS:
+        check_text_depth(line, 0)
+
+
+def check_text_depth(text: str, start: int) -> None:
+    """Raise ``RowError`` when the value that begins at ``text[start]`` is nested too deeply, told by its brackets."""
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        first = token[0][0]
+        if first == '"':
+            if not token[1]:
+                return
+        elif first in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+        else:
+            depth -= 1
+            if depth <= 0:
+                return
+
+
+def has_many_brackets(text: str) -> bool:
+    """Whether more brackets than are safe could be open at any place of a long text, whatever they belong to."""
+    depth = 0
+    for start in range(0, len(text), _BLOCK):
+        end = start + _BLOCK
+        opened = text.count("[", start, end) + text.count("{", start, end)
+        if depth + opened > _MANY_BRACKETS:
+            return True
+        depth = max(0, depth + opened - text.count("]", start, end) - text.count("}", start, end))
+    return False
+
+
 def check_keys(value: Any) -> None:
     """Raise ``RowError`` for a key that an object in ``value`` has twice, the first one's value being lost."""
     level = [value]
     while level:
         for node in level:
             if isinstance(node, Repeated):
-                raise RowError("repeated key", f"expected each key of an object once, got {node.key!r:.80} again")
+                raise RowError(
+                    "repeated key", f"expected each key of an object once, got {node.key!r:.80} again"
+                )
         level = _inner(level)
 
 
@@ -164,7 +209,11 @@ def check_depth(value: Any) -> None:
     for _ in range(MAX_DEPTH):
         level = _inner(level)
     if level:
-        raise RowError("nested too deeply", f"expected at most {MAX_DEPTH} levels, got more")
+        raise _too_deep()
+
+
+def _too_deep() -> RowError:
+    return RowError("nested too deeply", f"expected at most {MAX_DEPTH} levels, got more")
 
 
 def _inner(level: list[Any]) -> list[Any]:

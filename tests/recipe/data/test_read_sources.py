@@ -46,7 +46,14 @@ def folder(tmp_path: Path) -> Path:
     write(data / "b" / "c" / "x.JSONL", 2)
     write(data / "b" / "d.jsonl", 3)
     write(data / "e,f.jsonl", 4, 5)
-    for name in ("README.md", "LICENSE", ".gitattributes", "b/.cache/x.jsonl", "load.py", "dataset_infos.json"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        "b/.cache/x.jsonl",
+        "load.py",
+        "dataset_infos.json",
+    ):
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).write_text("{}")
     return data
@@ -66,7 +73,9 @@ def test_a_folder_is_read_in_order_and_its_company_told(folder: Path) -> None:
 
 def test_a_folder_with_another_kind_of_file_is_refused(folder: Path) -> None:
     (folder / "picture.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"picture\.png: expected .*, got another kind of file among the data"):
+    with pytest.raises(
+        ValueError, match=r"picture\.png: expected .*, got another kind of file among the data"
+    ):
         values(folder, on_skip=Told())
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected .* in the folder, got none"):
@@ -238,7 +247,9 @@ def test_an_id_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(ValueError, match=r"no such file, and loading it .* failed \(ConnectionError: no network\)"):
+    with pytest.raises(
+        ValueError, match=r"no such file, and loading it .* failed \(ConnectionError: no network\)"
+    ):
         values("someone/data")
 
     def breaks_off(source: str, **options: Any) -> Any:
@@ -252,7 +263,17 @@ def test_an_id_that_fails_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["missing.jsonl", "/no/such/place", "./x", "data/train.jsonl.xz", "a/b/c", "x" * 5000, "a\0b", "a b", "x.zip"],
+    [
+        "missing.jsonl",
+        "/no/such/place",
+        "./x",
+        "data/train.jsonl.xz",
+        "a/b/c",
+        "x" * 5000,
+        "a\0b",
+        "a b",
+        "x.zip",
+    ],
 )
 def test_a_source_that_is_nothing_is_one_clear_error(source: str) -> None:
     with pytest.raises(ValueError, match="no such file, and its name is not one of a datasets id"):
