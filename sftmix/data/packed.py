@@ -22,7 +22,7 @@ FORMS = (
 )  # fmt: skip
 PACKINGS = (".gz", ".xz", ".bz2", ".zst")
 READABLE = f"a {', '.join(FORMS)} file (also {', '.join(PACKINGS)}, .zip)"
-# Whatever a damaged file, packed or not, makes the libraries raise while its bytes are read.
+# Whatever a damaged file, packed or not, makes the libraries raise while its bytes are read: many more than they say.
 READ_ERRORS = (
     EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError,
     ValueError, OverflowError, IndexError, KeyError, MemoryError,

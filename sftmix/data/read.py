@@ -2,6 +2,9 @@
 
 The form is told by a file's suffix, and within ``.json``, ``.jsonl`` and ``.ndjson`` by what is in it. A record that
 cannot be read is a ``Fault``, and reading goes on; a file that is damaged, cut short or unknown raises.
+
+Kinds of fault: not JSON, not UTF-8, lone surrogate, repeated key, nested too deeply, number too long (JSON); number
+of cells, broken record, NUL character (tables, text); unreadable value (Parquet, Arrow).
 """
 
 from __future__ import annotations

@@ -34,13 +34,17 @@ def delimited_rows(stream: io.BufferedReader, piece: Piece) -> Iterator[Row | Fa
     """One row per record after the header, a dict of texts; a broken record is a ``Fault`` for each of its lines.
 
     The delimiter is a tab in a ``.tsv`` file; in a ``.csv`` file a comma, or else whichever of ``;`` and tab a
-    header without any comma has. Empty names in the header become ``Unnamed: 0``, … by their column.
-    Raises ``ValueError`` for a file without header, for two columns of one name, and for a quote that opens and
+    header without any comma has. Spaces after a delimiter belong to no cell where each one in the header has one
+    (``a, b``), else a quote after them would be part of the text. Empty names in the header become
+    ``Unnamed: 0``, … by their column. Raises ``ValueError`` for a file without header, for two columns of one name, and for a quote that opens and
     never closes, since any number of records may be in it.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
     feed = _Feed(decoded_lines(stream, piece, universal=True))
-    records = csv.reader(feed, delimiter=_delimiter(feed.first_line(), piece), strict=True)
+    header = feed.first_line()
+    sign = _delimiter(header, piece)
+    spaced = 0 < header.count(sign) == header.count(f"{sign} ")
+    records = csv.reader(feed, delimiter=sign, skipinitialspace=spaced, strict=True)
     names: list[str] = []
     while True:
         first, feed.problem = feed.number + 1, None

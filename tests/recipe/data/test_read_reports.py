@@ -76,7 +76,8 @@ def test_newlines_and_quotes_in_a_table(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"a\.csv, line 3: expected each quote to close, got the end of the file"
     ):
-        read(tmp_path / "a.csv", 'a,b\n"a","b"\n"c","d\n"e","f\n')
+        read(tmp_path / "a.csv", 'a, b\n"a", "b"\n"c", "d\n')
+    assert fields(read(tmp_path / "a.csv", 'a, b\n"a", "b"\n')) == [{"a": "a", "b": "b"}]
 
 
 def test_a_saved_folder_gives_its_rows_and_not_its_state(tmp_path: Path) -> None:

@@ -151,6 +151,17 @@ def test_a_folder_whose_names_tell_splits(tmp_path: Path) -> None:
         values(tmp_path)
 
 
+def test_files_that_tell_no_split_beside_some_that_do(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 1)
+    write(tmp_path / "train.jsonl", 2)
+    assert values(tmp_path) == [1, 2]
+    with pytest.raises(ValueError, match="to tell its split beside files of train, got 'a.jsonl'"):
+        values(tmp_path, split="test")
+    (tmp_path / "train.jsonl").rename(tmp_path / "test.jsonl")
+    with pytest.raises(ValueError, match="to tell its split beside files of test, got 'a.jsonl'"):
+        values(tmp_path)  # the test examples would be trained on
+
+
 def test_an_archive_whose_names_tell_splits(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a/train.jsonl", '{"a": 1}')
