@@ -36,7 +36,8 @@ def delimited_rows(stream: io.BufferedReader, piece: Piece) -> Iterator[Row | Fa
     The delimiter is a tab in a ``.tsv`` file; in a ``.csv`` file a comma, or else whichever of ``;`` and tab a
     header without any comma has. Spaces after a delimiter belong to no cell where each one in the header has one
     (``a, b``), else a quote after them would be part of the text. Empty names in the header become
-    ``Unnamed: 0``, … by their column. Raises ``ValueError`` for a file without header, for two columns of one name, and for a quote that opens and
+    ``Unnamed: 0``, … by their column.
+    Raises ``ValueError`` for a file without header, for two columns of one name, and for a quote that opens and
     never closes, since any number of records may be in it.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))

@@ -237,8 +237,12 @@ def test_what_is_beside_the_rows_is_told(tmp_path: Path) -> None:
         f"{path}, object 1, line 1, version",
         f"{path}, object 1, line 1, by",
     ]
-    with pytest.warns(UserWarning, match="version is not read: beside data"):
+    with pytest.warns(UserWarning, match="is not read: beside") as warned:
         records(path)
+    assert [str(one.message) for one in warned] == [
+        f"{path}, object 1, line 1, {key} is not read: beside data, which holds the rows"
+        for key in ("version", "by")
+    ]
 
 
 def test_an_object_of_several_splits(tmp_path: Path) -> None:
@@ -382,6 +386,19 @@ def test_json_that_is_cut_short_is_refused_after_its_rows(
         found.extend(read_rows(str(path)))
     assert [record.fields for record in found if isinstance(record, Row)] == [{"a": 0}] * rows
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, places) in FORMS.items() if places[0].startswith("item")]
+)
+def test_arrays_and_documents_cut_anywhere_are_refused(tmp_path: Path, name: str) -> None:
+    data = FORMS[name][0].rstrip()
+    for cut in range(4, len(data), 5):
+        found: list[Row | Fault] = []
+        with pytest.raises(ValueError, match="expected"):
+            found.extend(read_rows(str(write(tmp_path / name, data[:cut])), on_skip=lambda what, why: None))
+        rows = [record.fields for record in found if isinstance(record, Row)]
+        assert rows == ROWS[: len(rows)]
 
 
 def test_printed_objects_of_which_one_is_broken(tmp_path: Path) -> None:
