@@ -42,10 +42,12 @@ def json_rows(
         return
     lines = decoded_lines(stream, piece)
     head: list[tuple[int, str, str | None]] = []  # up to the second line that is not blank
+    filled = 0
     for line in lines:
         head.append(line)
         text = line[1].lstrip(SPACE)
-        if text[:1] == "[" or len([1 for _, other, _ in head if other.strip(SPACE)]) == 2:
+        filled += bool(text)
+        if text[:1] == "[" or filled == 2:
             break
     shape = _shape([text for _, text, _ in head], lines_only=piece.form != ".json")
     if shape == "empty":
@@ -132,7 +134,7 @@ def _array(window: TextWindow, piece: Piece) -> Iterator[Row | Fault]:
             yield Row(place, window.value(decoder, ",]"))
         except RowError as error:
             yield Fault(place, error.kind, str(error))
-            broken = isinstance(error, JsonError)
+            broken = _is_broken(error)
             if not window.pass_over(broken=broken, closer="]"):
                 if broken and window.text.rstrip(SPACE).endswith("]"):
                     raise ValueError(f"{place}: {error}; where the next item begins cannot be told") from None
@@ -173,7 +175,7 @@ def _document(window: TextWindow, piece: Piece, split: str | None, said: Said) -
         try:
             row = Row(place, window.value(decoder, "", checked=False))
         except RowError as error:
-            found = window.pass_over(broken=isinstance(error, JsonError), closer="")
+            found = window.pass_over(broken=_is_broken(error), closer="")
             if not found or (count == 1 and not window.next()):
                 raise ValueError(f"{place}: {error}; where the next object begins cannot be told") from None
             yield Fault(place, error.kind, str(error))
@@ -185,6 +187,11 @@ def _document(window: TextWindow, piece: Piece, split: str | None, said: Said) -
     if first:
         for row in rows_of_document(first, piece.name, split, said):
             yield _checked(row, first_is_suspect, window)
+
+
+def _is_broken(error: RowError) -> bool:
+    """Whether a value's brackets may not tell its end; too many that are open may be those of several values."""
+    return isinstance(error, JsonError) or error.kind == "nested too deeply"
 
 
 def _checked(row: Row, is_suspect: bool, window: TextWindow) -> Row | Fault:

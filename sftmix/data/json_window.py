@@ -101,11 +101,8 @@ class TextWindow:
                 if error.is_final(length) or not self.more():
                     raise
             except RowError:
-                if (
-                    self._end is not None
-                    or value_end(self.text, self.position) is not None
-                    or not self.more()
-                ):
+                known = self._end is not None or self.ended
+                if known or value_end(self.text, self.position) is not None or not self.more():
                     raise
             else:
                 self.position = end

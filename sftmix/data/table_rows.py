@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from sftmix.data.packed import Piece
@@ -85,7 +85,7 @@ class _Feed:
 
     def __init__(self, lines: Iterator[tuple[int, str, str | None]]) -> None:
         self._lines = lines
-        self._held: list[tuple[int, str, str | None]] = []
+        self._held: deque[tuple[int, str, str | None]] = deque()
         self.number = 0
         self.ended = False
         self.problem: tuple[str, str] | None = None
@@ -102,7 +102,7 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        line = self._held.pop(0) if self._held else next(self._lines, None)
+        line = self._held.popleft() if self._held else next(self._lines, None)
         if line is None:
             self.ended = True
             raise StopIteration

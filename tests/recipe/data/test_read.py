@@ -401,6 +401,29 @@ def test_arrays_and_documents_cut_anywhere_are_refused(tmp_path: Path, name: str
         assert rows == ROWS[: len(rows)]
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.json", "\n" * 300_000 + '{"a": "0"}'),
+        ("a.json", " \n" * 300_000 + '[{"a": "0"}' + "\n" * 300_000 + "]"),
+        ("a.json", '{\n"a": "0"}' + "\n" * 300_000 + '{"a": "0"}'),
+        ("a.csv", "\n" * 300_000 + "a\n" + "\n" * 300_000 + "0\n"),
+        ("a.jsonl", '{"a": "0"}\n' + '{"a": "\n' * 100_000),
+        ("a.json", '[\n{"a": "0"},\n' + '{"a": ",\n' * 10_000 + "]"),
+        (
+            "a.json",
+            '[\n{"a": "0"},\n{"b": ' + "[" * 90 + "]" * 90 + "},\n" + '{"b": [[[[[[[[],\n' * 10_000 + "]",
+        ),
+    ],
+)
+def test_long_runs_of_nothing_and_of_faults_take_no_square_of_time(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    found = records(write(tmp_path / name, text))
+    assert next(record.fields for record in found if isinstance(record, Row)) == {"a": "0"}
+
+
 def test_printed_objects_of_which_one_is_broken(tmp_path: Path) -> None:
     texts = [json.dumps({"a": {"b": i}}, indent=2) for i in range(4)]
     texts[1] = texts[1].replace(":", "", 1)
