@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,11 @@ def test_bad_items_of_an_array_on_one_line(tmp_path: Path) -> None:
         ('{"a": 0} {"b": [{"a": 1}], "c": }{"a": 2}}', 1, r"object 2, line 1: expected JSON"),
         ('{"a": 0}{"a": 0}"a"', 2, r"object 3, line 1: expected nothing but objects one after another"),
         ('{"data": [{"a": 0}], "data": []}', 0, r"line 1: expected each key of the object once"),
+        (
+            '{"data": [{"a": 0}, {"a": %s}]}' % ("1" * 5000),
+            0,
+            "object 1, line 1: expected a number of at most 4,300",
+        ),
         ("[]", 0, "expected at least one row, got none"),
         ('{"data": []}', 0, "expected at least one row, got none"),
         ("", 0, "expected data, got an empty file"),
@@ -440,7 +446,11 @@ def test_printed_objects_of_which_one_is_broken(tmp_path: Path) -> None:
 
 
 def test_bad_rows_in_an_object_that_holds_them(tmp_path: Path) -> None:
-    rows = [b'{"a": 0}', b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b'{"a": "\xff"}', b'{"a": 0}']
+    rows = [b'{"a": 0}', b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b'{"a": 0}']
+    path = write(tmp_path / "a.json", b'{"data": [\n' + b",\n".join(rows) + b"\n]}")
+    kinds = [getattr(record, "kind", "") for record in records(path)]
+    assert kinds == ["", "repeated key", "lone surrogate", ""]
+    rows[3:3] = [b'{"a": "\xff"}']
     path = write(tmp_path / "a.json", b'{"data": [\n' + b",\n".join(rows) + b"\n]}")
     kinds = [getattr(record, "kind", "") for record in records(path)]
     assert kinds == ["", "repeated key", "lone surrogate", "not UTF-8", ""]
@@ -457,10 +467,12 @@ def test_an_array_in_chunks_of_any_size(size: int, monkeypatch: pytest.MonkeyPat
     places = [record.place.rpartition(" ")[2] for record in records(tmp_path / "a.json")]
     starts = [i for i, line in enumerate(text.split("\n"), 1) if line[:3] == "   " and line[3] not in " ]}"]
     assert [int(place) for place in places] == starts
-    text = '[\n  {"a": 0},\n  {"a" 1},\n  {"a": 2, "a": 3},\n  {"a": "\\ud800"},\n  {"a": "},\n  {"a": 4}\n]'
-    found = records(write(tmp_path / "a.json", text))
-    assert [record.place.rpartition(" ")[2] for record in found] == list("234567")
-    assert [type(record) for record in found] == [Row, Fault, Fault, Fault, Fault, Row]
+    items = [json.dumps({"a": "x" * 50})] * 60
+    bad = {10: '{"a" 1}', 20: '{"a": 2, "a": 3}', 30: '{"a": "\\ud800"}', 40: '{"a": "}', 50: '{"a": [1}'}
+    items = [bad.get(i, item) for i, item in enumerate(items, 1)]
+    found = records(write(tmp_path / "a.json", "[\n    " + ",\n    ".join(items) + "\n]"))
+    assert [record.place.rpartition(" ")[2] for record in found] == [str(i + 1) for i in range(1, 61)]
+    assert [i for i, record in enumerate(found, 1) if isinstance(record, Fault)] == list(bad)
 
 
 def test_an_array_is_read_without_holding_its_items(tmp_path: Path) -> None:
@@ -582,6 +594,22 @@ def test_columnar_files_with_two_columns_of_one_name_are_refused(tmp_path: Path)
         for name in ("a.arrow", "a.parquet"):
             with pytest.raises(ValueError, match=f"columns of different names, got '{column}' twice"):
                 records(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "ends, data", [([0, 1_000_000, 2], b"ab"), ([0, 2, 1], b"ab"), ([0, 1, 2], b"\xff\xff")]
+)
+def test_an_arrow_file_whose_offsets_or_text_are_wrong_is_refused(
+    tmp_path: Path, ends: list[int], data: bytes
+) -> None:
+    """Reading it would show memory that is not the file's, or end the process."""
+    offsets = pa.py_buffer(struct.pack("<3i", *ends))
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(data)])
+    batch = pa.RecordBatch.from_arrays([column], ["a"])
+    with pa.ipc.new_file(tmp_path / "a.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(ValueError, match=r"a\.arrow: expected a whole Arrow file, got"):
+        records(tmp_path / "a.arrow")
 
 
 def test_a_value_that_python_cannot_hold_is_a_fault(tmp_path: Path) -> None:
