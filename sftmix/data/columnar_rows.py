@@ -12,7 +12,7 @@ from sftmix.data.rows import Fault, Row
 
 _BATCH = 512  # rows turned into Python objects at a time
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-_OLD_STREAM_END = b"\0\0\0\0"  # before Arrow 0.15
+_OLD_STREAM_END = b"\0\0\0\0"  # before Arrow 0.15, when a message did not begin with ff ff ff ff either
 
 
 def parquet_rows(stream: io.BufferedReader, piece: Piece) -> Iterator[Row | Fault]:
@@ -33,7 +33,7 @@ def arrow_rows(stream: io.BufferedReader, piece: Piece) -> Iterator[Row | Fault]
     import pyarrow as pa
 
     with _errors(piece):
-        source = pa.PythonFile(_seekable(stream, piece), mode="r")
+        source = _seekable(stream, piece)
         if source.read(6) == b"ARROW1":
             with pa.ipc.open_file(source) as reader:
                 _check_names(reader.schema, piece.name)
@@ -59,11 +59,13 @@ def check_stream(path: str) -> None:
 
 
 def _seekable(stream: io.BufferedReader, piece: Piece) -> Any:
-    """The stream itself, or, unpacked in memory, all of it: these formats are read from their end."""
-    if piece.packing is None and stream.seekable():
-        return stream
+    """The file mapped, or, unpacked into memory, all of it: these formats are read from their end."""
+    import pyarrow as pa
+
+    if piece.packing is None:
+        return pa.memory_map(stream.name)  # a damaged size asks for bytes that are not there, not for memory
     try:
-        return io.BytesIO(stream.read())
+        return pa.BufferReader(stream.read())
     except READ_ERRORS as error:
         raise piece.damage(error) from error
 
@@ -139,9 +141,11 @@ def _check_end(source: Any, name: str) -> None:
     end = source.tell()
     source.seek(0, 2)
     size = source.tell()
+    source.seek(0)
+    is_old = source.read(4) != _STREAM_END[:4]
     source.seek(max(0, end - 8))
     last = source.read(min(8, end))
     if size != end:
         raise ValueError(f"{name}: expected nothing after the Arrow stream's end, got {size - end} bytes")
-    if last != _STREAM_END and not last.endswith(_OLD_STREAM_END):
+    if last != _STREAM_END and not (is_old and last.endswith(_OLD_STREAM_END)):
         raise ValueError(f"{name}: expected a whole Arrow stream, got one without its end mark")

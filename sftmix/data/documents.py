@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sftmix.data.rows import Fault, Row
+from sftmix.data.json_values import Repeated
+from sftmix.data.rows import Row
 from sftmix.data.splits import SPLITS, split_of
 
 Said = Callable[[str, str], None]  # (what, why): told of everything that is not read and is no record
@@ -20,7 +21,7 @@ _HOLDERS = ("data", "rows", "examples")
 _TOKENS = ("input_ids", "labels", "attention_mask")
 
 
-def rows_of_document(document: Row, name: str, split: str | None, said: Said) -> Iterator[Row | Fault]:
+def rows_of_document(document: Row, name: str, split: str | None, said: Said) -> Iterator[Row]:
     """Rows of the only object of the file ``name``; raises ``ValueError`` when several lists could be the rows."""
     fields = document.fields
     if not isinstance(fields, dict) or not fields:
@@ -33,12 +34,14 @@ def rows_of_document(document: Row, name: str, split: str | None, said: Said) ->
                 said(f"{document.place}, {key}", f"beside {holder}, which holds the rows")
         rows = fields[holder]
     elif (columns := _columns(fields)) is not None:
-        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     elif _is_numbered(fields) and all(isinstance(value, dict) for value in fields.values()):
         rows = list(fields.values())
     else:
         yield document
         return
+    if isinstance(fields, Repeated):
+        raise ValueError(f"{document.place}: expected each key of the object once, got {fields.key!r} again")
     for item, row in enumerate(rows, 1):
         yield Row(f"{name}, item {item}", row)
 
@@ -48,13 +51,13 @@ def _holder(fields: dict[str, Any], place: str, split: str | None) -> str | None
     lists = [key for key, value in fields.items() if _is_rows(value)]
     named = [key for key in lists if key in _HOLDERS]
     splits = [key for key in lists if key.lower() in SPLITS]
-    if not named and len(splits) > 1:
-        named = [key for key in splits if split_of(key) == split_of(split or "train")]
+    if len(splits) > 1 and not named:
+        splits = [key for key in splits if split_of(key) == split_of(split or "train")]
+        if not splits:
+            raise ValueError(f"{place}: expected the split {split or 'train'}, got {', '.join(lists)}")
     found = named or splits or (lists if len(fields) == 1 else [])
     if len(found) > 1:
         raise ValueError(f"{place}: expected one list of rows, got {', '.join(found)}")
-    if splits and not found:
-        raise ValueError(f"{place}: expected the split {split or 'train'}, got {', '.join(splits)}")
     if not found and len(fields) == 1 and (key := next(iter(fields))) in (*_HOLDERS, *SPLITS):
         return key if fields[key] == [] else None
     return found[0] if found else None

@@ -12,6 +12,7 @@ from sftmix.data.packed import READABLE, is_data
 from sftmix.data.rows import Fault, Row
 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_LONGEST_ID = 200
 
 
 def is_saved(folder: Path) -> bool:
@@ -70,7 +71,7 @@ def hub_rows(
 
 def check_id(source: str) -> None:
     """Raise ``ValueError`` for what is neither there nor a name that a ``datasets`` id can have."""
-    if not _ID.fullmatch(source) or is_data(source):
+    if not _ID.fullmatch(source) or len(source) > _LONGEST_ID or is_data(source):
         raise ValueError(  # no use asking the hub
             f"data: expected {READABLE}, a folder of them, or a datasets id, got {source!r}: no such file, "
             "and its name is not one of a datasets id"

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sftmix.data.documents import Said, rows_of_document
-from sftmix.data.json_values import SPACE, JsonDecoder, JsonError
+from sftmix.data.json_values import (
+    SPACE,
+    JsonDecoder,
+    JsonError,
+    check_depth,
+    check_keys,
+    check_line_depth,
+    check_surrogates,
+)
 from sftmix.data.json_window import NOT_SPACE, TextWindow
 from sftmix.data.packed import Piece
 from sftmix.data.rows import Fault, Row, RowError
@@ -34,10 +42,12 @@ def json_rows(
         return
     lines = decoded_lines(stream, piece)
     head: list[tuple[int, str, str | None]] = []  # up to the second line that is not blank
+    filled = 0
     for line in lines:
         head.append(line)
         text = line[1].lstrip(SPACE)
-        if text[:1] == "[" or len([1 for _, other, _ in head if other.strip(SPACE)]) == 2:
+        filled += bool(text)
+        if text[:1] == "[" or filled == 2:
             break
     shape = _shape([text for _, text, _ in head], lines_only=piece.form != ".json")
     if shape == "empty":
@@ -61,22 +71,27 @@ def _shape(head: list[str], *, lines_only: bool) -> str:
         return "array"
     if first.lstrip(SPACE)[0] != "{":
         return "lines"
-    if _is_whole(first):
+    first_is = _wholeness(first)
+    if first_is == "whole":
         return "lines" if second or lines_only else "document"
     if not second:
         return "lines" if lines_only else "document"
     # A first line that is broken, or the beginning of an object that is printed over several lines.
-    open_ended = first.rstrip(SPACE)[-1] in "{[,:"
-    return "lines" if not open_ended and second.lstrip(SPACE)[0] == "{" and _is_whole(second) else "document"
+    if first_is == "broken" and second.lstrip(SPACE)[0] == "{" and _wholeness(second) != "open":
+        return "lines"
+    return "document"
 
 
-def _is_whole(line: str) -> bool:
+def _wholeness(line: str) -> str:
+    """``whole`` for a line of one value, ``open`` for one that ends where a value has to follow, else ``broken``."""
+    line = line.strip(SPACE)
     try:
-        return not line[JsonDecoder().decode(line, len(line) - len(line.lstrip(SPACE)))[1] :].strip(SPACE)
-    except JsonError:
-        return False
+        check_line_depth(line)
+        return "whole" if JsonDecoder().decode(line)[1] == len(line) else "broken"
+    except JsonError as error:
+        return "open" if error.position >= len(line) and line[-1] in "{[,:" else "broken"
     except RowError:
-        return True
+        return "whole"
 
 
 def _lines(lines: Iterator[tuple[int, str, str | None]], piece: Piece) -> Iterator[Row | Fault]:
@@ -92,6 +107,7 @@ def _lines(lines: Iterator[tuple[int, str, str | None]], piece: Piece) -> Iterat
                 start = len(text) - len(text.lstrip(SPACE))
                 if start == len(text):
                     continue
+            check_line_depth(text)
             value, end = decoder.decode(text, start)
             if text[end:] not in _ENDS and (rest := NOT_SPACE.search(text, end)):
                 raise JsonError("Extra data", text, 0, rest.start())
@@ -118,7 +134,7 @@ def _array(window: TextWindow, piece: Piece) -> Iterator[Row | Fault]:
             yield Row(place, window.value(decoder, ",]"))
         except RowError as error:
             yield Fault(place, error.kind, str(error))
-            broken = isinstance(error, JsonError)
+            broken = _is_broken(error)
             if not window.pass_over(broken=broken, closer="]"):
                 if broken and window.text.rstrip(SPACE).endswith("]"):
                     raise ValueError(f"{place}: {error}; where the next item begins cannot be told") from None
@@ -146,30 +162,44 @@ def _document(window: TextWindow, piece: Piece, split: str | None, said: Said) -
     """Objects printed over several lines, one after another; or only one, which may hold the rows."""
     decoder = JsonDecoder()
     count = 0
-    held: Row | None = None  # the first object, until it is known whether it is the only one
-    while window.next():
+    first: Row | None = None  # until it is known whether it is the only one
+    first_is_suspect = False
+    while begin := window.next():
         count += 1
-        place = f"{piece.name}, line {window.line()}"
+        place = f"{piece.name}, object {count}, line {window.line()}"
+        if begin != "{":
+            raise ValueError(f"{place}: expected nothing but objects one after another, got {begin!r}")
+        if first:
+            yield _checked(first, first_is_suspect, window)
+            first = None
         try:
-            row = Row(place, window.value(decoder, ""))
+            row = Row(place, window.value(decoder, "", checked=False))
         except RowError as error:
-            if held:
-                yield held
-                held = None
-            fault = Fault(place, error.kind, str(error))
-            if not window.pass_over(broken=isinstance(error, JsonError), closer=""):
-                if count == 1:
-                    raise ValueError(f"{place}: {error}") from None
-                yield fault
-                return
-            yield fault
+            found = window.pass_over(broken=_is_broken(error), closer="")
+            if not found or (count == 1 and not window.next()):
+                raise ValueError(f"{place}: {error}; where the next object begins cannot be told") from None
+            yield Fault(place, error.kind, str(error))
         else:
             if count == 1:
-                held = row
-                continue
-            if held:
-                yield held
-                held = None
-            yield row
-    if held:
-        yield from rows_of_document(held, piece.name, split, said)
+                first, first_is_suspect = row, window.is_suspect
+            else:
+                yield _checked(row, window.is_suspect, window)
+    if first:
+        for row in rows_of_document(first, piece.name, split, said):
+            yield _checked(row, first_is_suspect, window)
+
+
+def _is_broken(error: RowError) -> bool:
+    """Whether a value's brackets may not tell its end; too many that are open may be those of several values."""
+    return isinstance(error, JsonError) or error.kind == "nested too deeply"
+
+
+def _checked(row: Row, is_suspect: bool, window: TextWindow) -> Row | Fault:
+    try:
+        if is_suspect:
+            check_keys(row.fields)
+            check_depth(row.fields)
+            check_surrogates(row.fields, bad_bytes=window.has_bad_bytes)
+    except RowError as error:
+        return Fault(row.place, error.kind, str(error))
+    return row

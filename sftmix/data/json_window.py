@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sftmix.data.json_values import SPACE, JsonDecoder, JsonError, value_end
+from sftmix.data.json_values import (
+    SPACE,
+    JsonDecoder,
+    JsonError,
+    check_text_depth,
+    has_many_brackets,
+    value_end,
+)
 from sftmix.data.rows import RowError
 from sftmix.data.text_lines import bad_bytes
 
@@ -22,7 +29,9 @@ class TextWindow:
         self._chunks = chunks
         self.text, self.position, self.ended = "", 0, False
         self.found_next = False  # whether a broken value was left for one that begins a later line
-        self._has_bad_bytes = False
+        self.has_bad_bytes = False  # whether the text so far came of bytes that are not UTF-8
+        self.is_suspect = False  # whether the value last decoded unchecked has to be looked through
+        self._has_many_brackets = False
         self._end: int | None = None  # where the value ends that could be decoded and is no row all the same
         self._line, self._counted = 1, 0
 
@@ -36,13 +45,14 @@ class TextWindow:
         self.position = self._counted = self.position - kept
         for chunk in self._chunks:
             parts.append(chunk)
-            self._has_bad_bytes = self._has_bad_bytes or bad_bytes(chunk) is not None
+            self.has_bad_bytes = self.has_bad_bytes or bad_bytes(chunk) is not None
             wanted -= len(chunk)
             if wanted <= 0:
                 break
         else:
             self.ended = True
         self.text = "".join(parts)
+        self._has_many_brackets = has_many_brackets(self.text)
         return True
 
     def next(self) -> str:
@@ -63,14 +73,17 @@ class TextWindow:
         self._line += self.text.count("\n", self._counted, self.position)
         self._counted = self.position
 
-    def value(self, decoder: JsonDecoder, ends: str) -> Any:
+    def value(self, decoder: JsonDecoder, ends: str, *, checked: bool = True) -> Any:
         """Decode the value here and move behind it; ``ends``: what may follow it, or empty for anything.
 
-        Raises ``RowError`` and moves nowhere when there is none; the window then holds whatever could matter.
+        ``checked``: raise for what no row may have, else only say so in ``is_suspect``. Raises ``RowError`` and
+        moves nowhere when there is no value; the window then holds whatever could matter.
         """
         while True:
             length, self._end, self.found_next = len(self.text), None, False
             try:
+                if self._has_many_brackets:
+                    check_text_depth(self.text, self.position)
                 value, end = decoder.decode(self.text, self.position)
                 after = NOT_SPACE.search(self.text, end)
                 if after is None and self.more():
@@ -78,18 +91,18 @@ class TextWindow:
                 if ends and after and after[0] not in ends:
                     raise JsonError("Expecting ',' delimiter", self.text, self.position, after.start())
                 self._end = end
-                decoder.check(value, self.text, self.position, end)
-                if self._has_bad_bytes and (bad := bad_bytes(self.text[self.position : end])):
-                    raise RowError("not UTF-8", bad)
+                if checked:
+                    decoder.check(value, self.text, self.position, end)
+                    if self.has_bad_bytes and (bad := bad_bytes(self.text[self.position : end])):
+                        raise RowError("not UTF-8", bad)
+                else:
+                    self.is_suspect = decoder.is_suspect(self.text, self.position, end) or self.has_bad_bytes
             except JsonError as error:
                 if error.is_final(length) or not self.more():
                     raise
             except RowError:
-                if (
-                    self._end is not None
-                    or value_end(self.text, self.position) is not None
-                    or not self.more()
-                ):
+                known = self._end is not None or self.ended
+                if known or value_end(self.text, self.position) is not None or not self.more():
                     raise
             else:
                 self.position = end
@@ -100,17 +113,24 @@ class TextWindow:
 
         A broken value says itself where it ends only by its brackets, which may be what is broken. So where it
         begins a line, the next object is looked for at the beginning of a line, as deep in; when there is none,
-        the value is the last, and the text's last character, if it is ``closer``, what follows it.
+        the value is the last, and the text's last character, if it is ``closer``, what follows it. Without a
+        ``closer``, nothing is around the values: a line after an open bracket, a comma or a colon begins none, and
+        nothing but a line tells where one does.
         """
+        if closer and self.text.startswith((",", closer), self.position):
+            return True  # nothing stands between two commas, or before the end
         indent = self._indent() if broken else None
         if indent is not None:
-            following = re.compile(rf"\n{indent}(?={{)")
+            before = "" if closer else r"[^\s\[{,:]\s*"
+            following = re.compile(rf"{before}\n{indent}(?={{)")
             while not (found := following.search(self.text, self.position + 1)):
                 if not self.more():
                     break
             if found:
                 self.position, self.found_next = found.end(), True
                 return True
+        if broken and not closer:
+            return False
         end = self._end
         while end is None and (end := value_end(self.text, self.position)) is None and self.more():
             pass

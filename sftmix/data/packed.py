@@ -22,7 +22,7 @@ FORMS = (
 )  # fmt: skip
 PACKINGS = (".gz", ".xz", ".bz2", ".zst")
 READABLE = f"a {', '.join(FORMS)} file (also {', '.join(PACKINGS)}, .zip)"
-# Whatever a damaged file, packed or not, makes the libraries raise while its bytes are read.
+# Whatever a damaged file, packed or not, makes the libraries raise while its bytes are read: many more than they say.
 READ_ERRORS = (
     EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError,
     ValueError, OverflowError, IndexError, KeyError, MemoryError,
@@ -112,12 +112,12 @@ def zip_members(path: Path) -> Iterator[tuple[list[str], Callable[[str], Piece]]
     """
     try:
         archive = zipfile.ZipFile(path)
+        names = [member.filename for member in archive.infolist() if not member.filename.endswith("/")]
     except READ_ERRORS as error:
         raise ValueError(
             f"{path}: expected a whole .zip file, got damaged or missing data ({error})"
         ) from error
     with archive:
-        names = [member.filename for member in archive.infolist() if not member.is_dir()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{path}: expected files of different names, got {twice!r} twice")

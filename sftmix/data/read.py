@@ -2,6 +2,9 @@
 
 The form is told by a file's suffix, and within ``.json``, ``.jsonl`` and ``.ndjson`` by what is in it. A record that
 cannot be read is a ``Fault``, and reading goes on; a file that is damaged, cut short or unknown raises.
+
+Kinds of fault: not JSON, not UTF-8, lone surrogate, repeated key, nested too deeply, number too long (JSON); number
+of cells, broken record, NUL character (tables, text); unreadable value (Parquet, Arrow).
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def read_rows(
     Raises ``ValueError``, at once for a source that is not there or not known, and while it is read for a file
     that is empty, damaged or cut short, and for a source without any record.
     """
-    said = on_skip or _warn
+    said = _warn if on_skip is None else on_skip
     parts = parts_of(source, split, said)
     on_disk = [part.name for part in parts if part.kind != "hub"]
     if on_disk and configuration is not None:
@@ -78,7 +81,7 @@ def _records(
     configuration: str | None,
     streaming: bool,
 ) -> Iterator[Row | Fault]:
-    count = 0
+    empty = True
     for part in parts:
         if part.kind == "hub":
             records = hub_rows(part.name, split, configuration, streaming=streaming)
@@ -88,9 +91,10 @@ def _records(
             records = _zip_records(part.path, split, said)
         else:
             records = _piece_records(file_piece(part.path), split, said)
-        for count, record in enumerate(records, count + 1):
+        for record in records:
+            empty = False
             yield record
-    if not count:
+    if empty:
         raise ValueError(f"{source}: expected at least one row, got none")
 
 

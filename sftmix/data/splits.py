@@ -29,22 +29,23 @@ def split_of(name: str) -> str | None:
 
 
 def of_one_split(names: Sequence[str], split: str | None, where: str) -> list[str]:
-    """The names of ``split`` (None: train) when they tell several splits; all of them when they tell one or none.
+    """The names of ``split`` (None: train) where they tell several splits; all of them where they tell one or none.
 
-    Raises ``ValueError`` when some tell several splits and others none, and when the split wanted is not there.
+    Raises ``ValueError`` when the split wanted is not there, and when a name tells another one and some tell none,
+    which may be of either.
     """
+    wanted = split_of(split or "train")
     told = {name: split_of(name) for name in names}
     splits = {found for found in told.values() if found}
-    if len(splits) < 2:
-        return list(names)
     nameless = [name for name, found in told.items() if found is None]
+    if splits <= {wanted} or (len(splits) == 1 and not nameless):
+        return list(names)
     listed = ", ".join(sorted(splits))
     if nameless:
         raise ValueError(
             f"{where}: expected every file's name to tell its split beside files of {listed}, got {nameless[0]!r}; "
             "a glob picks files"
         )
-    wanted = split_of(split or "train")
     if wanted not in splits:
         raise ValueError(f"{where}: expected files of the split {split or 'train'}, got {listed}")
     return [name for name, found in told.items() if found == wanted]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from sftmix.data.packed import Piece
@@ -34,13 +34,18 @@ def delimited_rows(stream: io.BufferedReader, piece: Piece) -> Iterator[Row | Fa
     """One row per record after the header, a dict of texts; a broken record is a ``Fault`` for each of its lines.
 
     The delimiter is a tab in a ``.tsv`` file; in a ``.csv`` file a comma, or else whichever of ``;`` and tab a
-    header without any comma has. Empty names in the header become ``Unnamed: 0``, … by their column.
+    header without any comma has. Spaces after a delimiter belong to no cell where each one in the header has one
+    (``a, b``), else a quote after them would be part of the text. Empty names in the header become
+    ``Unnamed: 0``, … by their column.
     Raises ``ValueError`` for a file without header, for two columns of one name, and for a quote that opens and
     never closes, since any number of records may be in it.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
     feed = _Feed(decoded_lines(stream, piece, universal=True))
-    records = csv.reader(feed, delimiter=_delimiter(feed.first_line(), piece), strict=True)
+    header = feed.first_line()
+    sign = _delimiter(header, piece)
+    spaced = 0 < header.count(sign) == header.count(f"{sign} ")
+    records = csv.reader(feed, delimiter=sign, skipinitialspace=spaced, strict=True)
     names: list[str] = []
     while True:
         first, feed.problem = feed.number + 1, None
@@ -80,7 +85,7 @@ class _Feed:
 
     def __init__(self, lines: Iterator[tuple[int, str, str | None]]) -> None:
         self._lines = lines
-        self._held: list[tuple[int, str, str | None]] = []
+        self._held: deque[tuple[int, str, str | None]] = deque()
         self.number = 0
         self.ended = False
         self.problem: tuple[str, str] | None = None
@@ -97,7 +102,7 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        line = self._held.pop(0) if self._held else next(self._lines, None)
+        line = self._held.popleft() if self._held else next(self._lines, None)
         if line is None:
             self.ended = True
             raise StopIteration
@@ -127,4 +132,4 @@ def _fields(names: list[str], cells: list[str], more_lines: int) -> dict[str, st
     if len(cells) != len(names):
         lines = f" (in {more_lines + 1} lines)" if more_lines else ""
         raise RowError("number of cells", f"expected {len(names)} cells, got {len(cells)}{lines}")
-    return dict(zip(names, cells))
+    return dict(zip(names, cells, strict=True))

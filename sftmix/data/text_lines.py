@@ -82,7 +82,8 @@ def _encoding(stream: io.BufferedReader, piece: Piece) -> str:
         raise ValueError(f"{piece.name}: expected UTF-8 or UTF-16 text, got UTF-32")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    if len(head) == 4 and (head[::2] == b"\0\0") != (head[1::2] == b"\0\0"):
+    nul = [byte == 0 for byte in head]
+    if nul in ([False, True] * 2, [True, False] * 2):
         raise ValueError(
             f"{piece.name}: expected UTF-8, got what looks like UTF-16 without its byte order mark"
         )
