@@ -43,7 +43,7 @@ def split_heldout(examples: Sequence[AnExample], fraction: float) -> tuple[list[
     by_name: dict[str, int] = {}
     for place, example in enumerate(examples):
         # Same id or same text: the same conversation.
-        text = by_name.setdefault(_name(example), _keys(example).whole)
+        text = by_name.setdefault(_name(example), _keys(example, parts=False).whole)
         copies.setdefault(text, []).append(place)
     wanted = max(1, round(fraction * len(examples)))
     ordered = sorted(
@@ -196,13 +196,13 @@ class Keys:
     answer: int
 
 
-def _keys(example: Any) -> Keys:
+def _keys(example: Any, *, parts: bool = True) -> Keys:
     """An example's hashes: those it carries, or those of its words."""
-    return example.keys if hasattr(example, "keys") else words_keys(example)
+    return example.keys if hasattr(example, "keys") else words_keys(example, parts=parts)
 
 
-def words_keys(example: Any) -> Keys:
-    """Hashes of an example's words."""
+def words_keys(example: Any, *, parts: bool = True) -> Keys:
+    """Hashes of an example's words; without ``parts`` the one of the whole alone, the others 0."""
     messages = [(str(message["role"]), _words(message)) for message in example.messages]
     if not messages:
         alone = [getattr(example, "text", None) or "", list(getattr(example, "input_ids", ()))]
@@ -210,8 +210,9 @@ def words_keys(example: Any) -> Keys:
     last = max((i for i, (role, _) in enumerate(messages) if role == "assistant"), default=len(messages) - 1)
     # A system message belongs to the prompt; tools too: another set of them is another question.
     before = [*messages[:last], *(json.dumps(tool, sort_keys=True) for tool in getattr(example, "tools", ()))]
-    prompt = repr(before)
-    rest = repr(messages[last:])
+    prompt, rest = repr(before), repr(messages[last:])
+    if not parts:
+        return Keys(_hash(prompt + rest), 0, 0)
     return Keys(_hash(prompt + rest), _hash(prompt) if last else 0, _hash(messages[last][1]))
 
 
@@ -223,8 +224,8 @@ def _words(message: Mapping[str, Any]) -> str:
 
 
 def _normal(text: str) -> str:
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(plain.casefold().split())
+    text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.split())
 
 
 def _name(example: _Example) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sftmix.rank import is_main
 from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.scores.confidence import read_split
+from sftmix.scores.dynamics import read_dynamics
 from sftmix.scores.halves import Split
 
 if TYPE_CHECKING:
@@ -116,9 +117,22 @@ def _check(session: Session, stages: Sequence[str], restart: str | None) -> None
         if stage == "reference" and session.config.reference.scores is not None:
             continue
         present = settings(session, stage)
+        # score asks for a reference of the present settings, the others for one of the same examples
+        exact = stage in stages or (stage == "reference" and "score" in stages)
         both = stage == "train-ntp" and "train-sftmix" in stages  # what differs for ntp does for sftmix
-        compared = present if stage in stages else {"examples": present["examples"]}
+        compared = present if exact else {"examples": present["examples"]}
         _refuse(session, stage, compared, restart="train" if both else stage)
+    _check_files(session, {*stages, *anew})
+
+
+def _check_files(session: Session, made: set[str]) -> None:
+    """The files that the stages will read, and not make, are about the training examples."""
+    folder = session.folder
+    if "split" in made and "score" not in made and folder.dynamics.exists():
+        check_ids(session, read_dynamics(folder.dynamics).examples, str(folder.dynamics))
+    if {"train-ntp", "train-sftmix"} & made and "split" not in made and folder.split.exists():
+        halves = read_split(folder.split)
+        check_ids(session, halves.confident + halves.unconfident, str(folder.split))
 
 
 def _refuse(session: Session, stage: str, present: Settings, *, restart: str) -> None:
@@ -162,6 +176,16 @@ def differences(recorded: Settings, present: Settings) -> list[str]:
         if before != now:
             told.append(_HASHES.get(name, f"{name}: {_shown(before)} → {_shown(now)}"))
     return told
+
+
+def check_ids(session: Session, ids: Sequence[str], where: str) -> None:
+    """Scores and examples must be about the same texts."""
+    missing, unknown = sorted(session.train.keys() - set(ids)), sorted(set(ids) - session.train.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: expected exactly the examples of data.train, got {len(missing)} of them missing and "
+            f"{len(unknown)} unknown (first: {(missing + unknown)[0]})"
+        )
 
 
 def split_digest(halves: Split) -> str:

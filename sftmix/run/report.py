@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from sftmix.run.folder import RunFolder, read_evaluation
 from sftmix.training.metrics import read_metrics
@@ -66,10 +67,11 @@ def samples_table(folder: RunFolder) -> Table | None:
         question = sample["prompt"].strip().splitlines()
         # The rendered prompt ends with the assistant's header; the question is the last line before it.
         text = next((line for line in reversed(question) if line.strip() not in ("assistant", "")), "")
-        table.add_row("question", text, style="bold")
-        table.add_row("expected", sample["expected"])
+        # Text, not str: a table would read "[x]" in a str as a style and drop it.
+        table.add_row("question", Text(text), style="bold")
+        table.add_row("expected", Text(sample["expected"]))
         for label, figures in results.items():
             answer = figures["samples"][index]
-            cut = "" if answer.get("stopped", True) else " … [no end within evaluate.max_new_tokens]"
-            table.add_row(LABELS.get(label, label), f"{answer['answer']}{cut}")
+            cut = "" if answer.get("stopped", True) else " … (no end within evaluate.max_new_tokens)"
+            table.add_row(LABELS.get(label, label), Text(f"{answer['answer']}{cut}"))
     return table

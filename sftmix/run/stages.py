@@ -17,7 +17,7 @@ from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.evaluate import evaluate
 from sftmix.run.folder import stage_names
-from sftmix.run.identity import about, check, differences, passed, settings, split_digest
+from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
 from sftmix.run.session import Session
 from sftmix.scores.confidence import confidence, make_split, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
@@ -83,7 +83,7 @@ def score(session: Session) -> None:
     if is_main():
         write_dynamics(folder.dynamics, rows)
     session.barrier()
-    _check_ids(
+    check_ids(
         session, read_dynamics(folder.dynamics).examples, str(config.reference.scores or folder.dynamics)
     )
     _tell_correlation(session)
@@ -129,7 +129,7 @@ def split(session: Session) -> None:
     """Cut the examples at their median confidence."""
     folder = session.folder
     dynamics = read_dynamics(folder.dynamics)
-    _check_ids(session, dynamics.examples, str(folder.dynamics))
+    check_ids(session, dynamics.examples, str(folder.dynamics))
     made = make_split(dynamics)
     if folder.split.exists():
         _same_split(session, made)
@@ -149,7 +149,7 @@ def train(session: Session, method: str) -> None:
     """Train the model with ``method`` (sftmix or ntp) on the split's pairs and export it."""
     folder = session.folder
     halves = read_split(folder.split)
-    _check_ids(session, halves.confident + halves.unconfident, str(folder.split))
+    check_ids(session, halves.confident + halves.unconfident, str(folder.split))
     if passed(session, f"train-{method}", whole=folder.model(method).exists()):
         say(f"train {method}: done before")
         return
@@ -234,14 +234,4 @@ def _require(session: Session, stage: str) -> None:
         raise ValueError(
             f"{session.folder.path}: expected a finished {stage} stage with the present settings, found others: "
             f"{'; '.join(told)}; run `sftmix {stage} --restart {stage}`"
-        )
-
-
-def _check_ids(session: Session, ids: Sequence[str], where: str) -> None:
-    """Scores and examples must be about the same texts."""
-    missing, unknown = sorted(session.train.keys() - set(ids)), sorted(set(ids) - session.train.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: expected exactly the examples of data.train, got {len(missing)} of them missing and "
-            f"{len(unknown)} unknown (first: {(missing + unknown)[0]})"
         )

@@ -87,7 +87,8 @@ def open_session(config: Config, stages: Sequence[str], *, restart: str | None =
     check(session, stages, restart=restart)
     if restart is not None:
         session.restart(restart)
-    record(session.config)
+    if tuple(stages) != ("plot",):  # which reads files alone: no knob is used
+        record(session.config)
     return session
 
 

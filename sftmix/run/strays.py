@@ -50,11 +50,13 @@ def look(run_dir: str | Path, used: Iterable[str | Path] = ()) -> None:
         )
     if found:
         say(f"warning: {folder} holds files that no stage reads: {names}")
+    if not is_main():  # the others must not look while the main process clears away
+        return
     for path, settled in leftovers(folder):
         name = path.relative_to(folder)
         if not settled:
             say(f"warning: {folder}: {name} is being written, or was left by a killed write")
-        elif is_main():
+        else:
             say(f"removed {name}, left by a killed write")
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

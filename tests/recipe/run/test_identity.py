@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from sftmix.run import session as session_module
 from sftmix.run import stages
-from sftmix.run.folder import stages_from
+from sftmix.run.folder import RunFolder, stages_from
 from sftmix.run.identity import differences
 from sftmix.scores.confidence import read_split, write_split
 from tests.recipe import tiny
@@ -250,10 +251,35 @@ def test_scores_of_other_examples_are_refused_without_a_record(
     (copy / "stages.json").unlink()
     data = tmp_path / "changed.jsonl"
     data.write_text("".join(material[1].read_text().splitlines(keepends=True)[2:]))
+    before = files(copy)
     with pytest.raises(
         ValueError, match=r"dynamics.parquet: expected exactly the examples of data.train, got 0"
     ):
         sftmix("split", copy, "--data.train", data)
+    with pytest.raises(
+        ValueError, match=r"split.parquet: expected exactly the examples of data.train, got 0"
+    ):
+        sftmix("train", copy, "--data.train", data)
+    assert files(copy) == before
+
+
+def test_a_refused_score_leaves_the_configuration_as_it_was(copy: Path) -> None:
+    RunFolder(copy).remove(("score", "split"))
+    before = files(copy)
+    with pytest.raises(ValueError, match=r"reference was finished, got others: optim.lr: 0.01 → 0.5; take"):
+        sftmix("score", copy, "--optim.lr=0.5")
+    assert files(copy) == before
+
+
+def test_pictures_change_no_setting(copy: Path) -> None:
+    before = (copy / "config.yaml").read_bytes()
+    (copy / "plots" / "loss_curves.png").write_bytes(b"old")
+    for method in ("ntp", "sftmix"):
+        shutil.rmtree(copy / f"train-{method}")
+    shutil.rmtree(copy / "reference")
+    sftmix("plot", copy, "--data.max_length=12")
+    assert (copy / "config.yaml").read_bytes() == before
+    assert not (copy / "plots" / "loss_curves.png").exists() and (copy / "plots" / "data_map.png").exists()
 
 
 def test_another_split_than_the_scores_give_is_not_overwritten(copy: Path) -> None:
@@ -364,3 +390,39 @@ def test_unfinished_work_with_another_batch_size_is_refused(
         run(material, folder, "--train.batch_size=4")
     run(material, folder)
     assert (folder / "train-sftmix" / "model").is_dir()
+
+
+def test_a_converted_gguf_file_of_another_model_does_not_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """base/ was taken whatever model it had been made of."""
+    converted: list[str] = []
+
+    def convert(model: Any, tokenizer: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        converted.append(model)
+
+    monkeypatch.setattr(session_module, "load_model", lambda source: (source.gguf_file, None))
+    monkeypatch.setattr(session_module, "merge_and_export", convert)
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes(name.encode() * 10_000)
+
+    def source(file: str, **options: Any) -> Any:
+        flags = [f"run_dir={tmp_path / 'r'}", f"model.name={tmp_path}", f"model.gguf_file={file}"]
+        return session_module.Session(tiny.config(*flags), **options).model_source
+
+    assert source("one.gguf").name == str(tmp_path / "r" / "base")
+    source("one.gguf")
+    assert converted == ["one.gguf"]
+    source("two.gguf")  # no stage has begun: it is made again
+    assert converted == ["one.gguf", "two.gguf"]
+    RunFolder(tmp_path / "r").note("reference", "begun", {}, {})
+    with pytest.raises(
+        ValueError, match=r"base: expected the model of .*one.gguf in float32, got another; take"
+    ):
+        source("one.gguf")
+    source("one.gguf", restart="all")
+    (tmp_path / "r" / "base" / "source.json").unlink()  # a conversion that was killed
+    source("one.gguf")
+    assert converted == ["one.gguf", "two.gguf", "one.gguf", "one.gguf"]
