@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from sftmix.data.heldout import Keys
-from sftmix.data.identity import example_digest
+from sftmix.data.digest import example_digest
 from sftmix.data.rows import Account, Fault
 from sftmix.data.tokenized import TokenizedExample
 

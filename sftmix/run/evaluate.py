@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from sftmix.config import ModelConfig
-from sftmix.data.identity import examples_digest
+from sftmix.data.digest import examples_digest
 from sftmix.evaluation.figures import evaluate_model, sample_answers
 from sftmix.files import replacing
 from sftmix.model.identity import model_identity

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from sftmix.config import Config
-from sftmix.data.identity import examples_digest
+from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from sftmix.data.heldout import Keys
-from sftmix.data.identity import examples_digest
+from sftmix.data.digest import examples_digest
 from sftmix.data.rows import Account, Fault
 from sftmix.data.store import (
     SCHEMA,
