@@ -6,14 +6,17 @@ refused with both. ``data.form`` chooses among forms, ``data.columns`` gives a f
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from .messages import Ledger, as_text, empty, parsed, read_messages, read_tools
-from .rows import Example, Message, Row, RowError
+from .exchanges import note_preference, read_exchange
+from .identity import content_id, hashed
+from .ledger import Ledger, as_text, empty, parsed
+from .messages import read_messages
+from .rows import Example, Row, RowError
+from .tools import read_tools
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
@@ -132,15 +135,15 @@ def parse_row(row: Row, *, form: str | None = None, columns: Mapping[str, str] |
     ledger = Ledger()
     try:
         fields, origin = _mapped(row.fields, columns or {}, ledger)
-        chosen = _BY_NAME[form] if form else _detected(fields)
-        slots = _slots(chosen, fields)
+        full = tuple(name for name, value in fields.items() if not empty(value))
+        chosen, slots = _plan(form, full, tuple(fields))
         if chosen.name == "prompt_completion" and isinstance(fields.get("label"), bool):
             raise RowError(
                 "feedback row", "label: expected an answer to learn from, got one judged true or false"
             )
         used = set(slots.values())
-        for name, value in fields.items():
-            if name not in used and not empty(value):
+        for name in full:
+            if name not in used:
                 ledger.ignore(origin.get(name, str(name)))
         example = _example(chosen, slots, fields, row.place, ledger)
     except RecursionError as error:
@@ -193,10 +196,16 @@ def _ignore_beside(value: Any, walked: str, walks: set[str], ledger: Ledger) -> 
             ledger.ignore(path)
 
 
-def _detected(fields: dict[str, Any]) -> Form:
+@lru_cache(maxsize=1024)
+def _plan(form: str | None, full: tuple[Any, ...], present: tuple[Any, ...]) -> tuple[Form, dict[str, str]]:
+    """(form, slot → column) of rows with these columns, of which ``full`` hold something; most rows share them."""
+    chosen = _BY_NAME[form] if form else _detected(full, present)
+    return chosen, _slots(chosen, full, present)
+
+
+def _detected(full: tuple[Any, ...], columns: tuple[Any, ...]) -> Form:
     """The one form whose columns the row has, and more of them than any other's; ``text`` only when alone."""
-    full = {name for name, value in fields.items() if not empty(value)}
-    for present in (full, fields.keys()):
+    for present in (full, columns):
         fits = [
             f for f in FORMS if all(any(name in present for name in names) for names in f.required.values())
         ]
@@ -217,28 +226,26 @@ def _detected(fields: dict[str, Any]) -> Form:
                 "ambiguous columns",
                 f"columns: expected one form, got {found}; data.form=NAME chooses, data.columns=system=prompt renames",
             )
-    names = ", ".join(sorted(map(str, fields)))
+    names = ", ".join(sorted(map(str, columns)))
     expected = "; ".join(" + ".join("|".join(names) for names in form.required.values()) for form in FORMS)
     raise RowError(
         "unknown columns", f"columns: expected {expected}, got {names[:200]}; data.columns maps others"
     )
 
 
-def _slots(form: Form, fields: dict[str, Any]) -> dict[str, str]:
+def _slots(form: Form, filled: tuple[Any, ...], columns: tuple[Any, ...]) -> dict[str, str]:
     """Slot → column; an empty optional column fills none, two full columns for one slot are ambiguous."""
     slots: dict[str, str] = {}
     for slots_of, needed in ((form.required, True), (form.optional, False)):
         for slot, names in slots_of.items():
-            there = [name for name in names if name in fields]
+            there = [name for name in names if name in columns]
             if not there:
                 if needed:
                     raise RowError(
                         "missing columns", f"{form.name}: expected column {'|'.join(names)}, got none"
                     )
                 continue
-            full = (
-                there if len(there) == 1 and needed else [name for name in there if not empty(fields[name])]
-            )
+            full = there if len(there) == 1 and needed else [name for name in there if name in filled]
             if len(full) > 1:
                 raise RowError(
                     "ambiguous columns",
@@ -259,7 +266,7 @@ def _example(
         form.name == "preference" and "question" not in slots and isinstance(value["answer"], str)
     ):
         if form.name == "preference":
-            _preference_notes(ledger)
+            note_preference(ledger)
         text = as_text(
             value["text" if form.name == "text" else "answer"], slots.get("text", "chosen"), ledger
         )
@@ -268,12 +275,12 @@ def _example(
         for slot in ("system", "tools", "arguments"):
             if slot in slots:
                 ledger.ignore(slots[slot])
-        return Example(_hash(["text", text]), place=place, form=form.name, text=text)
+        return Example(hashed(["text", text]), place=place, form=form.name, text=text)
     if form.name == "messages":
         messages, marks = read_messages(value["messages"], slots["messages"], ledger)
         completion = None
     else:
-        messages, marks, completion = _exchange(form, slots, value, ledger)
+        messages, marks, completion = read_exchange(form.name, slots, value, ledger)
     if "system" in slots:
         system = as_text(value["system"], slots["system"], ledger)
         given = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
@@ -296,93 +303,8 @@ def _example(
             "invalid template arguments", "chat_template_kwargs: expected an object, got something else"
         )
     kept = tuple(marks) if any(mark is not None for mark in marks) else ()
-    name = _identity(messages, kept, tools, arguments, completion if form.name != "messages" else None)
+    name = content_id(messages, kept, tools, arguments, completion if form.name != "messages" else None)
     return Example(name, tuple(messages), place, form.name, kept, completion, tools, arguments)
-
-
-def _exchange(
-    form: Form, slots: dict[str, str], value: dict[str, Any], ledger: Ledger
-) -> tuple[list[Message], list[float | None], int | None]:
-    """(messages, marks, index of the answer) of a question and its answer, texts or lists of messages."""
-    messages: list[Message] = []
-    marks: list[float | None] = []
-    if "history" in slots:
-        messages, marks = _history(value["history"], ledger)
-    question, answer = value.get("question"), value["answer"]
-    context = as_text(value.get("context"), slots.get("context", ""), ledger)
-    if isinstance(question, list):
-        if context.strip():
-            raise RowError(
-                "context beside messages", f"{slots['context']}: expected a text question, got messages"
-            )
-        asked, asked_marks = read_messages(question, slots["question"], ledger)
-        messages, marks = messages + asked, marks + asked_marks
-    elif "question" in slots:
-        text = as_text(question, slots["question"], ledger)
-        parts = (context, text) if form.name == "question" else (text, context)
-        if context.strip():
-            text = "\n\n".join(part for part in parts if part.strip())
-        if not text.strip():
-            ledger.note("empty user turn")
-        messages, marks = [*messages, {"role": "user", "content": text}], [*marks, None]
-    if isinstance(answer, (dict, list)) and slots["answer"] == "answers":
-        texts = answer.get("text") if isinstance(answer, dict) else answer
-        texts = texts if isinstance(texts, list) else [texts]
-        if len(texts) > 1:
-            ledger.note("first of several answers used")
-            ledger.ignore("answers.text" if isinstance(answer, dict) else "answers")
-        for key, item in answer.items() if isinstance(answer, dict) else ():
-            if key != "text" and not empty(item):
-                ledger.ignore(f"answers.{key}")
-        answer = texts[0] if texts else None
-    start = len(messages)
-    if isinstance(answer, list):
-        answers, answer_marks = read_messages(answer, slots["answer"], ledger)
-        if form.name == "preference":
-            answers, answer_marks, messages, marks, start = _unrepeated(
-                answers, answer_marks, messages, marks, value
-            )
-        messages, marks = messages + answers, marks + answer_marks
-    else:
-        text = as_text(answer, slots["answer"], ledger)
-        if not text.strip():
-            raise RowError("empty answer", f"{slots['answer']}: expected an answer, got empty text")
-        messages, marks = [*messages, {"role": "assistant", "content": text}], [*marks, None]
-    if form.name == "preference":
-        _preference_notes(ledger)
-    return messages, marks, start
-
-
-def _unrepeated(answers: Any, answer_marks: Any, messages: Any, marks: Any, value: dict[str, Any]) -> Any:
-    """The chosen conversation without the prompt that it repeats; what both pairs begin with is the prompt."""
-    size = len(messages)
-    if size and answers[:size] == messages:
-        return answers[size:], answer_marks[size:], messages, answer_marks[:size], size
-    if size == 1 and not isinstance(value.get("question"), list):
-        at = next((i for i, m in enumerate(answers) if m == messages[0]), None)
-        if at is not None and not any(m["role"] == "assistant" for m in answers[:at]):
-            return answers, answer_marks, [], [], at + 1
-    if size:
-        return answers, answer_marks, messages, marks, size
-    last = max((i for i, m in enumerate(answers) if m["role"] == "assistant"), default=0)
-    return answers, answer_marks, messages, marks, last
-
-
-def _preference_notes(ledger: Ledger) -> None:
-    ledger.note("chosen answer of a preference pair used, rejected one not")
-    ledger.ignore("rejected")
-
-
-def _history(value: Any, ledger: Ledger) -> tuple[list[Message], list[float | None]]:
-    """Earlier turns: pairs of question and answer, or messages."""
-    value = parsed(value, "history")
-    if isinstance(value, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        value = [
-            {"role": role, "content": as_text(text, "history", ledger)}
-            for pair in value
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-    return read_messages(value, "history", ledger)
 
 
 def _tokens(value: dict[str, Any], place: str) -> Example:
@@ -407,25 +329,9 @@ def _tokens(value: dict[str, Any], place: str) -> Example:
     if all(label == -100 for label in labels):
         raise RowError("nothing to train on", "labels: expected a token that bears loss, got none")
     return Example(
-        _hash(["tokens", ids, labels]), place=place, form="tokens", input_ids=tuple(ids), labels=tuple(labels)
+        hashed(["tokens", ids, labels]),
+        place=place,
+        form="tokens",
+        input_ids=tuple(ids),
+        labels=tuple(labels),
     )
-
-
-def _identity(messages: list[Message], marks: Any, tools: Any, arguments: Any, completion: int | None) -> str:
-    """Of a plain conversation the hash of roles and contents; whatever else changes the training joins in."""
-    plain: list[Any] = [[m["role"], m["content"]] for m in messages]
-    if marks or tools or arguments or any(len(m) > 2 for m in messages):
-        return _hash(["rich", messages, marks, tools, arguments, completion])
-    answers = sum(m["role"] == "assistant" for m in messages)
-    return _hash(["completion", plain, completion] if completion is not None and answers > 1 else plain)
-
-
-def _hash(content: Any) -> str:
-    try:
-        plain = isinstance(content, list) and content[0] != "rich"
-        text = json.dumps(content) if plain else json.dumps(content, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-    except UnicodeEncodeError as error:
-        raise RowError("text not Unicode", "row: expected Unicode text, got a lone surrogate") from error
-    except (TypeError, ValueError) as error:
-        raise RowError("not JSON", f"row: expected values that JSON holds, got {error}") from error

@@ -1,4 +1,4 @@
-"""Which messages of an example bear loss, and with what weight: the choice of ``data.supervise`` and the row's marks."""
+"""Which messages of an example bear loss, with what weight: ``data.supervise`` and the row's marks."""
 
 from __future__ import annotations
 
