@@ -139,7 +139,8 @@ def _content(value: Any, place: str, ledger: Ledger) -> tuple[str, list[str]]:
         value = [value]
     if not isinstance(value, list):
         return as_text(value, f"{place}.content", ledger), []
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in value:
         kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
         if isinstance(part, str):

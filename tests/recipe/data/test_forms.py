@@ -208,7 +208,7 @@ def test_columns_have_other_names() -> None:
     assert [m["content"] for m in parsed.example.messages] == ["q", "a"] and parsed.ignored == (
         "reply.score",
     )
-    with pytest.raises(ValueError, match="columns: expected names among .*, got nonsense"):
+    with pytest.raises(ValueError, match=r"columns: expected names among .*, got nonsense"):
         parse_columns("nonsense=x")
 
 
