@@ -14,7 +14,7 @@ from typing import Any
 from .exchanges import note_preference, read_exchange
 from .identity import content_id, hashed
 from .ledger import Ledger, as_text, empty, parsed
-from .messages import read_messages
+from .messages import list_marks, read_messages
 from .pretokenised import read_tokens
 from .rows import Example, Row, RowError
 from .tools import read_tools
@@ -51,7 +51,12 @@ def _asked(name: str, question: str, answers: tuple[str, ...], becomes: str) -> 
 
 
 FORMS: tuple[Form, ...] = (
-    Form("messages", {"messages": _MESSAGES}, _BESIDE, "the conversation; system and tools go before it"),
+    Form(
+        "messages",
+        {"messages": _MESSAGES},
+        {**_BESIDE, "loss": ("loss_mask",)},
+        "the conversation; system and tools go before it",
+    ),
     _asked("alpaca", "instruction", ("output",), "user: instruction, a blank line, input; assistant: output"),
     _asked(
         "dolly",
@@ -279,6 +284,7 @@ def _example(
         return Example(hashed(["text", text]), place=place, form=form.name, text=text)
     if form.name == "messages":
         messages, marks = read_messages(value["messages"], slots["messages"], ledger)
+        marks = list_marks(value["loss"], messages, marks) if "loss" in slots else marks
         completion = None
     else:
         messages, marks, completion = read_exchange(form.name, slots, value, ledger)

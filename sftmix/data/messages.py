@@ -63,6 +63,23 @@ def read_messages(value: Any, place: str, ledger: Ledger) -> tuple[list[Message]
     return messages, marks
 
 
+def list_marks(value: Any, messages: list[Message], marks: list[float | None]) -> list[float | None]:
+    """Marks of a row's own list, one item per message; items of turns that are not the assistant's say nothing."""
+    value = parsed(value, "loss_mask")
+    if not isinstance(value, list) or len(value) != len(messages):
+        raise RowError(
+            "invalid mark", f"loss_mask: expected a list of {len(messages)} marks, one per message"
+        )
+    merged = []
+    for number, (item, message, mark) in enumerate(zip(value, messages, marks, strict=True), 1):
+        given = _mark({"loss_mask": item}, "assistant", f"loss_mask, item {number}")
+        given = given if message["role"] == "assistant" else None
+        if mark is not None and given is not None and mark != given:
+            raise RowError("contradictory marks", f"loss_mask, item {number}: expected {mark}, got {given}")
+        merged.append(mark if given is None else given)
+    return merged
+
+
 def _message(raw: dict[str, Any], place: str, number: int, ledger: Ledger) -> tuple[Message, float | None]:
     role, content = raw.get("role"), raw.get("content")
     if len(raw) == 2 and type(content) is str and role in ("user", "assistant", "system") and content.strip():

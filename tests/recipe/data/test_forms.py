@@ -201,6 +201,14 @@ def test_rows_that_train_differently_have_different_ids() -> None:
     assert len({_parse(row).example.id for row in rows}) == len(rows)
 
 
+def test_a_list_of_marks_beside_the_messages() -> None:
+    """A row's loss_mask has one item per message, and agrees with the messages' own marks."""
+    row = {**_chat(_answer(), {"role": "user", "content": "q"}, _answer()), "loss_mask": [1, 0, 1, 1]}
+    assert message_weights(_parse(row).example, "all") == (0, 0, 0, 1)
+    assert _kind({**row, "loss_mask": [1]}) == "invalid mark"
+    assert _kind({**_chat(_answer(weight=1)), "loss_mask": [0, 0]}) == "contradictory marks"
+
+
 def test_columns_have_other_names() -> None:
     """Names and dotted paths are mapped; what is left beside a path is named."""
     row = {"query": "q", "reply": {"text": "a", "score": 3}}
