@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .ledger import Ledger, as_text, empty, parsed
-from .messages import read_messages
-from .rows import Message, RowError
+from sftmix.data.ledger import Ledger, as_text, empty, parsed
+from sftmix.data.messages import read_messages
+from sftmix.data.rows import Message, RowError
 
 
 def read_exchange(

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .exchanges import note_preference, read_exchange
-from .identity import content_id, hashed
-from .ledger import Ledger, as_text, empty, parsed
-from .messages import list_marks, read_messages
-from .pretokenised import read_tokens
-from .rows import Example, Row, RowError
-from .tools import read_tools
+from sftmix.data.content_id import content_id, hashed
+from sftmix.data.exchanges import read_exchange
+from sftmix.data.ledger import Ledger, as_text, empty, parsed
+from sftmix.data.messages import list_marks, read_messages
+from sftmix.data.pretokenised import read_tokens
+from sftmix.data.rows import Example, Row, RowError
+from sftmix.data.tools import read_tools
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
@@ -117,11 +117,11 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, sign, path = (piece.strip() for piece in part.partition("="))
         if not sign or not path or name in columns:
-            raise ValueError(f"columns: expected name=column once for each name, got {part!r}")
+            raise ValueError(f"data.columns: expected name=column once for each name, got {part!r}")
         columns[name] = path
     if unknown := sorted(columns.keys() - _COLUMNS):
         raise ValueError(
-            f"columns: expected names among {', '.join(sorted(_COLUMNS))}, got {', '.join(unknown)}"
+            f"data.columns: expected names among {', '.join(sorted(_COLUMNS))}, got {', '.join(unknown)}"
         )
     return columns
 
@@ -133,7 +133,7 @@ def parse_row(row: Row, *, form: str | None = None, columns: Mapping[str, str] |
     Raises ``RowError`` for a row that cannot be used, ``ValueError`` for an unknown ``form``.
     """
     if form is not None and form not in _BY_NAME:
-        raise ValueError(f"form: expected one of {', '.join(_BY_NAME)}, got {form!r}")
+        raise ValueError(f"data.form: expected one of {', '.join(_BY_NAME)}, got {form!r}")
     if not isinstance(row.fields, dict) or not row.fields:
         raise RowError(
             "not an object", f"row: expected an object with columns, got {type(row.fields).__name__}"
@@ -268,19 +268,15 @@ def _example(
     value = {slot: fields[name] for slot, name in slots.items()}
     if form.name == "tokens":
         return read_tokens(value, place)
-    if form.name == "text" or (
-        form.name == "preference" and "question" not in slots and isinstance(value["answer"], str)
-    ):
-        if form.name == "preference":
-            note_preference(ledger)
-        text = as_text(
-            value["text" if form.name == "text" else "answer"], slots.get("text", "chosen"), ledger
+    if form.name == "preference" and "question" not in slots and isinstance(value["answer"], str):
+        raise RowError(
+            "no question",
+            "chosen: expected a prompt beside the chosen text, or a list of messages, got text alone",
         )
+    if form.name == "text":
+        text = as_text(value["text"], slots["text"], ledger)
         if not text.strip():
             raise RowError("empty answer", f"{form.name}: expected text, got none")
-        for slot in ("system", "tools", "arguments"):
-            if slot in slots:
-                ledger.ignore(slots[slot])
         return Example(hashed(["text", text]), place=place, form=form.name, text=text)
     if form.name == "messages":
         messages, marks = read_messages(value["messages"], slots["messages"], ledger)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rows import RowError
+from sftmix.data.rows import RowError
 
 
 @dataclass

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .ledger import Ledger, as_text, empty, parsed, short
-from .rows import Message, RowError
-from .tools import CALL_ROLES, read_calls
+from sftmix.data.ledger import Ledger, as_text, empty, parsed, short
+from sftmix.data.rows import Message, RowError
+from sftmix.data.tools import CALL_ROLES, read_calls
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

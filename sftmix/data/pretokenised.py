@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .identity import hashed
-from .rows import Example, RowError
+from sftmix.data.content_id import hashed
+from sftmix.data.rows import Example, RowError
 
 
 def read_tokens(value: dict[str, Any], place: str) -> Example:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sftmix.data.heldout import Keys
 from sftmix.data.digest import example_digest
+from sftmix.data.heldout import Keys
 from sftmix.data.rows import Account, Fault
 from sftmix.data.tokenized import TokenizedExample
 

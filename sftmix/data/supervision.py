@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rows import Example, RowError
+from sftmix.data.rows import Example, RowError
 
 _OWN_PROMPT = ("prompt_completion", "preference")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .ledger import Ledger, as_text, empty, parsed, short
-from .rows import RowError
+from sftmix.data.ledger import Ledger, as_text, empty, parsed, short
+from sftmix.data.rows import RowError
 
 CALL_ROLES = {"function_call", "tool_call"}  # roles whose content is a call
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
-from sftmix.data.heldout import check_sources, overlap, split_heldout
 from sftmix.data.digest import examples_digest
+from sftmix.data.heldout import check_sources, overlap, split_heldout
 from sftmix.data.prepare import Source, remove
 from sftmix.data.rows import Example
 from sftmix.data.store import Chosen, TokenStore

@@ -18,7 +18,8 @@ import pytest
 
 from sftmix import progress
 from sftmix.progress import activity, bar, duration, say
-from tests.recipe.run.test_stages import FLAGS, material  # noqa: F401 - a fixture
+from tests.recipe.run.conftest import material  # noqa: F401 - a fixture
+from tests.recipe.run.small import FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"ntp_loss": 2.5, "mixup_loss": 1.25, "num_tokens": 300, "seconds": 0.5}

@@ -54,7 +54,7 @@ class Judge:
     @cached_property
     def verdict(self) -> str:
         """``pass``, ``either`` (the words are there but not as given, or in a way not demanded), ``refuse: why``."""
-        if any(one.plain and one.demanded for one in self.made):
+        if any(one.plain and one.demanded and not self._interleaved(one) for one in self.made):
             return "pass"
         if any(one.whole for one in self.made):
             return "either"
@@ -62,6 +62,15 @@ class Judge:
         if self.drops and lost and "end" not in lost:
             return "either"
         return "refuse: " + (", ".join(lost) or self.made[0].error)
+
+    def _interleaved(self, one: Rendering) -> bool:
+        """Whether another message's text stands between two texts of one answer: such a turn may be refused."""
+        found = zip(one.places, (text.message for text in self.talk.texts), strict=True)
+        order = [
+            message for place, message in sorted((place, message or -1) for place, message in found if place)
+        ]
+        runs = [message for i, message in enumerate(order) if i == 0 or order[i - 1] != message]
+        return len(runs) > len(set(runs))
 
     @cached_property
     def fitting(self) -> list[Rendering]:
@@ -80,6 +89,8 @@ class Judge:
             return f"refused at {fault.place!r}, expected {place!r}"
         kinds = {kind for one in self.nearest for kind in one.missing}
         kinds |= {"assistant", "user"} if self.verdict == "either" else set()
+        if any(self._interleaved(one) for one in self.made) and "another message inside" in said:
+            return ""
         named = any(re.search(NAMED[kind], said) for kind in kinds)
         raised = any(one.error and one.error[:24].lower() in said for one in self.made)
         return "" if named or raised else f"refused for {fault.reason!r}, expected {self.verdict}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from sftmix.data.heldout import Keys
 from sftmix.data.digest import examples_digest
+from sftmix.data.heldout import Keys
 from sftmix.data.rows import Account, Fault
 from sftmix.data.store import (
     SCHEMA,

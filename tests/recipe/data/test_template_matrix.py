@@ -35,16 +35,21 @@ def templates() -> list[Path]:
 
 def outcomes(talks: Sequence[Conversation], tokenizer: Any, family: Family, **options: Any) -> list[Any]:
     """What the product makes of conversations: tokens or a fault each. The one place that knows its interface."""
-    from sftmix.data.rows import Example
+    from sftmix.data.forms import parse_row
+    from sftmix.data.rows import Fault, Row, RowError
     from sftmix.data.tokens import Encoder, TokenOptions
 
     stops = tuple(tokenizer.convert_tokens_to_ids(list(family.generation)))
     encoder = Encoder(tokenizer, TokenOptions(**{"date": DATE, "stop_ids": stops, **options}))
-    examples = [
-        Example(id=talk.kind, messages=tuple(talk.messages), tools=tuple(talk.tools), place=PLACE)
-        for talk in talks
-    ]
-    return [outcome for outcome, _ in encoder.outcomes(examples)]
+    found = []
+    for talk in talks:
+        row = Row(PLACE, {"messages": talk.messages, "tools": talk.tools})
+        try:
+            ((outcome, _),) = encoder.outcomes([parse_row(row).example])
+        except RowError as error:
+            outcome = Fault(PLACE, error.kind, error.reason)
+        found.append(outcome)
+    return found
 
 
 def is_fault(outcome: Any) -> bool:

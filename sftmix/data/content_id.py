@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from .rows import Message, RowError
+from sftmix.data.rows import Message, RowError
 
 
 def content_id(
