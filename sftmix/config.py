@@ -66,8 +66,7 @@ class DataConfig:
     )
     columns: str | None = knob("other names of columns, e.g. question=query,answer=reply", None)
     supervise: str = knob(
-        "turns that bear loss: all the assistant's (of a prompt-completion row the completion's), the last, the "
-        "completion's, or those that the row marks",
+        "turns that bear loss; all: every answer, of a prompt-completion row the completion",
         "all",
         choices=("all", "last", "completion", "marked"),
     )
@@ -80,15 +79,14 @@ class DataConfig:
         "longest sequence, in tokens; null: the model's positions, at most 2048", None, at_least=2
     )
     too_long: str = knob(
-        "longer examples: drop, cut on the right (the answer loses its end), cut the prompt on its left (cut_prompt), "
-        "or refuse; all are counted",
+        "longer examples: drop, cut (the answer loses its end), cut_prompt (on its left), or refuse",
         "cut",
         choices=("drop", "cut", "cut_prompt", "refuse"),
     )
     chat_template: str | None = knob("path of a Jinja chat template that overrides the tokenizer's", None)
     template_arguments: str | None = knob("arguments of the chat template, a JSON object", None)
     template_drops: str = knob(
-        "text that the chat template leaves out (say, reasoning of earlier turns): refuse the row, or use it, counted",
+        "text that the chat template leaves out (say, earlier reasoning): refuse the row, or use it",
         "refuse",
         choices=("refuse", "allow"),
     )

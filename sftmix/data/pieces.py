@@ -230,3 +230,18 @@ def _call(call: Mapping[str, Any], message: int, leaf: Any, tree: Any) -> dict[s
     elif arguments is not None:
         function["arguments"] = leaf(arguments, message, "tool call")
     return {**call, "function": function}
+
+
+def told_lost(lost: Sequence[Piece], messages: Sequence[Message]) -> str:
+    """What a chat template leaves out, in words."""
+    first = lost[0]
+    where = (
+        "the list of tools" if first.message == TOOLS else f"the {first.kind} of message {first.message + 1}"
+    )
+    if first.message != TOOLS:
+        where += f" ({messages[first.message]['role']})"
+    more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return (
+        f"expected a chat template that shows every text of the row, got one without {where}{more}: "
+        f"{first.text!r:.60}; data.template_drops=allow uses such rows all the same"
+    )

@@ -7,18 +7,18 @@ the chat template; a change of any of them makes another file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sftmix.data.fingerprint import fingerprint
 from sftmix.data.forms import parse_row
 from sftmix.data.heldout import words_keys
 from sftmix.data.read import read_rows, source_files
@@ -29,7 +29,6 @@ from sftmix.files import replacing
 _TASK = 1000  # rows handed to a process at a time
 _POOL_FROM = 20_000  # rows from which starting processes pays: each takes two seconds to load the tokenizer
 SHOWN = 20  # faults that are told one by one
-_VERSION = 1  # of what this file writes
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,10 @@ def prepare(
     """
     from sftmix.data.store import TokenStore
 
-    path = folder / f"{_key(source, tokenizer, options)}.arrow"
+    path = (
+        folder
+        / f"{fingerprint(source, tokenizer, options, source_files(source.name, split=source.split))}.arrow"
+    )
     is_new = not path.exists()
     if is_new:
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,35 +294,3 @@ def _merge(into: Account, part: Account) -> None:
     for name in ("dropped", "ignored", "forms", "notes"):
         getattr(into, name).update(getattr(part, name))
     into.faults += part.faults[: SHOWN - len(into.faults)]
-
-
-def _key(source: Source, tokenizer: Any, options: TokenOptions) -> str:
-    """A hash of everything that the tokens depend on."""
-    settings = {**asdict(source), "options": asdict(options), "version": _VERSION}
-    files = source_files(source.name, split=source.split)
-    settings["files"] = [content_hash(path) for path in files]
-    if files:
-        del settings["name"]  # a file that was moved is the same file
-    told = json.dumps([settings, tokenizer_facts(tokenizer)], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What of a tokenizer decides the ids: its model and rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return {
-        "class": type(tokenizer).__name__,
-        "model": hashlib.sha256(model.encode()).hexdigest(),
-        "special": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
-    }
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

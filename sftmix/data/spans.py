@@ -11,7 +11,6 @@ a template closes earlier answers with another token (gpt-oss), the last one's i
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -22,11 +21,10 @@ from typing import Any
 
 from sftmix.data.pieces import TOOLS, Piece, Placed, pieces_of, place
 from sftmix.data.rows import Message, RowError
+from sftmix.data.tellings import shape_of, variant_of, variants
 from sftmix.data.template import ChatTemplate, Span
 
 _SHAPES = 512  # shapes of conversations that are remembered
-_ARGUMENTS = ("as given", "as JSON text")
-_EMPTY = ("", None, "absent")
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,14 @@ class Renderer:
         Raises ``RowError`` where the template refuses it, alters a text, or marks as generated what is not.
         """
         arguments = arguments or {}
-        key = _shape_of(messages, tools, arguments)
+        key = shape_of(messages, tools, arguments)
         shape = self._shapes.get(key)
         if shape is not None:
             found = self._by_shape(shape, messages, tools, arguments)
             if found is not None:
                 return found
         variant, placed = self._best(messages, tools, arguments)
-        told = _variant(messages, *variant)
+        told = variant_of(messages, *variant)
         answers = list(self._answers(told, tools, arguments, placed))
         self._remember(key, variant, placed, answers)
         lost = tuple(piece for piece, span in zip(placed.pieces, placed.spans, strict=True) if span is None)
@@ -100,7 +98,7 @@ class Renderer:
         """The text of a conversation with the beginning of the next answer."""
         variant, _ = self._best(messages, tools, arguments)
         return self.template.render(
-            _variant(messages, *variant), tools=tools, arguments=arguments, prompt=True
+            variant_of(messages, *variant), tools=tools, arguments=arguments, prompt=True
         )
 
     # --- variants: how a template wants to be told the same thing ---
@@ -111,9 +109,9 @@ class Renderer:
         """The first way of telling the template that loses nothing; else the one that loses least."""
         best: tuple[int, tuple[str, Any, bool], Placed] | None = None
         refusal: RowError | None = None
-        for variant in _variants(messages):
+        for variant in variants(messages):
             try:
-                placed = place(self.template, _variant(messages, *variant), tools, arguments)
+                placed = place(self.template, variant_of(messages, *variant), tools, arguments)
             except RowError as error:
                 refusal = refusal or error
                 continue
@@ -132,7 +130,7 @@ class Renderer:
         self, shape: _Shape, messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]
     ) -> Rendered | None:
         """The same by comparing literals; None where they differ."""
-        told = _variant(messages, *shape.variant)
+        told = variant_of(messages, *shape.variant)
         pieces = pieces_of(told, tools)
         if len(pieces) != len(shape.literals) - 1:
             return None
@@ -317,58 +315,3 @@ def _check_tags(tags: Sequence[Span], messages: Sequence[Message], placed: Place
                 "generation block around another's text",
                 f"expected {{% generation %}} blocks around the assistant's text only, got one around {who}",
             )
-
-
-def _shape_of(messages: Sequence[Message], tools: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
-    """Conversations of one shape are likely to share their literals."""
-    parts = []
-    for message in messages:
-        content = message.get("content")
-        text = content if isinstance(content, str) else ""
-        plain = not text or not (text[0].isspace() or text[-1].isspace())
-        parts.append((message["role"], *(key for key in message if message[key]), plain, "think>" in text))
-    return tuple(parts), len(tools), json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
-
-
-def _variants(messages: Sequence[Message]) -> Iterator[tuple[str, Any, bool]]:
-    """Ways to tell a template the same thing that differ for this conversation."""
-    has_arguments = any(
-        isinstance(call["function"].get("arguments"), Mapping)
-        for message in messages
-        for call in message.get("tool_calls") or ()
-    )
-    has_empty = any(message.get("tool_calls") and not message.get("content") for message in messages)
-    for parts in (False, True):
-        for empty in _EMPTY if has_empty else _EMPTY[:1]:
-            for form in _ARGUMENTS if has_arguments else _ARGUMENTS[:1]:
-                yield form, empty, parts
-
-
-def _variant(messages: Sequence[Message], form: str, empty: Any, parts: bool) -> list[Message]:
-    if form == _ARGUMENTS[0] and empty == "" and not parts and all(len(message) == 2 for message in messages):
-        return list(messages)
-    return [_told(message, form, empty, parts) for message in messages]
-
-
-def _told(message: Message, form: str, empty: Any, parts: bool) -> Message:
-    told = {key: value for key, value in message.items() if value is not None}
-    reasoning = told.get("reasoning_content")
-    if reasoning is not None:
-        told.update(thinking=reasoning, reasoning=reasoning)
-    if told.get("tool_calls"):
-        if not told.get("content"):
-            told["content"] = empty
-            if empty == "absent":
-                del told["content"]
-        if form == _ARGUMENTS[1]:
-            told["tool_calls"] = [_as_text(call) for call in told["tool_calls"]]
-    if parts and isinstance(told.get("content"), str):
-        told["content"] = [{"type": "text", "text": told["content"]}]
-    return told
-
-
-def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), Mapping):
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": function}

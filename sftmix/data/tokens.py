@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from sftmix.data.encode import SpecialTokens, by_offsets, characters, encode
-from sftmix.data.pieces import TOOLS, Piece
+from sftmix.data.pieces import told_lost
 from sftmix.data.rows import Example, Fault, RowError
 from sftmix.data.spans import Answer, Rendered, Renderer
 from sftmix.data.supervision import message_weights
@@ -161,7 +161,7 @@ class Encoder:
         )
         notes = []
         if rendered.lost:
-            reason = _lost(rendered.lost, example)
+            reason = told_lost(rendered.lost, example.messages)
             if self.options.template_drops == "refuse":
                 raise RowError("text that the chat template leaves out", reason)
             notes.append("text that the chat template leaves out")
@@ -310,49 +310,3 @@ class Encoder:
             return ids, [(stop, stop) for stop in stops]
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return found["input_ids"], found["offset_mapping"]
-
-
-def _lost(lost: Sequence[Piece], example: Example) -> str:
-    """What a chat template leaves out, in words."""
-    first = lost[0]
-    where = (
-        "the list of tools" if first.message == TOOLS else f"the {first.kind} of message {first.message + 1}"
-    )
-    if first.message != TOOLS:
-        where += f" ({example.messages[first.message]['role']})"
-    more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
-    return (
-        f"expected a chat template that shows every text of the row, got one without {where}{more}: "
-        f"{first.text!r:.60}; data.template_drops=allow uses such rows all the same"
-    )
-
-
-def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Any, *, max_length: int | None = None, **options: Any
-) -> list[TokenizedExample]:
-    """All examples as tokens, cut to ``max_length``; other options are those of ``TokenOptions``.
-
-    Raises ``ValueError`` for the first example that cannot be used, naming it and the reason.
-    """
-    found = []
-    encoder = Encoder(tokenizer, TokenOptions(max_length=max_length, **options))
-    for example, (outcome, _) in zip(examples, encoder.outcomes(examples), strict=True):
-        if isinstance(outcome, Fault):
-            raise ValueError(f"{example.place or f'example {example.id}'}: {outcome.reason}")
-        found.append(outcome)
-    return found
-
-
-def prompt_ids(example: Example, tokenizer: Any, options: TokenOptions | None = None) -> list[int]:
-    """The tokens of a conversation up to its last answer, with the generation prompt, to sample from.
-
-    Of an example without messages: its tokens before the first that bears loss; a text has none but its first.
-    """
-    encoder = Encoder(tokenizer, options or TokenOptions())
-    if not example.messages:
-        ready = tokenize_examples([example], tokenizer)[0]
-        return list(ready.input_ids[: max(1, ready.supervised.index(True))])
-    roles = [message["role"] for message in example.messages]
-    last = len(roles) - 1 - roles[::-1].index("assistant")
-    text = encoder.renderer.prompt(example.messages[:last], example.tools, example.template_arguments)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 
+from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.data.tokens import TokenOptions, prompt_ids
+from sftmix.data.tokens import TokenOptions
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
 from sftmix.scores.dynamics import accumulate

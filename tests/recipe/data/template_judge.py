@@ -65,7 +65,7 @@ class Judge:
 
     def _interleaved(self, one: Rendering) -> bool:
         """Whether another message's text stands between two texts of one answer: such a turn may be refused."""
-        found = zip(one.places, (text.message for text in self.talk.texts), strict=True)
+        found = list(zip(one.places, (text.message for text in self.talk.texts), strict=not one.error))
         order = [
             message for place, message in sorted((place, message or -1) for place, message in found if place)
         ]

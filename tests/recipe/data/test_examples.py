@@ -118,7 +118,7 @@ def test_copies_get_numbered_ids(tmp_path: Path) -> None:
 
 def test_the_first_bad_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(jsonl([ROWS[0], {"prompt": "Q", "completion": " "}]) + "{")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected an answer"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: completion: expected an answer"):
         load_examples(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text(jsonl([ROWS[0]]) + "{")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: expected JSON"):

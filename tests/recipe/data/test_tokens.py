@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftmix.data.prepare import Source
+from sftmix.data.prompts import prompt_ids, tokenize_examples
 from sftmix.data.rows import Example, Fault
 from sftmix.data.template import use_chat_template
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.data.tokens import Encoder, TokenOptions, prompt_ids, tokenize_examples
+from sftmix.data.tokens import Encoder, TokenOptions
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
-from sftmix.data.tokens import prompt_ids
 from sftmix.evaluation.figures import evaluate_model, sample_answers, score_examples
 from tests.recipe import tiny
 
