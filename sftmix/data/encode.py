@@ -30,12 +30,26 @@ def encode(
         for text, found in zip(texts, spans, strict=True):
             yield _by_prefix(text, found, tokenizer)
         return
-    batch = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-        verbose=False,
-    )  # fmt: skip
-    for encoding, text, found in zip(batch.encodings, texts, spans, strict=True):
+    for encoding, text, found in zip(_encodings(tokenizer, list(texts)), texts, spans, strict=True):
         yield encoding.ids, _token_spans(encoding, text, found)
+
+
+def _encodings(tokenizer: Any, texts: list[str]) -> Sequence[Any]:
+    """The texts' encodings: the backend's own, without the copies that transformers makes of them."""
+    from transformers import PreTrainedTokenizerFast
+
+    if (
+        type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus
+    ):  # it does more than its backend
+        found = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).encodings
+        return list(found)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return list(backend.encode_batch(texts, add_special_tokens=False))
 
 
 def _token_spans(encoding: Any, text: str, spans: Sequence[Span]) -> list[Span]:

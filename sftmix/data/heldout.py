@@ -218,6 +218,8 @@ def words_keys(example: Any, *, parts: bool = True) -> Keys:
 
 def _words(message: Mapping[str, Any]) -> str:
     """All that a message says, its reasoning and calls included."""
+    if len(message) == 2:  # a role and a content
+        return _normal(str(message.get("content") or ""))
     rest = {key: value for key, value in message.items() if key not in ("role", "content") and value}
     told = json.dumps(rest, sort_keys=True, default=str) if rest else ""
     return _normal(f"{message.get('content') or ''} {told}")

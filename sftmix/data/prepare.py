@@ -8,6 +8,7 @@ the chat template; a change of any of them makes another file.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,9 +66,10 @@ class Source:
 
 @dataclass
 class _Part:
-    """What one task gives back: in the order of its rows, entries or faults; and its part of the account."""
+    """What one task gives back: the examples in the order of its rows, their ids, and its part of the account."""
 
-    entries: list[Any]  # Entry
+    batch: Any  # a record batch of the store; None where no row can be used
+    ids: list[str]
     account: Account
     stops: Counter[int]
 
@@ -82,7 +84,7 @@ class _Worker:
         self.encoder = Encoder(tokenizer, options)
 
     def part(self, rows: Sequence[Row | Fault]) -> _Part:
-        from sftmix.data.store import Entry
+        from sftmix.data.store import Entry, to_batch
 
         account = Account(rows_read=len(rows))
         examples: list[Example] = []
@@ -102,18 +104,21 @@ class _Worker:
         self.encoder.stops = Counter()
         outcomes = self.encoder.outcomes(examples)
         for example, (ignored, notes), (outcome, more) in zip(examples, told, outcomes, strict=True):
-            account.ignored.update(ignored)
+            for field_name in ignored:
+                account.ignored[field_name] += 1
             if isinstance(outcome, Fault):
                 _fault(account, outcome)
                 continue
             account.rows_used += 1
             account.forms[example.form] += 1
-            account.notes.update((*notes, *more))
+            for note in (*notes, *more):
+                account.notes[note] += 1
             account.cut += outcome.cut
             account.tokens += len(outcome.input_ids)
             account.supervised_tokens += outcome.num_supervised
             entries.append(Entry(outcome, example.place, words_keys(example)))
-        return _Part(entries, account, self.encoder.stops)
+        batch = to_batch(entries) if entries else None
+        return _Part(batch, [entry.example.id for entry in entries], account, self.encoder.stops)
 
 
 def _start_worker(tokenizer: Any, options: TokenOptions, source: Source) -> None:
@@ -171,19 +176,23 @@ def remove(path: Path) -> None:
             folder.rmdir()
 
 
-def check(account: Account, name: str, *, bad_rows: str, too_long: str) -> None:
-    """Raise ``ValueError`` for rows that cannot be used, unless they may be dropped, and where none is left."""
+def check(account: Account, name: str, *, bad_rows: str, too_long: str, listed: bool = True) -> None:
+    """Raise ``ValueError`` for rows that cannot be used, unless they may be dropped, and where none is left.
+
+    Without ``listed`` they are counted only: somebody has listed them before.
+    """
+    told = _listed if listed else lambda account, kinds: ""
     dropped = account.dropped - Counter(
         {"too long": account.dropped["too long"]} if too_long == "drop" else {}
     )
     if dropped and bad_rows == "refuse":
         raise ValueError(
             f"{name}: expected rows that can all be used, got {_counted(dropped)} of {account.rows_read} that cannot "
-            f"(data.bad_rows=drop leaves them out):{_listed(account, dropped)}"
+            f"(data.bad_rows=drop leaves them out){told(account, dropped)}"
         )
     if not account.rows_used:
         found = (
-            f"none of {account.rows_read} rows:{_listed(account, account.dropped)}"
+            f"none of {account.rows_read} rows{told(account, account.dropped)}"
             if account.rows_read
             else "no row"
         )
@@ -199,7 +208,7 @@ def _counted(kinds: Counter[str]) -> str:
 def _listed(account: Account, kinds: Counter[str]) -> str:
     lines = [f"\n  {fault.place}: {fault.reason}" for fault in account.faults if fault.kind in kinds]
     more = sum(kinds.values()) - len(lines)
-    return "".join(lines) + (f"\n  … and {more} more" if more > 0 else "")
+    return ":" + "".join(lines) + (f"\n  … and {more} more" if more > 0 else "")
 
 
 def _write(
@@ -207,7 +216,7 @@ def _write(
 ) -> None:
     import pyarrow as pa
 
-    from sftmix.data.store import SCHEMA, account_to_dict, to_batch
+    from sftmix.data.store import SCHEMA, account_to_dict
 
     account, stops, seen = Account(), Counter[int](), Counter[str]()
     batches = path.with_name(path.name + ".part")
@@ -220,14 +229,12 @@ def _write(
             for part in _parts(source, tokenizer, options, num_workers, skipped):
                 _merge(account, part.account)
                 stops.update(part.stops)
-                for i, entry in enumerate(part.entries):
-                    example = entry.example
-                    account.duplicates += example.id in seen
-                    name = unique(example.id, seen)
-                    if name != example.id:
-                        part.entries[i] = replace(entry, example=replace(example, id=name))
-                if part.entries:
-                    writer.write_batch(to_batch(part.entries))
+                names = [unique(name, seen) for name in part.ids]
+                if names != part.ids:
+                    account.duplicates += sum(map(operator.ne, names, part.ids))
+                    part.batch = part.batch.set_column(0, SCHEMA.field("id"), pa.array(names, pa.string()))
+                if part.batch is not None:
+                    writer.write_batch(part.batch)
         told = {"account": account_to_dict(account), "stops": dict(stops)}
         schema = SCHEMA.with_metadata({"sftmix": json.dumps(told)})
         # The account is known last and stands first: the batches are copied behind it.

@@ -71,7 +71,10 @@ def lines(account: Account, store: TokenStore | None = None) -> list[str]:
     if account.rows_used:
         share = account.supervised_tokens / account.tokens
         told.append(f"tokens: {account.tokens}, of which {account.supervised_tokens} ({share:.0%}) bear loss")
-        told.append(f"cut to the longest length: {account.cut} examples, whose answers have no end")
+        told.append(
+            f"cut to the longest length: {account.cut} examples"
+            + ", whose answers have no end" * bool(account.cut)
+        )
     if store is not None and len(store):
         told += _measures(store)
     return told

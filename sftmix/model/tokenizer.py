@@ -27,17 +27,20 @@ def load_tokenizer(model: ModelConfig) -> Any:
         ) from error
 
 
-def positions(model: ModelConfig) -> int | None:
-    """The longest sequence the model has positions for; None where its configuration names no bound."""
+def _configuration(model: ModelConfig) -> Any:
+    """The model's configuration; None for a folder with a tokenizer only, which is enough to look at data."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model.name, **_source(model)).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model.name: expected a model with a configuration, got {model.name} ({error})"
-        ) from error
-    found = getattr(config, "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(model.name, **_source(model))
+    except (OSError, ValueError, KeyError):  # a run says so when it loads the model
+        return None
+
+
+def positions(model: ModelConfig) -> int | None:
+    """The longest sequence the model has positions for; None where its configuration names no bound."""
+    config = _configuration(model)
+    found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(found) if isinstance(found, int) and found > 0 else None
 
 
@@ -58,15 +61,15 @@ def longest(model: ModelConfig, asked: int | None) -> int:
 
 def generation_stops(model: ModelConfig) -> tuple[int, ...]:
     """The ids at which the model's generation settings stop; its configuration's where it has no settings."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     found: Any = None
     try:
         found = GenerationConfig.from_pretrained(model.name, revision=model.revision or "main").eos_token_id
     except (OSError, ValueError):  # a model need not have any
         pass
-    if found is None:
-        config = AutoConfig.from_pretrained(model.name, **_source(model))
+    config = _configuration(model) if found is None else None
+    if config is not None:
         found = getattr(config, "eos_token_id", None)
         if found is None:
             found = getattr(config.get_text_config(), "eos_token_id", None)

@@ -11,9 +11,9 @@ from typing import Any
 from sftmix.config import Config
 from sftmix.data.prepare import Source, check, prepare
 from sftmix.data.rows import Fault
-from sftmix.data.summary import json_lines, marked, table
+from sftmix.data.summary import json_lines, lines, marked, table
 from sftmix.data.tokens import Encoder, Shown
-from sftmix.progress import activity, console, on_terminal, show
+from sftmix.progress import activity, console, on_terminal, say, show
 from sftmix.run.inputs import settle_date, token_options, tokenizer_for, train_source
 
 
@@ -47,11 +47,22 @@ def _inspect(config: Config, source: Source, model: Any, limit: int, as_json: bo
             for line in json_lines(store.account, examples):
                 print(line)
         else:
-            show(table(store.account, store, f"{config.data.train} for {config.model.name}"))
+            title = f"{config.data.train} for {config.model.name}, at most {options.max_length} tokens"
+            if on_terminal():
+                show(table(store.account, store, title))
+            else:
+                for line in (title, *lines(store.account, store)):
+                    say(line)
             for found, place in examples:
                 if isinstance(found, Shown):
                     console.print(marked(found, place, colours=on_terminal()), soft_wrap=True)
-        check(store.account, source.name, bad_rows=config.data.bad_rows, too_long=options.too_long)
+        check(
+            store.account,
+            source.name,
+            bad_rows=config.data.bad_rows,
+            too_long=options.too_long,
+            listed=as_json,
+        )
 
 
 def _examples(source: Source, encoder: Encoder, limit: int) -> Iterator[tuple[Shown | Fault, str]]:
