@@ -140,6 +140,8 @@ class SpecialTokens:
         names = sorted((name for name in flags if name.strip()), key=len, reverse=True)
         self._plain = re.compile("|".join(map(re.escape, names))) if names else None
         self._longest = max(map(len, names), default=1)
+        edges = {name[0] for name in names} | {name[-1] for name in names}
+        self._edges = re.compile("[" + "".join(map(re.escape, sorted(edges))) + "]" if edges else r"(?!)")
         parts = [
             rf"{_blank(flags[name], 'lstrip')}{re.escape(name)}{_blank(flags[name], 'rstrip')}"
             for name in names
@@ -150,7 +152,10 @@ class SpecialTokens:
         """Where a special token's string overlaps one of ``pieces``, the texts that the rows themselves hold."""
         search = self._plain.search if self._plain is not None else None
         found = []
-        for start, stop in pieces:  # most texts hold none, so only they are searched
+        for start, stop in pieces:
+            # A token that overlaps a piece has its first or its last character in it; most pieces hold none of them.
+            if self._edges.search(text, start, stop) is None:
+                continue
             first, last = max(0, start - self._longest + 1), min(len(text), stop + self._longest - 1)
             if search is None or search(text, first, last) is None:
                 continue

@@ -48,15 +48,16 @@ class Placed:
 
 def pieces_of(messages: Sequence[Message], tools: Sequence[Any]) -> tuple[Piece, ...]:
     """All texts of a conversation, in a fixed order."""
+    return tuple(_walk(messages, tools, lambda text, piece: text))
+
+
+def texts_of(messages: Sequence[Message], tools: Sequence[Any]) -> list[str]:
+    """The texts of ``pieces_of`` alone."""
     if not tools and all(
         _is_plain(message) for message in messages
     ):  # by far the most, and a million of them
-        return tuple(
-            Piece(i, "content", text)
-            for i, message in enumerate(messages)
-            if (text := message["content"].strip())
-        )
-    return tuple(_walk(messages, tools, lambda text, piece: text))
+        return [text for message in messages if (text := message["content"].strip())]
+    return [piece.text for piece in pieces_of(messages, tools)]
 
 
 def _is_plain(message: Message) -> bool:

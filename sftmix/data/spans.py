@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sftmix.data.pieces import TOOLS, Piece, Placed, pieces_of, place
+from sftmix.data.pieces import TOOLS, Piece, Placed, place, texts_of
 from sftmix.data.rows import Message, RowError
 from sftmix.data.tellings import shape_of, variant_of, variants
 from sftmix.data.template import ChatTemplate, Span
@@ -131,16 +131,16 @@ class Renderer:
     ) -> Rendered | None:
         """The same by comparing literals; None where they differ."""
         told = variant_of(messages, *shape.variant)
-        pieces = pieces_of(told, tools)
-        if len(pieces) != len(shape.literals) - 1:
+        texts = texts_of(told, tools)
+        if len(texts) != len(shape.literals) - 1:
             return None
         text = self.template.render(told, tools=tools, arguments=arguments)
         at, spans = len(shape.literals[0]), []
         if not text.startswith(shape.literals[0]):
             return None
-        for piece, literal in zip(pieces, shape.literals[1:], strict=True):
-            stop = at + len(piece.text)
-            if not (text.startswith(piece.text, at) and text.startswith(literal, stop)):
+        for piece, literal in zip(texts, shape.literals[1:], strict=True):
+            stop = at + len(piece)
+            if not (text.startswith(piece, at) and text.startswith(literal, stop)):
                 return None
             spans.append((at, stop))
             at = stop + len(literal)

@@ -102,9 +102,9 @@ class ChatTemplate:
 
         Raises ``RowError`` for whatever the template raises.
         """
-        variables = {**self._shared, **(arguments or {})}
+        variables = {**self._shared, **arguments} if arguments else self._shared
         try:
-            compiled = self._compile(tools)
+            compiled = self._compiled.get(bool(tools)) or self._compile(tools)
             return str(
                 compiled.render(
                     messages=list(messages), tools=list(tools) or None, documents=None,

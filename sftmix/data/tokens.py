@@ -172,7 +172,8 @@ class Encoder:
                 "text that the chat template leaves out",
                 f"expected every answer in the rendered text, got none of message {min(left_out) + 1}",
             )
-        rendered, chosen = self._ended(rendered, chosen)
+        if any(answer.end is None for answer in chosen):
+            rendered, chosen = self._ended(rendered, chosen)
         for answer in chosen:
             notes += answer.notes
         fakes = self._fakes(rendered.text, rendered.pieces)
@@ -197,7 +198,7 @@ class Encoder:
         text, pieces, shift = rendered.text, list(rendered.pieces), 0
         answers = []
         for answer in chosen:
-            if "outside" in answer.notes:
+            if "outside" in answer.notes:  # such an answer has no end
                 raise RowError(
                     "answer outside the generation block",
                     f"expected the text of message {answer.message + 1} inside a {{% generation %}} block of the chat "
