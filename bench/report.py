@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import cpu_targets, targets
+from bench import cpu_targets, data, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.summary import summary
@@ -167,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     args = parser.parse_args(argv)
     figures = read_figures(RESULTS)
-    pages = ((PAGE, tables(figures), (BEGIN, END)), (README, summary(figures), SUMMARY))
+    measured = tables(figures)
+    if data.RECORD.exists():
+        measured += "\n\n" + data.section(json.loads(data.RECORD.read_text(encoding="utf-8")))
+    pages = ((PAGE, measured, (BEGIN, END)), (README, summary(figures), SUMMARY))
     return max(update(*page, check=args.check, command="python -m bench.report") for page in pages)
 
 
