@@ -32,8 +32,9 @@ def _forms() -> str:
     """The forms of rows that are recognised, for the help of ``sftmix data``."""
     from sftmix.data.forms import forms_table
 
-    return "Forms of rows:\n\n" + "\n\n".join(
-        f"{name}: {columns}. {what}" for name, columns, what in forms_table()
+    rows = "\n\n".join(f"{name}: {columns}: {what}" for name, columns, what in forms_table())
+    return "Forms of rows, and their columns (those that may be missing in brackets):\n\n" + rows.replace(
+        "[", r"\["
     )
 
 

@@ -129,16 +129,21 @@ def marked(shown: Shown, source: str, *, colours: bool) -> Text:
     """An example's text: what bears loss in colour, or between ⟦ and ⟧ where there is none."""
     from rich.text import Text
 
-    made = Text(f"{source} ({shown.example.id})\n", style="bold" if colours else "")
+    made = Text()
+    made.append(f"{source} ({shown.example.id})\n", style="bold" if colours else "")
     before = 0.0
-    for token, weight in zip(shown.tokens, weights(shown), strict=True):
+    for i, (token, weight) in enumerate(zip(shown.tokens, weights(shown), strict=True)):
         if not colours and weight != before:
             made.append(
                 "⟧" * bool(before) + ("" if not weight else f"⟦{'' if weight == 1 else f'{weight:g}× '}")
             )
-        made.append(
-            token, style=("black on green" if weight == 1 else "black on yellow") * (colours and weight > 0)
+        # Two shades by turns, so that each token can be told from the next.
+        shades = (
+            ("black on green", "black on bright_green")
+            if weight == 1
+            else ("black on yellow", "black on bright_yellow")
         )
+        made.append(token, style=shades[i % 2] if colours and weight > 0 else "")
         before = weight
     made.append("⟧" * (not colours and bool(before)) + (" … (cut)" if shown.example.cut else "") + "\n")
     return made

@@ -11,17 +11,22 @@ import json
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from sftmix.data.forms import parse_row
 from sftmix.data.read import read_rows
-from sftmix.data.rows import Fault, Row
+from sftmix.data.rows import Fault, Row, RowError
+from sftmix.data.tokenized import TokenizedExample
+from sftmix.data.tokens import Encoder, TokenOptions
+from tests.recipe import tiny
 from tests.recipe.data.test_read import FORMS, PACKERS, ROWS, zipped
 from tests.recipe.data.test_read_sources import saved
 
+ENCODER = Encoder(tiny.tokenizer(), TokenOptions(max_length=64))
 SECONDS = 5  # a file of a few hundred bytes takes milliseconds
 FRAGMENTS = [
     b"\0", b"\n", b"\r", b"\r\n\r\n", b'"', b'""', b"\\", b"\\u", b"\\ud800", b"\\udc00", b"\xff", b"\xed\xa0\x80",
@@ -116,6 +121,15 @@ def check(found: list[Row | Fault], path: Path) -> None:
             assert record.kind and record.reason
 
 
+def to_tokens(found: list[Row | Fault]) -> None:
+    """What was read goes all the way: an example's tokens, a fault, or a ``RowError`` that says why not."""
+    for record in found:
+        if isinstance(record, Row):
+            with suppress(RowError):
+                ((made, _),) = ENCODER.outcomes([parse_row(record).example])
+                assert isinstance(made, (TokenizedExample, Fault))
+
+
 def check_same(found: list[Row | Fault], whole: list[Row | Fault]) -> None:
     """The packings that check their content let through the rows that were packed, or all of them several times."""
     fields = [record.fields for record in whole if isinstance(record, Row)]
@@ -143,6 +157,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
         try:
             found, error = outcome(path)
             check(found, path)
+            to_tokens(found)
             if name.endswith((".gz", ".xz", ".bz2")) and not error:
                 check_same(found, whole[name])
         except BaseException:

@@ -189,6 +189,7 @@ def test_the_help_lists_the_forms(capsys: pytest.CaptureFixture[str]) -> None:
         "text",
     ):
         assert name in out
+    assert "[system|system_prompt]" in "".join(out.split()) and "[context|input]" in "".join(out.split())
 
 
 def test_the_longest_length_is_the_models_positions_at_most_2048(model: Path, tmp_path: Path) -> None:
