@@ -24,6 +24,7 @@ from sftmix.data.forms import parse_row
 from sftmix.data.heldout import words_keys
 from sftmix.data.read import read_rows, source_files
 from sftmix.data.rows import Account, Example, Fault, Row, RowError
+from sftmix.data.sources import parts_of
 from sftmix.data.tokens import Encoder, TokenOptions
 from sftmix.files import replacing
 
@@ -139,20 +140,23 @@ def prepare(
     folder: Path,
     num_workers: int | None = None,
     bad_rows: str | None = "refuse",
+    anew: bool = True,
 ) -> Any:  # TokenStore
     """The tokenised examples of a source, from ``folder`` if they are there, else made and written there.
 
     Examples that are equal get ids that end in -2, -3, …. With ``bad_rows`` = refuse, rows that cannot be used raise
     ``ValueError`` that names the first twenty with file, line and reason, and counts every kind; so does a source
-    without any usable row. None checks nothing: ``check`` is left to the caller.
+    without any usable row. None checks nothing: ``check`` is left to the caller. What a ``datasets`` id holds today is
+    not known before it is read, so it is read ``anew``; False takes what stands there, for the other processes.
     """
     from sftmix.data.store import TokenStore
 
-    path = (
-        folder
-        / f"{fingerprint(source, tokenizer, options, source_files(source.name, split=source.split))}.arrow"
+    files = source_files(source.name, split=source.split)
+    path = folder / f"{fingerprint(source, tokenizer, options, files)}.arrow"
+    is_known = not any(
+        part.kind == "hub" for part in parts_of(source.name, source.split, lambda what, why: None)
     )
-    is_new = not path.exists()
+    is_new = not path.exists() or (anew and not is_known)
     if is_new:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

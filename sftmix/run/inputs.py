@@ -67,8 +67,10 @@ def token_options(config: Config, model: ModelConfig) -> TokenOptions:
     )  # fmt: skip
 
 
-def prepared(config: Config, source: Source, tokenizer: Any, options: TokenOptions, folder: Path) -> Any:
-    """The tokenised examples of one source, made or found in ``folder``; a ``TokenStore``."""
+def prepared(
+    config: Config, source: Source, tokenizer: Any, options: TokenOptions, folder: Path, *, anew: bool = True
+) -> Any:
+    """The tokenised examples of one source, made or found in ``folder``; a ``TokenStore``; ``anew`` is that of ``prepare``."""
     return prepare(
         source,
         tokenizer,
@@ -76,4 +78,5 @@ def prepared(config: Config, source: Source, tokenizer: Any, options: TokenOptio
         folder=folder,
         num_workers=config.data.num_workers,
         bad_rows=config.data.bad_rows,
+        anew=anew,
     )

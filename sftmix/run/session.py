@@ -72,7 +72,7 @@ class Session:
             self._made |= {store.path} - before
         self.barrier()
         if not is_main():
-            store = prepared(self.config, source, tokenizer, options, self.folder.tokens)
+            store = prepared(self.config, source, tokenizer, options, self.folder.tokens, anew=False)
         self._used.add(store.path)
         return store
 

@@ -140,3 +140,16 @@ def test_files_that_are_passed_over_are_noted(tmp_path: Path) -> None:
     (tmp_path / "d" / "README.md").write_text("about")
     store = prepared(Source(str(tmp_path / "d")), tmp_path / "t")
     assert len(store) == 6 and any("README.md is not read" in note for note in store.account.notes)
+
+
+def test_a_datasets_id_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its content is not known before; what the hub holds may have changed since the last start."""
+    import datasets
+
+    held = [{"prompt": "w1", "completion": "w2"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(held))
+    source = Source("someone/something", split="train")
+    first = prepared(source, tmp_path)
+    held.append({"prompt": "w3", "completion": "w4"})
+    assert len(prepare(source, TOKENIZER, TokenOptions(), folder=tmp_path, anew=False)) == len(first) == 1
+    assert len(prepared(source, tmp_path)) == 2
