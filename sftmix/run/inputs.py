@@ -70,7 +70,7 @@ def token_options(config: Config, model: ModelConfig) -> TokenOptions:
 def prepared(
     config: Config, source: Source, tokenizer: Any, options: TokenOptions, folder: Path, *, anew: bool = True
 ) -> Any:
-    """The tokenised examples of one source, made or found in ``folder``, as a store; ``anew`` as ``prepare`` takes it."""
+    """The tokenised examples of one source as a store, made or found in ``folder``; ``anew``: as for ``prepare``."""
     return prepare(
         source,
         tokenizer,
