@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftmix.data.fingerprint import content_hash
 from sftmix.rank import is_main
 from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.scores.confidence import read_split
@@ -209,13 +210,9 @@ def _flatten(values: dict[str, Any]) -> Settings:
 
 
 def _file_digest(path: str) -> str:
-    digest = hashlib.sha256()
     try:
-        with Path(path).expanduser().open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        return content_hash(Path(path).expanduser())[:16]
     except OSError as error:
         raise ValueError(
             f"reference.scores: expected a file, got {path} ({error.strerror or error})"
         ) from error
-    return digest.hexdigest()[:16]
