@@ -150,16 +150,15 @@ class SpecialTokens:
 
     def fakes(self, text: str, pieces: Sequence[Span]) -> list[Span]:
         """Where a special token's string overlaps one of ``pieces``, the texts that the rows themselves hold."""
-        search = self._plain.search if self._plain is not None else None
+        if self._plain is None:
+            return []
         found = []
         for start, stop in pieces:
             # A token that overlaps a piece has its first or its last character in it; most pieces hold none of them.
             if self._edges.search(text, start, stop) is None:
                 continue
             first, last = max(0, start - self._longest + 1), min(len(text), stop + self._longest - 1)
-            if search is None or search(text, first, last) is None:
-                continue
-            spans = (match.span() for match in self._plain.finditer(text, first, last))  # type: ignore[union-attr]
+            spans = (match.span() for match in self._plain.finditer(text, first, last))
             found += [span for span in spans if span[0] < stop and start < span[1]]
         return sorted(set(found))
 

@@ -147,8 +147,9 @@ def _search_others(
     found = list(spans)
     after = 0
     for i, piece in enumerate(pieces):
-        if spans[i] is not None:
-            after = spans[i][1]  # type: ignore[index]
+        span = spans[i]
+        if span is not None:
+            after = span[1]
         elif piece.message == TOOLS or messages[piece.message]["role"] != "assistant":
             before = next((span[0] for span in spans[i:] if span is not None), len(text))
             at = text.find(piece.text, after, before)

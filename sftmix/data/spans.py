@@ -58,7 +58,7 @@ class _Shape:
     variant: tuple[str, Any, bool]
     literals: tuple[str, ...]
     answers: tuple[tuple[Answer, int, int], ...]  # with the indices of an answer's first and last piece
-    placed: Placed
+    spans: tuple[Span, ...]  # of the pieces in the conversation that was met first
 
 
 class Renderer:
@@ -146,12 +146,12 @@ class Renderer:
             at = stop + len(literal)
         if at != len(text):
             return None
-        old = shape.placed.spans
+        old = shape.spans
         answers = tuple(
             Answer(
                 answer.message,
-                spans[first][0] + answer.start - old[first][0],  # type: ignore[index]
-                spans[last][1] + answer.stop - old[last][1],  # type: ignore[index]
+                spans[first][0] + answer.start - old[first][0],
+                spans[last][1] + answer.stop - old[last][1],
                 answer.end, answer.target, answer.notes,
             )
             for answer, first, last in shape.answers
@@ -161,14 +161,15 @@ class Renderer:
     def _remember(
         self, key: Any, variant: tuple[str, Any, bool], placed: Placed, answers: list[tuple[Answer, int, int]]
     ) -> None:
-        literals, at = [], 0
+        literals, spans, at = [], [], 0
         for span in placed.spans:
             if span is None or span[0] < at:  # left out, or in another order
                 return
             literals.append(placed.text[at : span[0]])
+            spans.append(span)
             at = span[1]
         literals.append(placed.text[at:])
-        self._shapes[key] = _Shape(variant, tuple(literals), tuple(answers), placed)
+        self._shapes[key] = _Shape(variant, tuple(literals), tuple(answers), tuple(spans))
         if len(self._shapes) > _SHAPES:
             self._shapes.popitem(last=False)
 
@@ -182,18 +183,18 @@ class Renderer:
         if self.template.has_tags(tools):
             tags = self.template.tagged_spans(messages, tools=tools, arguments=arguments)
             _check_tags(tags, messages, placed)
+        shown = {i: span for i, span in enumerate(placed.spans) if span is not None}
         by_message: dict[int, list[int]] = {}
-        for i, (piece, span) in enumerate(zip(placed.pieces, placed.spans, strict=True)):
-            if span is not None:
-                by_message.setdefault(piece.message, []).append(i)
-        starts = sorted(span[0] for span in placed.spans if span is not None)
-        stops = sorted(span[1] for span in placed.spans if span is not None)
+        for i in shown:
+            by_message.setdefault(placed.pieces[i].message, []).append(i)
+        starts = sorted(span[0] for span in shown.values())
+        stops = sorted(span[1] for span in shown.values())
         for message, found in by_message.items():
             if message == TOOLS or messages[message]["role"] != "assistant":
                 continue
-            first = min(found, key=lambda i: placed.spans[i][0])  # type: ignore[index]
-            last = max(found, key=lambda i: placed.spans[i][1])  # type: ignore[index]
-            begin, finish = placed.spans[first][0], placed.spans[last][1]  # type: ignore[index]
+            first = min(found, key=lambda i: shown[i][0])
+            last = max(found, key=lambda i: shown[i][1])
+            begin, finish = shown[first][0], shown[last][1]
             if bisect_left(starts, finish) - bisect_left(starts, begin) > len(found):
                 raise RowError(
                     "another's text inside an answer",
