@@ -96,7 +96,9 @@ def _figures(session: Session, source: ModelConfig, label: str, *, generate: boo
 def _about(session: Session, source: ModelConfig, label: str, *, generate: bool) -> dict[str, Any]:
     config = session.config.evaluate
     template = hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest()[:16]
+    data = session.config.data
     samples = [config.num_samples, config.max_new_tokens, list(session.stop_ids), template]
+    samples += [data.template_arguments, data.date]
     # A trained model may have been written a moment ago, so its hash is not one that the session keeps.
     model = session.model_id(source) if label == "base" else model_identity(source.name)
     return {

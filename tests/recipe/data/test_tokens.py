@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sftmix.data.prepare import Source
 from sftmix.data.prompts import prompt_ids, tokenize_examples
 from sftmix.data.rows import Example, Fault
-from sftmix.data.template import use_chat_template
+from sftmix.data.template import read_arguments, use_chat_template
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import Encoder, TokenOptions
 
@@ -382,6 +383,26 @@ def test_templates_that_render_turns_by_their_place_are_understood(base: Tokeniz
     ):
         ((_, notes),) = Encoder(tokenizer(base, template), TokenOptions()).outcomes([conversation("q", "a")])
         assert notes == (note,)
+
+
+def test_arguments_and_the_date_of_a_template_are_the_runs(base: Tokenizer) -> None:
+    """What is printed is the date given, today's only without one; arguments reach the template."""
+    dated = "{{ strftime_now('%d %b %Y') + ('!' if enable_thinking else '?') }}" + CHATML
+    told = conversation("q", "a")
+
+    def text(**options: Any) -> str:
+        (found,) = tokenize_examples([told], tokenizer(base, dated), **options)
+        return str(tokenizer(base, dated).decode(found.input_ids))
+
+    assert text(date="2026-01-02").startswith("02 Jan 2026?")
+    assert text(date="2026-01-02", template_arguments={"enable_thinking": True}).startswith("02 Jan 2026!")
+    assert text().startswith(datetime.date.today().strftime("%d %b %Y"))
+    with pytest.raises(ValueError, match=r"data\.date: expected YYYY-MM-DD, got '2 Jan'"):
+        text(date="2 Jan")
+    assert read_arguments('{"enable_thinking": false}') == {"enable_thinking": False}
+    for wrong in ("[1]", "{", "true"):
+        with pytest.raises(ValueError, match=r"data\.template_arguments: expected a JSON object, got"):
+            read_arguments(wrong)
 
 
 def test_time_is_linear_in_turns(base: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from sftmix import cli
 from sftmix.config import ModelConfig
 from sftmix.model.tokenizer import generation_stops, longest, positions
+from sftmix.run.inputs import settle_date
 from tests.recipe import tiny
 
 QWEN_LIKE = (
@@ -220,3 +222,14 @@ def test_where_generation_stops(tmp_path: Path) -> None:
 def test_a_limit_below_0_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     code, _, err = data(capsys, "x.jsonl", "--model", model, "--limit", -1)
     assert code == 2 and "limit: expected at least 0, got -1" in err
+
+
+def test_the_date_of_a_run_is_fixed_when_it_begins() -> None:
+    """A run that goes on tomorrow renders what it rendered today."""
+    fresh = tiny.config()
+    begun = settle_date(fresh)
+    assert begun.data.date == datetime.date.today().isoformat()
+    earlier = settle_date(tiny.config("data.date=2025-12-31"))
+    assert earlier.data.date == "2025-12-31"
+    assert settle_date(fresh, earlier).data.date == "2025-12-31"
+    assert settle_date(tiny.config("data.date=2026-01-01"), earlier).data.date == "2026-01-01"
