@@ -24,16 +24,17 @@ class Ledger:
 
 
 def empty(value: Any) -> bool:
-    """Nothing is lost with it: None, white space, a list or an object without items."""
+    """Nothing is lost with it: None, NaN (how tables write a missing value), white space, no items."""
     return (
         value is None
+        or value != value
         or (isinstance(value, (str, list, tuple, dict)) and not value)
         or (isinstance(value, str) and not value.strip())
     )
 
 
 def as_text(value: Any, place: str, ledger: Ledger) -> str:
-    """Text as it is, a number as its digits (noted), None as no text; raises ``RowError`` for anything else."""
+    """Text as it is, a number as its digits (noted), None and NaN as no text; raises ``RowError`` for anything else."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -43,7 +44,7 @@ def as_text(value: Any, place: str, ledger: Ledger) -> str:
                     "text not Unicode", f"{place}: expected Unicode text, got a lone surrogate"
                 ) from error
         return value
-    if value is None:
+    if value is None or value != value:
         return ""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:

@@ -65,7 +65,8 @@ def _call(call: Any, where: str, ledger: Ledger) -> dict[str, Any]:
         raise RowError(
             "invalid tool calls", f"{where}: expected a call with a name, got {type(call).__name__}"
         )
-    arguments = function.get("arguments")
+    named = "parameters" if empty(function.get("arguments")) and "parameters" in function else "arguments"
+    arguments = function.get(named)
     if isinstance(arguments, str):
         try:
             loaded = json.loads(arguments)
@@ -87,11 +88,7 @@ def _call(call: Any, where: str, ledger: Ledger) -> dict[str, Any]:
     for owner in (call, function) if function is not call else (call,):
         for key, value in owner.items():
             wanted = ("type", "id", "function") if owner is call else ()
-            if (
-                key not in wanted
-                and not (owner is function and key in ("name", "arguments"))
-                and not empty(value)
-            ):
+            if key not in wanted and not (owner is function and key in ("name", named)) and not empty(value):
                 ledger.ignore(f"messages.tool_calls.{key}")
     return kept
 

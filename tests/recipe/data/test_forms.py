@@ -244,3 +244,32 @@ def test_table_names_every_form() -> None:
     """The printed table has a line for each form."""
     assert [name for name, _, _ in forms_table()] == [form.name for form in FORMS]
     assert forms_table()[1][1].startswith("instruction output [context|input]")
+
+
+def test_a_missing_value_of_a_table_is_no_text() -> None:
+    """Tables write it as NaN: it is not the answer "nan", nor a field that somebody has to read."""
+    nan = float("nan")
+    with pytest.raises(RowError, match="expected an answer, got empty text"):
+        _parse({"prompt": "q", "completion": nan})
+    parsed = _parse({"instruction": "q", "input": nan, "output": "a", "source": nan})
+    assert (
+        [m["content"] for m in parsed.example.messages] == ["q", "a"]
+        and not parsed.ignored
+        and not parsed.notes
+    )
+
+
+def test_a_tool_call_by_parameters_keeps_them() -> None:
+    call = {"function": {"name": "f", "parameters": {"town": "Ulm"}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    parsed = _parse({"messages": turns})
+    assert parsed.example.messages[1]["tool_calls"][0]["function"] == {
+        "name": "f",
+        "arguments": {"town": "Ulm"},
+    }
+    assert not parsed.ignored
+    both = {"function": {"name": "f", "parameters": {"a": 1}, "arguments": {"b": 2}}}
+    turns[1]["tool_calls"] = [both]
+    parsed = _parse({"messages": turns})
+    assert parsed.example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"b": 2}
+    assert parsed.ignored == ("messages.tool_calls.parameters",)
