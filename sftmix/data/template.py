@@ -137,7 +137,7 @@ class ChatTemplate:
                     add_generation_prompt=False, **variables,
                 ):  # fmt: skip
                     blocks.append(block)
-        except Exception as error:
+        except Exception as error:  # as above
             raise _unrenderable(messages, error) from error
         return [(int(start), int(stop)) for start, stop in spans]
 

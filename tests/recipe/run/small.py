@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from sftmix import cli
+from sftmix.run import stages
 
 FLAGS = [
     "--model.dtype", "float32", "--train.batch_size=8", "train.micro_batch_size=4", "--train.epochs", "2",
@@ -35,3 +39,30 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 class Stop(Exception):
     """Stands for a kill at some moment."""
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, stage: str, call: Callable[[], None], *, step: int = 5) -> None:
+    """Run ``call`` with a kill at that step of ``stage``'s training; 5 is just after its first checkpoint."""
+
+    class StoppingBar:
+        def __init__(self, name: str) -> None:
+            self.left = step if name == stage else -1
+
+        def __enter__(self) -> StoppingBar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def batches(self, done: int, total: int) -> None:
+            pass
+
+        def steps(self, number: int, total: int, record: dict[str, Any]) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "bar", StoppingBar)
+        with pytest.raises(Stop):
+            call()

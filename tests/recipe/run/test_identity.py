@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sftmix.run.folder import RunFolder, stages_from
 from sftmix.run.identity import differences
 from sftmix.scores.confidence import read_split, write_split
 from tests.recipe import tiny
-from tests.recipe.run.small import Stop, run, same, sftmix, trained
+from tests.recipe.run.small import run, same, sftmix, stop_in, trained
 
 Material = tuple[Path, Path]
 
@@ -120,33 +119,6 @@ def test_another_model_of_the_same_shape_is_refused(copy: Path, material: Materi
     tiny.tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"got others: model: other files; model.name: .*model → .*other;"):
         run((tmp_path / "other", material[1]), copy)
-
-
-def stop_in(monkeypatch: pytest.MonkeyPatch, stage: str, call: Callable[[], None]) -> None:
-    """Run ``call`` with a kill just after the first checkpoint of ``stage``'s training."""
-
-    class StoppingBar:
-        def __init__(self, name: str) -> None:
-            self.left = 5 if name == stage else -1
-
-        def __enter__(self) -> StoppingBar:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def batches(self, done: int, total: int) -> None:
-            pass
-
-        def steps(self, step: int, total: int, record: dict[str, Any]) -> None:
-            self.left -= 1
-            if self.left == 0:
-                raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "bar", StoppingBar)
-        with pytest.raises(Stop):
-            call()
 
 
 def test_unfinished_work_is_refused_too(

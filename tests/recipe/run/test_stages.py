@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from sftmix.run import stages
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.training.metrics import read_metrics
 from tests.recipe import tiny
-from tests.recipe.run.small import FLAGS, Stop, run, same, sftmix, trained
+from tests.recipe.run.small import FLAGS, run, same, sftmix, stop_in, trained
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -97,28 +96,7 @@ def test_a_run_stopped_in_any_training_goes_on_to_the_same_bits(
 ) -> None:
     folder = tmp_path / "stopped"
 
-    class StoppingBar:
-        def __init__(self, name: str) -> None:
-            self.left = call if name == stage else -1
-
-        def __enter__(self) -> StoppingBar:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def batches(self, done: int, total: int) -> None:
-            pass
-
-        def steps(self, step: int, total: int, record: dict[str, Any]) -> None:
-            self.left -= 1
-            if self.left == 0:
-                raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "bar", StoppingBar)
-        with pytest.raises(Stop):
-            run(material, folder)
+    stop_in(monkeypatch, stage, lambda: run(material, folder), step=call)
     assert not (folder / "evaluation.json").exists()
     run(material, folder)
     assert same(trained(folder), trained(finished)) and same(trained(folder, "ntp"), trained(finished, "ntp"))
