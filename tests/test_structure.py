@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -189,3 +192,18 @@ def test_modules_say_what_they_are_and_leave_nothing_behind(module: str) -> None
 
 
 _STDLIB = frozenset(__import__("sys").stdlib_module_names)
+
+
+@pytest.mark.slow
+def test_tests_have_the_same_names_in_every_process() -> None:
+    """Workers collect for themselves: a name that holds a clock's time or a set's order stops them all."""
+    found = []
+    for seed in ("1", "2"):  # seconds apart, with strings hashed differently
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "tests"]
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stdout[-2000:]
+        found.append([line for line in run.stdout.splitlines() if "::" in line])
+    assert len(found[0]) > 1000
+    assert found[0] == found[1]
