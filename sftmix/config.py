@@ -38,6 +38,12 @@ class ModelConfig:
     )
     attn_implementation: str | None = knob("attention implementation passed to transformers", None)
     revision: str | None = knob("revision of a hub model", None)
+    trust_remote_code: bool = knob(
+        "run Python code that the model's folder or repository brings along", False
+    )
+    added_tokens: str | None = knob(
+        "tokens to add to the vocabulary, with commas; embedding and head get rows for them", None
+    )
 
 
 @dataclass(frozen=True)
@@ -170,8 +176,14 @@ class LoraConfig:
     rank: int = knob("rank of each adapter", 16, at_least=1)
     alpha: int = knob("adapters are scaled by alpha / rank", 32, at_least=1)
     dropout: float = knob("dropout before each adapter", 0.0, at_least=0, below=1)
+    rslora: bool = knob("scale adapters by alpha / sqrt(rank) (rsLoRA)", False)
+    dora: bool = knob("weight-decomposed adapters (DoRA)", False)
     target_modules: str = knob(
-        "all-linear (the head excepted), module names, or both, separated by commas", "all-linear"
+        "all-linear (the head excepted), names of modules or of fused experts' weights, with commas",
+        "all-linear",
+    )
+    modules_to_save: str | None = knob(
+        "modules trained whole beside the adapters, e.g. embed_tokens,lm_head", None
     )
     layers: str | None = knob("adapt only layers start:stop, e.g. 20:30; null: all", None)
 
@@ -191,7 +203,12 @@ class Config:
     """A whole run; ``run_dir``, ``model.name`` and ``data.train`` have no default."""
 
     run_dir: str = knob("folder that every stage reads and writes")
-    seed: int = knob("seed of pairing, lambda, sampling and initial adapters", 0, at_least=0)
+    seed: int = knob("seed of pairing, lambda, dropout, sampling and initial adapters", 0, at_least=0)
+    export: str = knob(
+        "what a LoRA run writes: the model with its adapters merged, the adapter alone, or both",
+        "merged",
+        choices=("merged", "adapter", "both"),
+    )
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -212,6 +229,10 @@ class Config:
                 raise ValueError(
                     f"lora.layers: expected start:stop with start < stop, got {self.lora.layers!r}"
                 )
+        if self.export != "merged" and self.train.tuning != "lora":
+            raise ValueError(
+                f"export: expected merged with train.tuning=full, which has no adapter, got {self.export}"
+            )
         names = [name.strip() for name in self.lora.target_modules.split(",")]
         if "" in names:
             raise ValueError(

@@ -14,12 +14,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sftmix.config import ModelConfig
-from sftmix.model.dtype import torch_dtype
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
 
 PROBE_TOKENS = 12  # per sequence; two sequences are compared
@@ -90,31 +86,6 @@ class SFTMixModel(nn.Module):
         if lam is None:
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
         return cast(SFTMixLoss, self.head(hidden, target, lam, **options))
-
-
-def load_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> tuple[SFTMixModel, Any]:
-    """The model named by ``config`` with its ``LossHead``, checked by ``verify_head``, and its tokenizer.
-
-    Parameters have the dtype ``config.dtype`` (auto: the device's); the model is in eval mode. Raises
-    ``ValueError`` for a model without a linear head, or one whose loss is not what ``LossHead`` computes.
-    """
-    dtype = torch_dtype(config.dtype, device)
-    source = {"revision": config.revision} if config.revision else {}
-    if config.gguf_file:
-        source["gguf_file"] = config.gguf_file
-    options: dict[str, Any] = {**source, "dtype": dtype}
-    if config.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
-    tokenizer = AutoTokenizer.from_pretrained(config.name, **source)
-    causal_lm = AutoModelForCausalLM.from_pretrained(config.name, **options)
-    # A file may hold some tensors in a dtype of their own. Parameters only: rotary frequencies stay float32.
-    cast_parameters(causal_lm, dtype)
-    model = install_head(causal_lm.eval())
-    model.to(device)
-    verify_head(model)
-    return model, tokenizer
 
 
 def install_head(causal_lm: Any) -> SFTMixModel:

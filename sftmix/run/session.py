@@ -23,10 +23,11 @@ from sftmix.data.summary import first_object, lines
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
 from sftmix.files import replacing
-from sftmix.model.causal_lm import SFTMixModel, load_model
+from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.export import merge_and_export
 from sftmix.model.identity import model_identity
+from sftmix.model.load import load_model
 from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import join_world, local_device
 from sftmix.progress import activity, say

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sftmix.config import LoraConfig, ModelConfig
-from sftmix.model.causal_lm import SFTMixModel, install_head, load_model, verify_head
+from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.export import merge_and_export
+from sftmix.model.load import load_model
 from sftmix.model.lora import apply_lora, decoder_blocks, find_targets
 from sftmix_kernels import LossHead
 from tests.recipe import tiny

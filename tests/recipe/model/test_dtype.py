@@ -12,7 +12,7 @@ import yaml
 from sftmix import cli
 from sftmix.config import Config, load_config, read_config
 from sftmix.model import dtype
-from sftmix.model.causal_lm import load_model
+from sftmix.model.load import load_model
 from sftmix.run.session import Session
 from sftmix.run.start import record
 from sftmix_kernels import ProductSupport
