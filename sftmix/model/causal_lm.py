@@ -1,9 +1,10 @@
 """The language model as the recipe trains it: any causal LM, its head replaced by ``LossHead``.
 
-``SFTMixModel.forward`` runs the decoder once, keeps the rows that bear loss, and lets the head turn
-them into the loss, so that a sharded head is gathered by its own forward. What the head does beyond
-``W h + b`` (softcap, logit scale) is guessed from the model's configuration and then checked:
-``verify_head`` compares our loss with that of the model's own logits and refuses a model that disagrees.
+``SFTMixModel.forward`` is the model's own forward in which the call of the head becomes the loss: so whatever a model
+does before its head (a scale, a cast, layers outside its decoder) is done, its auxiliary loss is the one that it
+computes itself, and a sharded head is gathered by its own forward. What comes after the head is measured (``probe``)
+and then checked: ``verify_head`` compares our loss with that of the model's own logits and refuses a model that
+disagrees.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftmix.model.probe import (
+    Extra,
+    Surroundings,
+    enlarged,
+    mean_square,
+    measure,
+    measure_extra,
+    probe_ids,
+    run,
+)
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
 
-PROBE_TOKENS = 12  # per sequence; two sequences are compared
 PROBE_LOGIT = 100.0  # the head is also probed with logits this large, where no softcap can hide
 
 
@@ -34,10 +44,14 @@ class SFTMixModel(nn.Module):
     ``model`` is the causal LM (or the peft model around it) with a ``LossHead`` as output embedding.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, around: Surroundings, extra: Extra | None = None) -> None:
         super().__init__()
         self.model = model
+        self.around, self.extra = around, extra or Extra()
         self.dtype: torch.dtype = self.head.weight.dtype  # what the model computes in, sharded or not
+        # Each parameter's own data type: the model may keep some in float32.
+        self.dtypes = {name: p.dtype for name, p in self.base.named_parameters(remove_duplicate=False)}
+        self.aux_loss: Tensor | None = None  # of the last forward, 0-d, detached
         self.training = model.training  # a new module would say True over a model in eval mode
 
     @property
@@ -47,12 +61,13 @@ class SFTMixModel(nn.Module):
 
     @property
     def decoder(self) -> nn.Module:
-        """The module whose ``last_hidden_state`` the head sees."""
-        return cast(nn.Module, self.base.get_decoder())
+        """The part of the causal LM that holds its blocks; the causal LM itself where none was found."""
+        blocks = self.around.blocks
+        return cast(nn.Module, self.base.get_submodule(blocks.partition(".")[0]) if blocks else self.base)
 
     @property
     def head(self) -> LossHead:
-        return cast(LossHead, self.base.get_output_embeddings())
+        return cast(LossHead, self.base.get_submodule(self.around.head))
 
     @property
     def is_tied(self) -> bool:
@@ -76,84 +91,128 @@ class SFTMixModel(nn.Module):
         lam: Tensor | None = None,  # [M] float32
         *,
         stats: bool = False,
+        aux_share: float = 1.0,
         **options: Any,
     ) -> SFTMixLoss | TokenStats:
-        """The loss of the chosen rows, or with ``stats`` their ``TokenStats``; options of ``sftmix_loss``."""
-        hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = hidden.last_hidden_state.flatten(0, 1).index_select(0, rows)  # [N, D]
+        """The loss of the chosen rows, or with ``stats`` their ``TokenStats``; options of ``sftmix_loss``.
+
+        A model that adds an auxiliary or a z-loss to next-token loss adds it here too: the auxiliary loss of this
+        batch with its own weight times ``aux_share``, the share of the step that this batch is; the z-loss on the rows
+        that bear loss. Neither is in the statistics.
+        """
         if stats:
-            return cast(TokenStats, self.head(hidden, target, stats=True, **options))
-        if lam is None:
-            lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
-        return cast(SFTMixLoss, self.head(hidden, target, lam, **options))
+            options["stats"] = True
+        else:
+            options["lam"] = torch.empty(0, device=rows.device) if lam is None else lam
+            if self.extra.z_loss:
+                options.setdefault("z_loss", self.extra.z_loss)
+        call = _HeadCall(rows, target, options)
+        with call.at(self.head):
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        result = call.result
+        self.aux_loss = None
+        if stats or not self.extra.aux_weight:
+            return result
+        aux = output.aux_loss
+        self.aux_loss = aux.detach()
+        return cast(SFTMixLoss, result)._replace(
+            loss=cast(SFTMixLoss, result).loss + self.extra.aux_weight * aux_share * aux
+        )
+
+
+class _HeadCall:
+    """One call of a head inside its model's forward, in which the head gives the loss of some rows.
+
+    The model goes on with one zero a token in the place of logits. Hooks, not a wrapper: the head keeps its name and
+    its class, and FSDP's own hooks come around these.
+    """
+
+    def __init__(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> None:
+        self.rows, self.target, self.options = rows, target, options
+        self.result: Any = None
+
+    @contextmanager
+    def at(self, head: nn.Module) -> Iterator[None]:
+        handles = [
+            head.register_forward_pre_hook(self._before, with_kwargs=True),
+            head.register_forward_hook(self._after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["input"]  # [B, T, D]
+        self.shape = hidden.shape[:-1]
+        hidden = hidden.flatten(0, -2).index_select(0, self.rows)  # [N, D]
+        # A model casts to its weight's type, which is float32 while it is sharded.
+        weight = cast(LossHead, getattr(head, "base_layer", head)).weight
+        return (hidden.to(weight.dtype), self.target), self.options
+
+    def _after(self, head: nn.Module, args: Any, output: Any) -> Tensor:
+        self.result = output
+        zero = torch.zeros((), dtype=output[0].dtype, device=output[0].device)
+        return zero.expand(*self.shape, 1)
 
 
 def install_head(causal_lm: Any) -> SFTMixModel:
     """Put a ``LossHead`` in the place of the output embedding, sharing its parameters (a tie stays a tie).
 
-    Raises ``ValueError`` when the model has no output embedding or it is not linear.
+    Scale and cap of the logits, and what the model adds to its loss, are measured. Raises ``ValueError`` when the
+    model has no linear output embedding, or does something else with it (``probe``).
     """
-    linear = causal_lm.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(
-            f"model: expected {type(causal_lm).__name__} to have a linear output embedding, "
-            f"got {type(linear).__name__}"
-        )
-    softcap, logit_scale = guess_head(causal_lm.config)
-    causal_lm.set_output_embeddings(LossHead.from_linear(linear, softcap=softcap, logit_scale=logit_scale))
-    return SFTMixModel(causal_lm)
-
-
-def guess_head(config: Any) -> tuple[float | None, float]:
-    """(softcap, logit scale) as the model's configuration names them: a first guess, checked afterwards."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    if not isinstance(scale, int | float):
-        scale = 1.0 / divisor if isinstance(divisor, int | float) and divisor else 1.0
-    return (float(softcap) if isinstance(softcap, int | float) else None), float(scale)
+    training = causal_lm.training
+    causal_lm.eval()
+    around = measure(causal_lm)
+    linear = causal_lm.get_submodule(around.head)
+    extra = measure_extra(causal_lm, linear.weight.shape[0], linear.weight.device)
+    head = LossHead.from_linear(linear, softcap=around.softcap, logit_scale=around.logit_scale)
+    causal_lm.set_submodule(around.head, head)
+    return SFTMixModel(causal_lm.train(training), around, extra)
 
 
 @torch.no_grad()
 def verify_head(model: SFTMixModel) -> None:
     """Compare our loss on a few tokens with that of the model's own logits; refuse a model that disagrees.
 
-    The head is probed with the decoder's own hidden states and with enlarged ones. An auxiliary loss
-    (mixture of experts) is refused too. Raises ``ValueError`` naming the model's class.
+    The head is probed with its own inputs and with enlarged ones. Raises ``ValueError`` naming the model's class.
     """
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.vocab_size, (2, PROBE_TOKENS), generator=generator).to(model.device)
+    input_ids = probe_ids(model.vocab_size, model.device)
     with evaluating(model):
         largest = _compare(model, input_ids)
-        with _enlarged(model.decoder, max(1.0, PROBE_LOGIT / max(largest, 1e-3))):
+        with enlarged(model.head, max(1.0, PROBE_LOGIT / max(largest, 1e-3))):
             _compare(model, input_ids)
 
 
 def _compare(model: SFTMixModel, input_ids: Tensor) -> float:
     """The model's largest logit; ``ValueError`` unless our loss of ``input_ids`` [B, T] is its own."""
-    name, batch = type(model.base).__name__, {"attention_mask": torch.ones_like(input_ids)}
+    name, mask = type(model.base).__name__, torch.ones_like(input_ids)
     rows = torch.arange(input_ids.numel(), device=model.device).view_as(input_ids)[:, :-1].flatten()
     target = input_ids[:, 1:].flatten()
-    output = model.base(input_ids, **batch, labels=input_ids, use_cache=False)
-    ours = cast(SFTMixLoss, model(input_ids, **batch, rows=rows, target=target)).nll
+    output = run(model.base, input_ids, labels=input_ids)
+    ours = cast(SFTMixLoss, model(input_ids, mask, rows=rows, target=target))
     logits = output.logits[:, :-1].flatten(0, 1).float()  # [N, V]
     own = F.cross_entropy(logits, target, reduction="none")
     # The model rounds its logits to its dtype, we do not: a few of its roundings are allowed.
     largest = float(logits.abs().max())
     tolerance = 1e-4 + 4 * torch.finfo(output.logits.dtype).eps * largest
-    error = float((ours - own).abs().max())
+    error = float((ours.nll - own).abs().max())
     if not error <= tolerance:
         raise ValueError(
             f"model: {name} is not supported: the loss of its own logits differs by {error:.3g} (more than "
-            f"{tolerance:.3g}) from that of a linear head on its decoder's last hidden state with softcap "
+            f"{tolerance:.3g}) from that of a linear head on its hidden states with softcap "
             f"{model.head.softcap} and logit scale {model.head.logit_scale:g}"
         )
-    extra = abs(float(output.loss) - float(own.mean()))
-    if getattr(output, "aux_loss", None) is not None or not extra <= tolerance:
+    aux = 0.0 if model.aux_loss is None else model.extra.aux_weight * float(model.aux_loss)
+    squared = mean_square(output.logits) if model.extra.z_loss else 0.0
+    expected = float(own.mean()) + aux + model.extra.z_loss * squared
+    off = abs(float(output.loss) - expected)
+    if not off <= tolerance + 1e-5 * abs(expected):
         raise ValueError(
-            f"model: {name} is not supported: it adds an auxiliary loss to next-token prediction (here "
-            f"{extra:.3g}); switch it off in its configuration (mixture of experts: output_router_logits=False)"
+            f"model: {name} is not supported: its own loss of labels differs by {off:.3g} from next-token loss with "
+            f"{model.extra.aux_weight:g} of its auxiliary loss and a z-loss of {model.extra.z_loss:g}"
         )
     return largest
 
@@ -167,18 +226,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _enlarged(decoder: nn.Module, gain: float) -> Iterator[None]:
-    """Multiply the decoder's last hidden state by ``gain`` inside the block."""
-
-    def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * gain
-        return output
-
-    handle = decoder.register_forward_hook(enlarge)
-    try:
-        yield
-    finally:
-        handle.remove()

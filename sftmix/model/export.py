@@ -52,12 +52,11 @@ def merged_state(model: SFTMixModel) -> dict[str, Tensor]:
     """The causal LM's state dict under its own names, on the CPU; empty on all but the main process."""
     if is_lora(model):
         return _merged_lora_state(model)
-    parameters = {name for name, _ in model.base.named_parameters(remove_duplicate=False)}
     state = {}
     for name, tensor in model.base.state_dict().items():
         full = whole(tensor)
         if is_main():  # shards are float32 whatever the model computes in
-            state[name] = (full.to(model.dtype) if name in parameters else full).cpu()
+            state[name] = full.to(model.dtypes.get(name, full.dtype)).cpu()
     return state
 
 

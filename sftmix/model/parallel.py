@@ -70,7 +70,10 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
 
     A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
-    float32; under LoRA the frozen base and the float32 adapters are gathered as they are.
+    float32; modules whose parameters the model keeps in float32 are units of their own, computed in float32. Under
+    LoRA the frozen base and the float32 adapters are gathered as they are.
+
+    Raises ``ValueError`` for a module that holds both kinds itself: a unit has one dtype.
     """
     if world.mesh is None:
         return model
@@ -78,10 +81,13 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
 
     if isinstance(model, FSDPModule):
         return model
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = whole_policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
     if not is_lora(model) and model.dtype != torch.float32:
+        kept = kept_in_float32(model)
         policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
         cast_parameters(model, torch.float32)
+        for module in kept:
+            fully_shard(module, mesh=world.mesh, mp_policy=whole_policy)
     options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": policy}
     for block in decoder_blocks(model)[1]:
         fully_shard(block, **options)
@@ -94,6 +100,28 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
     return model
+
+
+def kept_in_float32(model: SFTMixModel) -> list[nn.Module]:
+    """The outermost modules of a 16-bit model whose parameters are all float32, such as routers.
+
+    Raises ``ValueError`` for a module that itself holds parameters of both data types.
+    """
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        own = {p.dtype for p in module.parameters(recurse=False)}
+        if len(own) > 1:
+            names = [n for n, p in module.named_parameters(recurse=False) if p.dtype == torch.float32]
+            raise ValueError(
+                f"model.dtype: expected float32 with several processes, as {type(model.base).__name__} keeps "
+                f"{', '.join(names)} of {name} in float32 beside 16-bit parameters, got {model.dtype}"
+            )
+        kinds = {p.dtype for p in module.parameters()}
+        if kinds == {torch.float32} and id(module) not in inside:
+            found.append(module)
+            inside |= {id(child) for child in module.modules()}
+    return found
 
 
 def _after_blocks(model: SFTMixModel) -> list[nn.Module]:

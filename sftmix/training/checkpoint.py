@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent on disk, refused when they are damaged or belong to something else.
 
 A checkpoint is a folder ``step-00000120`` with ``weights.safetensors`` (the trainable weights, float32),
-``state.pt`` (optimizer, random states, online scores) and, written last, ``meta.json`` (fingerprint and
+``state.pt`` (optimizer, online scores) and, written last, ``meta.json`` (fingerprint and
 SHA-256 of the two). It is made under a temporary name, flushed and renamed. Weights are stored whole, so a
 run can be resumed on another number of processes. ``save_trainable`` writes the weights alone, for scoring.
 """
@@ -11,14 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -69,11 +67,11 @@ def load_trainable(model: SFTMixModel, folder: str | Path) -> None:
 
 def save_checkpoint(
     folder: Path, weights: TrainableWeights, optimizer: torch.optim.Optimizer, *,
-    meta: dict[str, Any], rng: list[Any], extra: Mapping[str, Any],
+    meta: dict[str, Any], extra: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Write the checkpoint of ``meta["step"]`` under ``folder`` and remove old ones; every process calls it.
 
-    ``rng`` holds the random state of each process; ``extra`` is plain data to give back on resume.
+    ``extra`` is plain data to give back on resume.
     """
     moments = {}
     for name, master in weights.masters.items():
@@ -81,7 +79,7 @@ def save_checkpoint(
         gathered = {key: whole(value).cpu() for key, value in entry.items()}
         if is_main():
             moments[name] = gathered
-    state = {"optimizer": moments, "rng": rng, "extra": dict(extra)}
+    state = {"optimizer": moments, "extra": dict(extra)}
     target = folder / f"step-{meta['step']:08d}"
     _write(target, _gather(weights.masters), state, meta)
     if is_main():
@@ -93,7 +91,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, weights: TrainableWeights, optimizer: torch.optim.Optimizer, expected: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Restore weights and optimizer; the checkpoint's ``step``, ``rng`` and ``extra``.
+    """Restore weights and optimizer; the checkpoint's ``step`` and ``extra``.
 
     Raises ``ValueError`` for a damaged checkpoint, and for one whose meta data differ from ``expected``.
     """
@@ -110,7 +108,7 @@ def load_checkpoint(
                 key: spread(value, like=master) if value.shape == master.shape and value.ndim else value
                 for key, value in entry.items()
             }
-    return {"step": meta["step"], "rng": state["rng"], "extra": state["extra"]}
+    return {"step": meta["step"], "extra": state["extra"]}
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -119,27 +117,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         return []
     names = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
     return [path for path in names if (path / META).is_file()]
-
-
-def random_state() -> dict[str, Any]:
-    """The random states of torch (CPU and GPU), numpy and Python, as plain data."""
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def _gather(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

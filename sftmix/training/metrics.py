@@ -60,30 +60,37 @@ class StepResults:
     """What a step's chunks leave on the device, read by the host once.
 
     ``denominators`` are the step's sums of weights. The two parts of the loss are reported as the weighted means
-    they are in it, so that loss = ntp_loss + mu mixup_loss with weights too; accuracy and counts are per token.
+    they are in it, so that loss = ntp_loss + mu mixup_loss with weights too (and what the model adds by itself: its
+    auxiliary loss, its z-loss); accuracy and counts are per token.
     """
 
     def __init__(self, step: Step, device: torch.device, denominators: tuple[float, float]) -> None:
         self.plan, self.denominators = step, denominators
         self.losses = torch.zeros(len(step.chunks), device=device)  # by chunk, so that a bad one can be named
-        self.parts = torch.zeros(
-            3, dtype=torch.float64, device=device
-        )  # sums of weighted nll and mixup nll, top-1
+        # Sums of weighted nll and mixup nll, of top-1, and of the auxiliary loss by shares of the step.
+        self.parts = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, index: int, loss: SFTMixLoss, batch: Batch) -> None:
+    def add(
+        self, index: int, loss: SFTMixLoss, batch: Batch, *, aux: Tensor | None = None, share: float = 1.0
+    ) -> None:
         self.losses[index] = loss.loss.detach()
         nll = loss.nll if batch.row_weight is None else batch.row_weight * loss.nll
         mixup = loss.mixup_nll if batch.pair_weight is None else batch.pair_weight * loss.mixup_nll
-        parts = [nll.sum(), mixup.sum(), loss.is_top1.sum()]
+        parts = [
+            nll.sum(),
+            mixup.sum(),
+            loss.is_top1.sum(),
+            nll.new_zeros(()) if aux is None else share * aux,
+        ]
         self.parts += torch.stack([part.double() for part in parts])
 
     def sums(self) -> Tensor:
-        """Losses by chunk, then the three sums, float64."""
+        """Losses by chunk, then the four sums, float64."""
         return torch.cat([self.losses.double(), self.parts])
 
     def check(self, step: int, values: list[float]) -> None:
         """Raise ``ValueError`` naming the step and the examples of a loss or gradient that is not finite."""
-        *losses, _nll, _mixup, _top1, grad_norm = values
+        *losses, _nll, _mixup, _top1, _aux, grad_norm = values
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(grad_norm):
             return
@@ -94,13 +101,14 @@ class StepResults:
             f"examples: {', '.join(ids)}; the checkpoints before it are kept"
         )
 
-    def record(self, values: list[float], mixup_weight: float) -> Record:
-        *losses, nll, mixup, top1, grad_norm = values
+    def record(self, values: list[float], mixup_weight: float, *, auxiliary: bool = False) -> Record:
+        """The step's line; with ``auxiliary`` the model's own auxiliary loss, unweighted, is in it too."""
+        *losses, nll, mixup, top1, aux, grad_norm = values
         step = self.plan
         has_mixup = mixup_weight != 0 and step.num_mixed > 0
         return {
             "loss": math.fsum(losses), "ntp_loss": nll / self.denominators[0],
             "mixup_loss": mixup / self.denominators[1] if has_mixup else None, "grad_norm": grad_norm,
             "num_tokens": step.num_supervised, "num_mixed": step.num_mixed,
-            "token_accuracy": top1 / step.num_supervised,
+            "token_accuracy": top1 / step.num_supervised, **({"aux_loss": aux} if auxiliary else {}),
         }  # fmt: skip

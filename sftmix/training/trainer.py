@@ -22,7 +22,7 @@ from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
-from sftmix.model.parallel import gather_objects, join_world, shard, sum_over_world
+from sftmix.model.parallel import join_world, shard, sum_over_world
 from sftmix.rank import is_main
 from sftmix.scores.halves import Split
 from sftmix.scores.online import OnlineDynamics, Row
@@ -38,6 +38,7 @@ from sftmix.training.optim import (
 )
 from sftmix.training.pairs import epoch_order, epoch_pairs
 from sftmix.training.plan import Step, collate_chunk, denominators, digest, plain_entries, plan_steps
+from sftmix.training.randomness import own_randomness, seed_chunk
 from sftmix_kernels import SFTMixLoss
 
 Progress = Callable[[int, int, Record], None]  # (step, total, record)
@@ -63,7 +64,7 @@ def train_pairs(
     weight = config.mixup.weight if config.train.method == "sftmix" else 0.0
     trainer = Trainer(
         config, model, examples, Path(folder), plan=plan, epochs=config.train.epochs, mixup_weight=weight,
-        pad_id=pad_id, progress=progress, identity=identity,
+        stage=f"train-{config.train.method}", pad_id=pad_id, progress=progress, identity=identity,
     )  # fmt: skip
     trainer.run()
     return trainer
@@ -88,7 +89,7 @@ def train_plain(
 
     trainer = Trainer(
         config, model, examples, Path(folder), plan=plan, epochs=config.reference.epochs, mixup_weight=0.0,
-        pad_id=pad_id, progress=progress, on_point=on_point,
+        stage="reference", pad_id=pad_id, progress=progress, on_point=on_point,
         points_per_epoch=config.reference.checkpoints_per_epoch, online=True, identity=identity,
     )  # fmt: skip
     trainer.run()
@@ -118,17 +119,20 @@ class Trainer:
     and shards the model; files and ``progress`` are the first process's. ``step`` counts the optimizer steps
     done, ``total`` those of the run, and ``first_step`` is where this process began. ``identity`` is what a resumed
     run must share beside its settings, by name: ``examples``, their digest (made here when it is not given), and
-    whatever else the caller knows, such as the base model's files.
+    whatever else the caller knows, such as the base model's files. Dropout is drawn from the seed, ``stage``, the step
+    and the chunk (``randomness``); the caller's random states come back when ``run`` ends.
     """
 
     def __init__(
         self, config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], folder: Path, *,
-        plan: Callable[[int], list[Step]], epochs: int, mixup_weight: float, pad_id: int = 0,
+        plan: Callable[[int], list[Step]], epochs: int, mixup_weight: float, stage: str, pad_id: int = 0,
         progress: Progress | None = None, on_point: OnPoint | None = None, points_per_epoch: int = 1,
         online: bool = False, identity: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.examples, self.folder, self.plan = config, examples, folder, plan
-        self.mixup_weight, self.pad_id = mixup_weight, pad_id
+        self.mixup_weight, self.stage = mixup_weight, stage
+        # Padding is masked and bears no loss: any token of the vocabulary serves.
+        self.pad_id = pad_id if 0 <= pad_id < model.vocab_size else 0
         self.progress, self.on_point = progress, on_point
         if is_lora(model) != (config.train.tuning == "lora"):
             kind = "adapters" if config.train.tuning == "lora" else "no adapters"
@@ -141,6 +145,7 @@ class Trainer:
         self.world = join_world(model.device)
         if config.train.gradient_checkpointing:
             model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.auxiliary = model.extra.aux_weight
         told = dict(identity or {})
         if "examples" not in told:
             told["examples"] = examples_digest(examples)
@@ -158,8 +163,9 @@ class Trainer:
         path = self.folder / "metrics.jsonl"
         writer = MetricsWriter(path, step=self.step) if is_main() else None
         try:
-            while self.step < self.total:
-                self._run_epoch(self.step // self.steps_per_epoch, writer)
+            with own_randomness(self.model.device):
+                while self.step < self.total:
+                    self._run_epoch(self.step // self.steps_per_epoch, writer)
         finally:
             self.model.eval()
             self.weights.release()
@@ -204,7 +210,11 @@ class Trainer:
         results.check(self.step, values)
         # The epoch as it is after the step: 1.0 when every example was seen once.
         record = {"step": self.step, "epoch": step.epoch + (step.index + 1) / self.steps_per_epoch, "lr": lr}
-        return {**record, **results.record(values, self.mixup_weight), **_cost(step, started, self.model)}
+        return {
+            **record,
+            **results.record(values, self.mixup_weight, auxiliary=bool(self.auxiliary)),
+            **_cost(step, started, self.model),
+        }
 
     def _train_chunk(self, step: Step, index: int, results: StepResults) -> None:
         """Forward and backward of one chunk; a process with none left takes part with a blank one."""
@@ -217,15 +227,18 @@ class Trainer:
         else:
             batch = blank_batch(self.pad_id)
         ids = batch.ids
+        share = _weight_sum(batch) / results.denominators[0]
         batch = batch.to(self.model.device, non_blocking=True)
-        loss = self._loss(batch, results.denominators)
+        seed_chunk(self.config.seed, self.stage, self.step, index)
+        loss = self._loss(batch, results.denominators, aux_share=share)
         loss.loss.backward()
         if index < len(step.chunks):
-            results.add(index, loss, batch)
+            results.add(index, loss, batch, aux=self.model.aux_loss, share=share)
             self.online.add(loss.nll, loss.is_top1, batch.example, ids)
 
-    def _loss(self, batch: Batch, sums_of_weights: tuple[float, float]) -> SFTMixLoss:
+    def _loss(self, batch: Batch, sums_of_weights: tuple[float, float], *, aux_share: float) -> SFTMixLoss:
         options: dict[str, Any] = {"mixup_weight": self.mixup_weight, "impl": self.config.train.impl}
+        options["aux_share"] = aux_share
         # Python numbers: FSDP does not round them, as it might a tensor.
         options["ntp_denominator"], options["mixup_denominator"] = sums_of_weights
         options["row_weight"], options["pair_weight"] = batch.row_weight, batch.pair_weight
@@ -242,13 +255,14 @@ class Trainer:
             "mixup.lam": config.mixup.lam if self.mixup_weight else None,
             "examples and pairs of the first epoch": digest(first, lam=self.mixup_weight > 0),
         }  # fmt: skip
+        if self.auxiliary:  # it is the mean over chunks of what each is by itself
+            settings["train.micro_batch_size"] = config.train.micro_batch_size
         return {**settings, **{f"optim.{k}": v for k, v in dataclasses.asdict(config.optim).items()}}
 
     def _save(self) -> None:
         checkpoint.save_checkpoint(
             self.folder / "checkpoints", self.weights, self.optimizer,
-            meta={"step": self.step, **self.fingerprint},
-            rng=gather_objects(checkpoint.random_state(), self.world), extra={"online": self.online.rows},
+            meta={"step": self.step, **self.fingerprint}, extra={"online": self.online.rows},
         )  # fmt: skip
 
     def _resume(self) -> None:
@@ -258,8 +272,11 @@ class Trainer:
         state = checkpoint.load_checkpoint(found[-1], self.weights, self.optimizer, self.fingerprint)
         self.step = self.first_step = int(state["step"])
         self.online.rows = state["extra"]["online"]
-        if len(state["rng"]) == self.world.size:  # with another number of processes dropout differs anyway
-            checkpoint.set_random_state(state["rng"][self.world.rank])
+
+
+def _weight_sum(batch: Batch) -> float:
+    """Sum of the weights of a batch's rows, on the CPU: its share of the step is this over the step's sum."""
+    return len(batch.rows) if batch.row_weight is None else float(batch.row_weight.double().sum())
 
 
 def _cost(step: Step, started: float, model: SFTMixModel) -> Record:

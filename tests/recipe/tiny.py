@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {**SHARED, "ffn_dim": 24, "word_embed_proj_dim": 8, "max_position_embeddings": 64},
     "mixtral": {**GATED, "num_local_experts": 2, "num_experts_per_tok": 1},
     "qwen3": {**GATED, "head_dim": 8, "tie_word_embeddings": True},
-}
+    "ernie4_5_moe": {**GATED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
+                     "moe_num_shared_experts": 1, "moe_layer_start_index": 0, "moe_layer_interval": 1},
+}  # fmt: skip
 
 
 def causal_lm(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
@@ -51,7 +54,13 @@ def causal_lm(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
 
 
 def model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, **options: Any) -> SFTMixModel:
-    built = install_head(causal_lm(kind, **options).to(dtype))
+    """The model in ``dtype``, what transformers keeps in float32 excepted, as loading gives it."""
+    built = causal_lm(kind, **options)
+    kept = [re.compile(pattern) for pattern in built._keep_in_fp32_modules_strict or ()]
+    for name, parameter in built.named_parameters():
+        if not any(pattern.search(name) for pattern in kept):
+            parameter.data = parameter.data.to(dtype)
+    built = install_head(built)
     verify_head(built)
     return built
 

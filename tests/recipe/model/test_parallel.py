@@ -89,6 +89,24 @@ def test_weights_and_losses_equal_those_of_one_process(
         assert [record[key] for record in theirs] == pytest.approx([record[key] for record in ours], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", two_processes.OTHERS)
+def test_dropout_auxiliary_loss_and_float32_parameters_are_those_of_one_process(
+    out: Path, tmp_path: Path, kind: str
+) -> None:
+    """Also the exported data types: a router stays float32 on both roads."""
+    model, trainer = two_processes.train(kind, "sftmix", "bfloat16", tmp_path, **two_processes.OTHERS[kind])
+    assert_same(out / f"other-{kind}", {name: w.detach() for name, w in trainer.weights.masters.items()})
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, out / f"other-{kind}"))
+    for key in ("loss", "ntp_loss", "aux_loss", "grad_norm"):
+        if key in ours[0]:
+            assert [record[key] for record in theirs] == pytest.approx([r[key] for r in ours], abs=1e-5)
+    assert ("aux_loss" in ours[0]) is (kind == "mixtral")
+    plain = AutoModelForCausalLM.from_pretrained(out / f"other-{kind}" / "export")
+    kept = {name for name, p in plain.named_parameters() if p.dtype == torch.float32}
+    assert bool(kept) is (kind == "ernie4_5_moe")
+    assert kept == {name for name, dtype in model.dtypes.items() if dtype == torch.float32}
+
+
 def test_weighted_examples_give_the_weights_and_losses_of_one_process(out: Path, tmp_path: Path) -> None:
     _, trainer = two_processes.train("llama", "sftmix", "bfloat16", tmp_path, weighted=True)
     assert_same(out / "weighted", {name: w.detach() for name, w in trainer.weights.masters.items()})

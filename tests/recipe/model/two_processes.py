@@ -24,6 +24,12 @@ from tests.recipe import tiny
 KINDS = ("llama", "qwen3")  # untied, tied
 METHODS = ("ntp", "sftmix")
 DTYPES = ("float32", "bfloat16")
+# Dropout; an auxiliary loss; parameters that stay float32 in a bfloat16 model.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    "ernie4_5_moe": {},
+}
 # 22 examples: steps of 8, 8 and 6 sequences; micro-batches of 2 leave a process idle in the last round.
 NUM_EXAMPLES = 22
 FLAGS = ("train.micro_batch_size=2", "optim.eps=1e-5", "train.max_steps=4")
@@ -41,10 +47,11 @@ def train(
     *flags: str,
     progress: Any = None,
     weighted: bool = False,
+    **options: Any,
 ) -> tuple[SFTMixModel, Trainer]:
     """A few steps of pairs; the same call in one process and in two."""
     config = tiny.config(*FLAGS, f"train.method={method}", *flags)
-    model = tiny.model(kind, dtype=getattr(torch, dtype))
+    model = tiny.model(kind, dtype=getattr(torch, dtype), **options)
     if config.train.tuning == "lora":
         apply_lora(model, LoraConfig(rank=4))
     found = tiny.weighted(dict(examples())) if weighted else examples()
@@ -90,6 +97,10 @@ def main(out: Path) -> None:
     model, trainer = train("llama", "sftmix", "float32", out / "resumed")  # one process did its first epoch
     save_trainable(model, out / "resumed" / "weights")
     results["steps after resuming"] = trainer.step - trainer.first_step
+    for kind, options in OTHERS.items():
+        model, _ = train(kind, "sftmix", "bfloat16", out / f"other-{kind}", **options)
+        save_trainable(model, out / f"other-{kind}" / "weights")
+        merge_and_export(model, tiny.tokenizer(), out / f"other-{kind}" / "export")
     for dtype in DTYPES:
         model, _ = train("llama", "sftmix", dtype, out / f"lora-{dtype}", "train.tuning=lora")
         save_trainable(model, out / f"lora-{dtype}" / "weights")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,9 +16,7 @@ from sftmix.training import checkpoint
 from sftmix.training.checkpoint import (
     complete_checkpoints,
     load_trainable,
-    random_state,
     save_trainable,
-    set_random_state,
 )
 from sftmix.training.metrics import MetricsWriter, read_metrics
 from sftmix.training.trainer import Trainer, train_pairs
@@ -182,17 +177,6 @@ def test_the_masters_of_a_bfloat16_model_are_in_the_checkpoint(tmp_path: Path) -
     values = checkpoint.load_file(newest(tmp_path) / "weights.safetensors")
     assert all(torch.equal(values[name], weight) for name, weight in trainer.weights.masters.items())
     assert {value.dtype for value in values.values()} == {torch.float32}
-
-
-def test_random_states_come_back() -> None:
-    state = random_state()
-    draws = (torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1))
-    json.dumps(state["numpy"])  # plain data: it passes through torch.load(weights_only=True)
-    set_random_state(state)
-    again = (torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1))
-    assert torch.equal(draws[0], again[0])
-    assert np.array_equal(draws[1], again[1])
-    assert draws[2:] == again[2:]
 
 
 def test_metrics_lines_are_on_disk_at_once_and_later_ones_are_dropped(tmp_path: Path) -> None:
