@@ -131,9 +131,9 @@ def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
     Batches grow from 2 positions to a real one. A size that would not fit into the time is left out, and what the
     smaller one took is scaled up.
     """
-    source = session.model_source  # a GGUF file is converted here, once: no later load does it again
+    source = session.models.source  # a GGUF file is converted here, once: no later load does it again
     begin = time.perf_counter()
-    model = session.load(source, trainable=True)
+    model = session.models.load(source, trainable=True)
     load = time.perf_counter() - begin
     examples = list(session.train.values())
     with activity("measuring how fast this machine is"):

@@ -86,20 +86,25 @@ class SFTMixModel(nn.Module):
         self,
         input_ids: Tensor,  # [B, T] int64
         attention_mask: Tensor,  # [B, T] int64
-        rows: Tensor,  # [N] int64, indices into the flattened [B * T] hidden states
-        target: Tensor,  # [N] int64
+        rows: Tensor | None,  # [N] int64, indices into the flattened [B * T] hidden states
+        target: Tensor | None,  # [N] int64
         lam: Tensor | None = None,  # [M] float32
         *,
         stats: bool = False,
         aux_share: float = 1.0,
         **options: Any,
-    ) -> SFTMixLoss | TokenStats:
+    ) -> SFTMixLoss | TokenStats | Tensor:
         """The loss of the chosen rows, or with ``stats`` their ``TokenStats``; options of ``sftmix_loss``.
+
+        Without rows the model's own logits [B, T, V].
 
         A model that adds an auxiliary or a z-loss to next-token loss adds it here too: the auxiliary loss of this
         batch with its own weight times ``aux_share``, the share of the step that this batch is; the z-loss on the rows
         that bear loss. Neither is in the statistics.
         """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if rows is None or target is None:
+            return cast(Tensor, self.base(**inputs).logits)
         if stats:
             options["stats"] = True
         else:
@@ -108,16 +113,19 @@ class SFTMixModel(nn.Module):
                 options.setdefault("z_loss", self.extra.z_loss)
         call = _HeadCall(rows, target, options)
         with call.at(self.head):
-            output = self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        result = call.result
+            output = self.base(**inputs)
+        result = cast(SFTMixLoss | TokenStats, call.result)
         self.aux_loss = None
         if stats or not self.extra.aux_weight:
             return result
         aux = output.aux_loss
         self.aux_loss = aux.detach()
-        return cast(SFTMixLoss, result)._replace(
-            loss=cast(SFTMixLoss, result).loss + self.extra.aux_weight * aux_share * aux
-        )
+        loss = cast(SFTMixLoss, result)
+        return loss._replace(loss=loss.loss + self.extra.aux_weight * aux_share * aux)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """The model's own logits [B, T, V] of whole sequences [B, T], through the forward that FSDP knows."""
+        return cast(Tensor, self(input_ids, torch.ones_like(input_ids), None, None))
 
 
 class _HeadCall:

@@ -3,6 +3,7 @@
 The trained model itself is left as it is: adapters are added to copies of their weights, and the copies go
 into a fresh model of the same class, without ``LossHead``, adapters or quantisation settings. Generation is told
 the tokens that training ended answers with: a model whose end of turn is not its configured end token talks on.
+The files are read again by plain transformers and compared (``proof``) before they take their place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sftmix.config import ModelConfig
+from sftmix.model import proof
+from sftmix.model.companions import copy_companions
 from sftmix.model.lora import ADAPTER, is_lora
 from sftmix.model.parallel import whole
 from sftmix.progress import say
@@ -26,25 +30,55 @@ from sftmix.rank import is_main
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
+MAX_SHARD = "5GB"  # of a weights file
+CARD = "README.md"
+
 
 def merge_and_export(
-    model: SFTMixModel, tokenizer: Any, folder: str | Path, *, stop_ids: Sequence[int] = ()
-) -> None:
-    """Write the model (adapters merged, safetensors, its own dtype) and the tokenizer into ``folder``.
+    model: SFTMixModel, tokenizer: Any, folder: str | Path, *, stop_ids: Sequence[int] = (),
+    texts: Sequence[Sequence[int]] = (), source: ModelConfig | None = None, card: str | None = None,
+) -> Any:  # fmt: skip
+    """Write the model (adapters merged, safetensors, each weight in its own dtype) and the tokenizer into ``folder``.
 
     ``stop_ids``, the tokens that the training answers end with, come first in ``eos_token_id`` of
     generation_config.json and config.json; the ones that stood there follow. All other settings of generation, the
     padding token, and the tokenizer with its chat template and its own end token are left as they are: a text's end
-    is another thing than an answer's, and tokenising must not change.
+    is another thing than an answer's, and tokenising must not change. ``card`` becomes README.md. Of ``source``, the
+    base model, processor files, licences and code are copied.
 
-    ``folder`` is written under another name and then replaced, so it is never half there. A sharded model is
-    gathered by all processes together; the first one writes.
+    ``folder`` is written under another name, read back by plain transformers, and then put in place, so it is never
+    half there and never wrong: every tensor is compared, and the logits of ``texts`` (token ids; random ones without)
+    with the trained model's. Returns the model that was read back, on the CPU; None on processes but the first. A
+    sharded model is gathered by all processes together; the first one writes.
+
+    Raises ``ValueError``, on every process, where what was read back is not what was trained; ``folder`` is then as
+    it was before.
     """
+    expected = proof.trained_logits(model, texts)
     state = merged_state(model)
+    plain, problem = None, None
     if is_main():
-        _write(model, state, tokenizer, Path(folder), stop_ids)
+        try:
+            plain = _write(model, state, tokenizer, Path(folder), stop_ids, expected, source, card)
+        except ValueError as error:
+            problem = error
+    _raise_together(problem)
+    return plain
+
+
+def export_adapter(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("export: expected merged")
+
+
+def _raise_together(problem: ValueError | None) -> None:
+    """Raise the main process's error on every process: none waits for one that has stopped."""
+    told = [None if problem is None else str(problem)]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(told, src=0)
+    if problem is not None:
+        raise problem
+    if told[0] is not None:
+        raise ValueError(told[0])
 
 
 @torch.no_grad()
@@ -96,8 +130,42 @@ def stops(model: Any, stop_ids: Sequence[int]) -> list[int]:
 
 
 def _write(
-    model: SFTMixModel, state: dict[str, Tensor], tokenizer: Any, folder: Path, stop_ids: Sequence[int]
-) -> None:
+    model: SFTMixModel, state: dict[str, Tensor], tokenizer: Any, folder: Path, stop_ids: Sequence[int],
+    expected: proof.Logits, source: ModelConfig | None, card: str | None,
+) -> Any:  # fmt: skip
+    fresh, generation = _fresh(model, state, stop_ids)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    kept = _sound(generation)
+    fresh.generation_config = generation if kept else GenerationConfig()
+    fresh.save_pretrained(temporary, max_shard_size=MAX_SHARD)
+    if generation is not None and not kept:
+        (temporary / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+    tokenizer.save_pretrained(temporary)
+    if source is not None:
+        copied = copy_companions(source, temporary, code=source.trust_remote_code)
+        if copied:
+            say(f"export: with {', '.join(copied)} of the base model")
+    if card is not None:
+        (temporary / CARD).write_text(card, encoding="utf-8")
+    del fresh
+    code = source is not None and source.trust_remote_code
+    try:
+        plain = proof.reload(temporary, like=model.base, trust_remote_code=code)
+        proof.check_tensors(plain, state)
+        state.clear()
+        proof.check_logits(plain.to(_room(plain, model.device)), expected)
+    except ValueError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    return plain
+
+
+def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]) -> tuple[Any, Any]:
+    """A plain model that holds ``state``, and its settings of generation."""
     config = copy.deepcopy(model.base.config)
     generation = copy.deepcopy(model.base.generation_config)
     if stop_ids:
@@ -110,20 +178,21 @@ def _write(
     if hasattr(config, "quantization_config"):  # left by a GGUF file; it would refuse to be saved
         del config.quantization_config
     with torch.device("meta"):
-        plain = type(model.base)(config)
-    plain.load_state_dict(state, strict=True, assign=True)
-    plain.tie_weights()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    kept = _sound(generation)
-    plain.generation_config = generation if kept else GenerationConfig()
-    plain.save_pretrained(temporary)
-    if generation is not None and not kept:
-        (temporary / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
-    tokenizer.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+        fresh = type(model.base)(config)
+    fresh.load_state_dict(state, strict=True, assign=True)
+    fresh.tie_weights()
+    conversions = getattr(model.base, "_weight_conversions", None)
+    if conversions is not None:  # the names in the base model's files, which are not always those in memory
+        fresh._weight_conversions = conversions
+    return fresh, generation
+
+
+def _room(plain: Any, device: torch.device) -> torch.device:
+    """``device`` where a second model fits beside the trained one, else the CPU."""
+    if device.type != "cuda":
+        return device
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    return device if torch.cuda.mem_get_info(device)[0] > 1.2 * size else torch.device("cpu")
 
 
 def _sound(generation: Any) -> bool:

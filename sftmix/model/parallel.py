@@ -66,6 +66,12 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def shard(model: SFTMixModel, world: World) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
 

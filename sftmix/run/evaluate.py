@@ -17,6 +17,7 @@ from sftmix.files import replacing
 from sftmix.model.identity import model_identity
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
+from sftmix.run.card import write_card
 from sftmix.run.folder import read_evaluation
 from sftmix.run.session import Session
 
@@ -34,33 +35,58 @@ def evaluate(session: Session, *, generate: bool = True) -> dict[str, Any]:
 
     Raises ``ValueError`` where there are no held-out examples.
     """
-    folder = session.folder
-    if not session.heldout:
-        raise ValueError("data.heldout: expected held-out examples (or data.heldout_fraction > 0), got none")
-    sources = {"base": session.model_source}
-    for method in METHODS:
-        if folder.model(method).exists():
-            sources[method] = session.source_at(folder.model(method))
+    _require_heldout(session)
+    trained = [method for method in METHODS if session.folder.exported(method) is not None]
+    for label in ("base", *trained):
+        evaluate_one(session, label, generate=generate)
+    return _earlier(session)
+
+
+def evaluate_one(session: Session, label: str, *, plain: Any = None, generate: bool = True) -> dict[str, Any]:
+    """Figures and sample answers of ``label`` (base, ntp or sftmix), put into evaluation.json and the model's card.
+
+    ``plain`` is the model as transformers reads it, where the caller has just read it. Figures that stand there and
+    are about the same are kept. Raises ``ValueError`` where there are no held-out examples.
+    """
+    _require_heldout(session)
+    source = _source(session, label)
+    about = _about(session, source, label, generate=generate)
     earlier = _earlier(session)
-    results: dict[str, Any] = {}
-    for label, source in sources.items():
-        about = _about(session, source, label, generate=generate)
-        before = earlier.get(label, {})
-        if before.get("about") == about:
-            say(f"evaluate {label}: done before")
-            results[label] = before
-            continue
+    before = earlier.get(label, {})
+    if before.get("about") == about:
+        say(f"evaluate {label}: done before")
+        result = before
+    else:
         if before:
             was = before.get("about") or {}
             others = [words for key, words in _ABOUT.items() if was.get(key) != about[key]]
             say(f"evaluate {label}: anew, the figures that stand there are about other {', '.join(others)}")
-        results[label] = {**_figures(session, source, label, generate=generate), "about": about}
+        result = {**_figures(session, source, label, plain, generate=generate), "about": about}
     session.barrier()  # every process has read the earlier results
     if is_main():
-        with replacing(folder.evaluation) as temporary:
-            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        found = {**earlier, label: result}
+        found = {name: found[name] for name in ("base", *METHODS) if name in found}
+        with replacing(session.folder.evaluation) as temporary:
+            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if label != "base":
+            write_card(session, label, found)
     session.barrier()
-    return results
+    return result
+
+
+def _require_heldout(session: Session) -> None:
+    if not session.heldout:
+        raise ValueError("data.heldout: expected held-out examples (or data.heldout_fraction > 0), got none")
+
+
+def _source(session: Session, label: str) -> ModelConfig:
+    """Where the model is read from."""
+    if label == "base":
+        return session.models.source
+    exported = session.folder.exported(label)
+    if exported is None:
+        raise ValueError(f"{session.folder.train(label)}: expected a trained model, found none")
+    return session.models.source_at(exported)
 
 
 def _earlier(session: Session) -> dict[str, Any]:
@@ -74,9 +100,11 @@ def _earlier(session: Session) -> dict[str, Any]:
         return {}
 
 
-def _figures(session: Session, source: ModelConfig, label: str, *, generate: bool) -> dict[str, Any]:
+def _figures(
+    session: Session, source: ModelConfig, label: str, plain: Any, *, generate: bool
+) -> dict[str, Any]:
     config = session.config
-    model = session.load(source, trainable=False)
+    model = session.models.load(source, trainable=False) if plain is None else session.models.adopt(plain)
     with bar(f"evaluate {label}") as progress:
         figures: dict[str, Any] = evaluate_model(
             model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
@@ -100,7 +128,7 @@ def _about(session: Session, source: ModelConfig, label: str, *, generate: bool)
     samples = [config.num_samples, config.max_new_tokens, list(session.stop_ids), template]
     samples += [data.template_arguments, data.date]
     # A trained model may have been written a moment ago, so its hash is not one that the session keeps.
-    model = session.model_id(source) if label == "base" else model_identity(source.name)
+    model = session.models.identity(source) if label == "base" else model_identity(source.name)
     return {
         "heldout": examples_digest({example.id: example for example in session.heldout}),
         "model": model,

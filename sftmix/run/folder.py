@@ -9,7 +9,8 @@ reference/              point-000/ … (weights to score), point-000.json … (t
                         metrics.jsonl, online.parquet
 dynamics.parquet        score: per example and scoring point
 split.parquet           split: the two halves
-train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads); train-ntp/ the same
+train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads), adapter/ (with export);
+                        train-ntp/ the same
 evaluation.json         evaluate: held-out figures and sample answers by model
 plots/                  data_map.png, loss_curves.png, confidence.png
 """
@@ -87,6 +88,14 @@ class RunFolder:
     def model(self, method: str) -> Path:
         """The trained model as ``from_pretrained`` loads it."""
         return self.train(method) / "model"
+
+    def adapter(self, method: str) -> Path:
+        """The trained adapter as peft loads it."""
+        return self.train(method) / "adapter"
+
+    def exported(self, method: str) -> Path | None:
+        """What the training run left to evaluate: the model, else the adapter; None where it is not finished."""
+        return next((path for path in (self.model(method), self.adapter(method)) if path.exists()), None)
 
     def record(self) -> dict[str, Settings]:
         """By stage: ``state`` (begun or finished), ``settings`` and ``about``.

@@ -66,9 +66,9 @@ def settings(session: Session, stage: str) -> Settings:
         found.update({name: value for name, value in flat.items() if (name + ".").startswith(f"{knob}.")})
     if stage in ("reference", "score"):
         return {
-            "examples": session.reference_id, "model": session.model_id(session.reference_source), **found
+            "examples": session.reference_id, "model": session.models.identity(session.models.reference), **found
         }  # fmt: skip
-    found = {"examples": session.train_id, "model": session.model_id(session.model_source), **found}
+    found = {"examples": session.train_id, "model": session.models.identity(session.models.source), **found}
     found["chat template"] = hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest()[:16]
     try:
         found["split"] = split_digest(read_split(session.folder.split))

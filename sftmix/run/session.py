@@ -23,12 +23,7 @@ from sftmix.data.summary import first_object, lines
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
 from sftmix.files import replacing
-from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.dtype import settle_dtype
-from sftmix.model.export import merge_and_export
-from sftmix.model.identity import model_identity
-from sftmix.model.load import load_model
-from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import join_world, local_device
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
@@ -41,25 +36,27 @@ from sftmix.run.inputs import (
     tokenizer_for,
     train_source,
 )
+from sftmix.run.models import Models
 
 logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
 disable_progress_bar()  # transformers' bars for reading and writing files; the stages have their own
+
+PROOF_TEXTS = 4  # held-out texts on which an export's logits are compared with the trained model's
 
 
 class Session:
     """One run folder being worked on; under torchrun, by every process together."""
 
     def __init__(self, config: Config, *, restart: str | None = None) -> None:
-        self._fresh_base = restart == "all"
         self._made: set[Path] = (
             set()
         )  # files of tokenised examples that this session wrote, and all that it reads
         self._used: set[Path] = set()
-        self._model_ids: dict[tuple[str, str | None, str | None], str] = {}
         self.device = local_device()
         self.world = join_world(self.device)
         self.config = config = settle_date(settle_dtype(config, self.device))
         self.folder = RunFolder(config.run_dir)
+        self.models = Models(config, self.folder, self.device, self.world, fresh_base=restart == "all")
 
     # --- examples ---
 
@@ -85,15 +82,15 @@ class Session:
 
     @cached_property
     def _train_store(self) -> TokenStore:
-        return self._prepared(train_source(self.config), self.tokenizer, self.model_source)
+        return self._prepared(train_source(self.config), self.tokenizer, self.models.source)
 
     @cached_property
     def _reference_store(self) -> TokenStore:
         """The training examples in the reference model's tokens."""
-        if self.reference_source == self.model_source:
+        if self.models.reference == self.models.source:
             return self._train_store
-        tokenizer = tokenizer_for(self.config, self.reference_source)
-        return self._prepared(train_source(self.config), tokenizer, self.reference_source)
+        tokenizer = tokenizer_for(self.config, self.models.reference)
+        return self._prepared(train_source(self.config), tokenizer, self.models.reference)
 
     @cached_property
     def _heldout_store(self) -> TokenStore | None:
@@ -102,7 +99,7 @@ class Session:
         if source is None:
             return None
         check_sources(self.config.data)
-        return self._prepared(source, self.tokenizer, self.model_source)
+        return self._prepared(source, self.tokenizer, self.models.source)
 
     @cached_property
     def _names(self) -> tuple[list[str], list[str]]:
@@ -163,7 +160,7 @@ class Session:
     @cached_property
     def token_options(self) -> TokenOptions:
         """How examples become tokens for the model that is trained."""
-        return token_options(self.config, self.model_source)
+        return token_options(self.config, self.models.source)
 
     def tell_data(self) -> None:
         """Say what became of the rows, and write it to the run folder."""
@@ -186,81 +183,22 @@ class Session:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model that is trained, with the configured chat template."""
-        return tokenizer_for(self.config, self.model_source)
+        return tokenizer_for(self.config, self.models.source)
 
     @cached_property
     def pad_id(self) -> int:
-        """Any valid token: padding is masked and bears no loss."""
+        """The tokenizer's padding token, or 0; training replaces one that the model has no row for."""
         return int(self.tokenizer.pad_token_id or 0)
-
-    @cached_property
-    def model_source(self) -> ModelConfig:
-        """Where the base model is read from: its own place, or ``base/`` for a GGUF file, converted once."""
-        model = self.config.model
-        if model.gguf_file is None:
-            return model
-        self._convert(model)
-        self.barrier()
-        return dataclasses.replace(model, name=str(self.folder.base), gguf_file=None, revision=None)
-
-    def _convert(self, model: ModelConfig) -> None:
-        """Bring a GGUF file into ``base/``, unless it is there; refuse another file's, but for ``--restart all``."""
-        note = self.folder.base / "source.json"
-        wanted = {"model": self.model_id(model), "dtype": model.dtype}
-        if note.is_file() and (self.folder.base / "config.json").is_file() and not self._fresh_base:
-            try:
-                found = json.loads(note.read_text(encoding="utf-8"))
-            except ValueError:
-                found = None
-            if found == wanted:
-                return
-            if self.folder.record():
-                raise ValueError(
-                    f"{self.folder.base}: expected the model of {Path(model.name) / (model.gguf_file or '')} in "
-                    f"{model.dtype}, got another; take another run folder, or --restart all"
-                )
-        say(f"reading {model.gguf_file} (once; later stages read {self.folder.base})")
-        with activity(f"reading {model.gguf_file}"):
-            merge_and_export(*load_model(model), self.folder.base)
-        if is_main():
-            with replacing(note) as temporary:  # last: without it the folder is made again
-                temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-
-    def model_id(self, source: ModelConfig) -> str:
-        """A hash of the model's files; a converted GGUF file counts as the file itself."""
-        if source.name == str(self.folder.base) and self.config.model.gguf_file is not None:
-            source = self.config.model
-        key = (source.name, source.gguf_file, source.revision)
-        if key not in self._model_ids:
-            self._model_ids[key] = model_identity(
-                source.name, gguf_file=source.gguf_file, revision=source.revision
-            )
-        return self._model_ids[key]
-
-    @cached_property
-    def reference_source(self) -> ModelConfig:
-        """The reference model: ``reference.model``, or the model that is trained."""
-        other = self.config.reference.model
-        if other is None or other == self.config.model.name:
-            return self.model_source
-        return dataclasses.replace(self.config.model, name=other, gguf_file=None, revision=None)
 
     @cached_property
     def reference_examples(self) -> Mapping[str, TokenizedExample]:
         """The training examples in the reference model's tokens."""
         return Chosen(self._reference_store, self._names[0])
 
-    def load(self, source: ModelConfig, *, trainable: bool) -> SFTMixModel:
-        """The model, checked; ``trainable`` adds adapters where ``train.tuning`` is lora."""
-        with activity(f"loading {source.name}"):
-            model, _ = load_model(source, device=self.device)
-        if trainable and self.config.train.tuning == "lora":
-            return apply_lora(model, self.config.lora, seed=self.config.seed)
-        return model
-
-    def source_at(self, folder: Path) -> ModelConfig:
-        """An exported model in the run folder, in the run's dtype."""
-        return dataclasses.replace(self.config.model, name=str(folder), gguf_file=None, revision=None)
+    def proof_texts(self) -> list[tuple[int, ...]]:
+        """A few held-out examples' tokens (training ones where there are none), on which an export is compared."""
+        examples = self.heldout or list(self.train.values())
+        return [example.input_ids for example in examples[:PROOF_TEXTS]]
 
     def with_method(self, method: str) -> Config:
         """The configuration with another ``train.method``."""

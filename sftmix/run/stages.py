@@ -8,14 +8,15 @@ other settings is refused (``identity``); evaluation and pictures are cheap and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sftmix.evaluation.figures import score_examples
-from sftmix.model.export import merge_and_export
+from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
-from sftmix.run.evaluate import evaluate
+from sftmix.run.card import card
+from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
 from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
 from sftmix.run.session import Session
@@ -27,6 +28,15 @@ from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.trainer import Progress, train_pairs, train_plain
 
 METHODS = ("ntp", "sftmix")
+__all__ = [
+    "evaluate",
+    "plot",
+    "reference",
+    "run",
+    "score",
+    "split",
+    "train",
+]  # the commands of cli.py, by name
 
 
 def reference(session: Session, *, watch: Progress | None = None) -> None:
@@ -43,7 +53,7 @@ def reference(session: Session, *, watch: Progress | None = None) -> None:
     if passed(session, "reference", whole=whole):
         say("reference: done before")
         return
-    model = session.load(session.reference_source, trainable=True)
+    model = session.models.load(session.models.reference, trainable=True)
 
     def on_point(index: int, step: int) -> None:
         save_trainable(model, folder.point(index))
@@ -60,11 +70,15 @@ def reference(session: Session, *, watch: Progress | None = None) -> None:
         rows = train_plain(
             config, model, session.reference_examples, folder=folder.reference, pad_id=session.pad_id,
             on_point=on_point if wants_points else None, progress=on_step,
-            identity={"examples": session.reference_id, "model files": session.model_id(session.reference_source)},
+            identity=_identity(session.reference_id, session.models.identity(session.models.reference)),
         )  # fmt: skip
     if is_main() and config.reference.dynamics != "checkpoint":
         write_dynamics(folder.online, rows)
     session.finish("reference", settings(session, "reference"), about(session))
+
+
+def _identity(examples: str, files: str) -> dict[str, str]:
+    return {"examples": examples, "model files": files}
 
 
 def score(session: Session) -> None:
@@ -92,7 +106,7 @@ def score(session: Session) -> None:
 
 def _score_points(session: Session) -> list[dict[str, Any]]:
     config, folder = session.config, session.folder
-    model = session.load(session.reference_source, trainable=True)
+    model = session.models.load(session.models.reference, trainable=True)
     examples = list(session.reference_examples.values())
     num_points = config.reference.epochs * config.reference.checkpoints_per_epoch
     rows: list[dict[str, Any]] = []
@@ -145,24 +159,41 @@ def split(session: Session) -> None:
     )
 
 
-def train(session: Session, method: str) -> None:
-    """Train the model with ``method`` (sftmix or ntp) on the split's pairs and export it."""
-    folder = session.folder
+def train(session: Session, method: str) -> Any:
+    """Train the model with ``method`` (sftmix or ntp) on the split's pairs and export it.
+
+    Returns the exported model as plain transformers has just read it back, on the main process; None where there is
+    nothing new or an adapter alone. Raises ``ValueError`` where what was exported is not what was trained: the stage
+    is then not finished and its checkpoint stays, so that the export alone is repeated.
+    """
+    config, folder = session.config, session.folder
     halves = read_split(folder.split)
     check_ids(session, halves.confident + halves.unconfident, str(folder.split))
-    if passed(session, f"train-{method}", whole=folder.model(method).exists()):
+    if passed(session, f"train-{method}", whole=folder.exported(method) is not None):
         say(f"train {method}: done before")
-        return
-    model = session.load(session.model_source, trainable=True)
+        return None
+    model = session.models.load(session.models.source, trainable=True)
     with bar(f"train {method}") as progress:
         train_pairs(
             session.with_method(method), model, session.train, halves, folder=folder.train(method),
             pad_id=session.pad_id, progress=progress.steps,
-            identity={"examples": session.train_id, "model files": session.model_id(session.model_source)},
+            identity=_identity(session.train_id, session.models.identity(session.models.source)),
         )  # fmt: skip
-    with activity("writing the trained model"):
-        merge_and_export(model, session.tokenizer, folder.model(method), stop_ids=session.stop_ids)
+    plain = None
+    if config.export in ("merged", "both"):
+        with activity("writing the trained model, and reading it back"):
+            plain = merge_and_export(
+                model, session.tokenizer, folder.model(method), stop_ids=session.stop_ids,
+                texts=session.proof_texts(), source=session.models.source, card=card(session, method, {}),
+            )  # fmt: skip
+    if config.export in ("adapter", "both"):
+        with activity("writing the adapter, and reading it back"):
+            export_adapter(
+                model, session.tokenizer, folder.adapter(method), base=session.models.source,
+                texts=session.proof_texts(), card=card(session, method, {}),
+            )  # fmt: skip
     session.finish(f"train-{method}", settings(session, f"train-{method}"), about(session))
+    return plain
 
 
 def plot(session: Session) -> list[str]:
@@ -196,21 +227,27 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
     """
     check(session, stage_names(methods))
     session.tell_data()
-    steps: list[Callable[[], Any]] = [
-        lambda: reference(session, watch=watch),
-        lambda: score(session),
-        lambda: split(session),
-    ]
-    steps += [lambda m=m: train(session, m) for m in methods]  # type: ignore[misc]
-    if session.heldout:
-        steps.append(lambda: evaluate(session))
-    else:
+    session.models.keep_base = True  # every stage begins with it
+    if not session.heldout:
         say("evaluate: left out, there are no held-out examples (data.heldout, data.heldout_fraction)")
         if session.folder.evaluation.exists() and is_main():
             session.folder.remove(("evaluate",))
             say("evaluate: removed evaluation.json, which is about other held-out examples")
-    for step in [*steps, lambda: plot(session)]:
-        step()
+    elif session.models.reference == session.models.source:
+        evaluate_one(session, "base")  # now, while the model is as it was read
+    reference(session, watch=watch)
+    score(session)
+    split(session)
+    if session.heldout and session.models.reference != session.models.source:
+        evaluate_one(session, "base")
+    others = [m for m in METHODS if m not in methods and session.folder.exported(m) is not None]
+    for method in [*others, *methods]:
+        plain = train(session, method) if method in methods else None
+        if session.heldout:
+            evaluate_one(session, method, plain=plain)
+        del plain
+    session.models.forget()
+    plot(session)
 
 
 def _same_split(session: Session, made: Split) -> None:

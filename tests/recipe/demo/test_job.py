@@ -111,7 +111,13 @@ class TinySession:
 
     def __init__(self, config: Any = None) -> None:
         self.config = tiny.config()
-        self.train, self.pad_id, self.model_source = tiny.examples(40), 0, None
+        self.train, self.pad_id, self.models = tiny.examples(40), 0, TinyModels()
+
+
+class TinyModels:
+    """Gives a tiny model, whatever is asked for."""
+
+    source = None
 
     def load(self, source: Any, *, trainable: bool) -> SFTMixModel:
         return tiny.model()

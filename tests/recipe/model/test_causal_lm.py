@@ -21,7 +21,7 @@ from sftmix_kernels import LossHead
 from tests.recipe import tiny
 
 TIED = {"llama": False, "gpt2": True, "gpt_neox": False, "gemma2": True, "cohere": True, "granite": False,
-        "phi": False, "opt": True, "mixtral": False, "qwen3": True}  # fmt: skip
+        "phi": False, "opt": True, "mixtral": False, "qwen3": True, "ernie4_5_moe": True}  # fmt: skip
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:

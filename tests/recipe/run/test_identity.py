@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from sftmix.run import session as session_module
+from sftmix.run import models as models_module
 from sftmix.run import stages
 from sftmix.run.folder import RunFolder, stages_from
 from sftmix.run.identity import differences
+from sftmix.run.session import Session
 from sftmix.scores.confidence import read_split, write_split
 from tests.recipe import tiny
 from tests.recipe.run.small import run, same, sftmix, stop_in, trained
@@ -375,14 +376,14 @@ def test_a_converted_gguf_file_of_another_model_does_not_stand_in(
         (folder / "config.json").write_text("{}")
         converted.append(model)
 
-    monkeypatch.setattr(session_module, "load_model", lambda source: (source.gguf_file, None))
-    monkeypatch.setattr(session_module, "merge_and_export", convert)
+    monkeypatch.setattr(models_module, "load_model", lambda source: (source.gguf_file, None))
+    monkeypatch.setattr(models_module, "merge_and_export", convert)
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_bytes(name.encode() * 10_000)
 
     def source(file: str, **options: Any) -> Any:
         flags = [f"run_dir={tmp_path / 'r'}", f"model.name={tmp_path}", f"model.gguf_file={file}"]
-        return session_module.Session(tiny.config(*flags), **options).model_source
+        return Session(tiny.config(*flags), **options).models.source
 
     assert source("one.gguf").name == str(tmp_path / "r" / "base")
     source("one.gguf")

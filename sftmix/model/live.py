@@ -1,0 +1,41 @@
+"""One base model that the stages of a run share: read once, given to each stage as it was read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sftmix.config import LoraConfig, ModelConfig
+from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.lora import apply_lora, is_lora
+
+
+class Live:
+    """A loaded model and, once a stage has been given it to train, a copy of what training changes."""
+
+    def __init__(self, source: ModelConfig, model: SFTMixModel) -> None:
+        self.source, self.model = source, model
+        self._first: dict[str, Tensor] | None = None  # trainable weights as they were, on the CPU
+
+    def fresh(self, lora: LoraConfig | None, *, trainable: bool, seed: int, keep: bool) -> SFTMixModel | None:
+        """The model as it was read, or with its first adapters; None where that cannot be had back.
+
+        ``keep``: the caller will ask again after this stage, so what it may train is copied first.
+        """
+        if is_lora(self.model) and lora is None:
+            return None  # adapters were put in
+        if lora is not None and not is_lora(self.model):
+            if self._first is not None:
+                return None  # it was trained whole
+            apply_lora(self.model, lora, seed=seed)
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            if self._first is not None:
+                for name, parameter in weights.items():
+                    parameter.copy_(self._first[name])
+            elif trainable and keep:
+                # Copies, not references: an optimizer writes into the parameters themselves.
+                self._first = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()}
+        for parameter in weights.values():
+            parameter.grad = None
+        return self.model

@@ -1,0 +1,131 @@
+"""The proof that what was exported is what was trained: plain transformers reads the files, its logits are compared.
+
+Files are read offline and without this package's classes. Every tensor must be there with the values that were
+exported, and the logits on the given texts must be the trained model's: the same up to rounding where all weights were
+trained, within the rounding of the merged weights under LoRA, and always nearer to the trained model than the base is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sftmix.model.lora import is_lora
+from sftmix.model.probe import probe_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sftmix.model.causal_lm import SFTMixModel
+
+LONGEST = 256  # tokens of a text that are compared
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The trained model's logits on some texts, float32 on the CPU, and the base model's where it has adapters."""
+
+    ids: tuple[tuple[int, ...], ...]
+    trained: tuple[Tensor, ...]  # [T, V] each
+    base: tuple[Tensor, ...] = ()
+
+
+def texts_of(texts: Sequence[Sequence[int]], rows: int) -> tuple[tuple[int, ...], ...]:
+    """The beginnings of the texts; random tokens where there are none."""
+    cut = tuple(tuple(int(token) for token in text[:LONGEST]) for text in texts if len(text))
+    return cut or tuple(tuple(row) for row in probe_ids(rows, torch.device("cpu")).tolist())
+
+
+@torch.no_grad()
+def trained_logits(model: SFTMixModel, texts: Sequence[Sequence[int]]) -> Logits:
+    """The logits of the model as it is, in eval mode; under FSDP every process calls it."""
+    ids = texts_of(texts, model.vocab_size)
+    training = model.training
+    model.eval()
+    try:
+        trained = tuple(_logits(model, text) for text in ids)
+        base: tuple[Tensor, ...] = ()
+        if is_lora(model):
+            with _without_adapters(model):
+                base = tuple(_logits(model, text) for text in ids)
+    finally:
+        model.train(training)
+    return Logits(ids, trained, base)
+
+
+def _logits(model: SFTMixModel, ids: Sequence[int]) -> Tensor:
+    tokens = torch.tensor([ids], device=model.device)
+    return model.logits(tokens)[0].float().cpu()
+
+
+@contextmanager
+def _without_adapters(model: SFTMixModel) -> Iterator[None]:
+    with model.model.disable_adapter() if hasattr(model.model, "disable_adapter") else nullcontext():  # type: ignore[operator]
+        yield
+
+
+def reload(folder: Path, *, like: Any, trust_remote_code: bool = False) -> Any:
+    """The exported model as plain transformers reads it, offline, in eval mode on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code,
+        attn_implementation=like.config._attn_implementation,
+    ).eval()  # fmt: skip
+
+
+def check_tensors(plain: Any, state: Mapping[str, Tensor]) -> None:
+    """Every exported tensor must have come back, bit for bit. Raises ``ValueError`` naming the first that did not."""
+    found = plain.state_dict()
+    missing, unknown = sorted(state.keys() - found.keys()), sorted(found.keys() - state.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"export: expected the files to hold the trained model's {len(state)} tensors, got {len(missing)} of them "
+            f"missing and {len(unknown)} unknown (first: {(missing + unknown)[0]})"
+        )
+    for name, tensor in state.items():
+        other = found[name]
+        if other.dtype != tensor.dtype or other.shape != tensor.shape or not torch.equal(other.cpu(), tensor):
+            raise ValueError(
+                f"export: expected {name} in the files as it was trained ({tensor.dtype}, {tuple(tensor.shape)}), got "
+                f"other values ({other.dtype}, {tuple(other.shape)})"
+            )
+
+
+@torch.no_grad()
+def check_logits(plain: Any, expected: Logits) -> float:
+    """The largest difference of logits; ``ValueError`` where it is more than rounding explains."""
+    eps = torch.finfo(plain.dtype).eps
+    worst = 0.0
+    device = next(plain.parameters()).device
+    for at, (ids, trained) in enumerate(zip(expected.ids, expected.trained, strict=True)):
+        tokens = torch.tensor([ids], device=device)
+        found = plain(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        logits = found.logits[0].float().cpu()
+        if logits.shape != trained.shape:
+            raise ValueError(f"export: expected logits {tuple(trained.shape)}, got {tuple(logits.shape)}")
+        error, largest = (logits - trained).abs().max().item(), trained.abs().max().item()
+        allowed = (64 if expected.base else 8) * eps * max(1.0, largest)
+        if expected.base:
+            # What the adapters do must be in the merged weights, however small it is beside the logits.
+            effect = _rms(expected.base[at] - trained)
+            lost = _rms(logits - trained)
+            off = not error <= allowed or (effect > 4 * eps * _rms(trained) and lost > 0.5 * effect)
+        else:
+            off = not error <= allowed
+        if off:
+            raise ValueError(
+                f"export: expected the files to give the trained model's logits, got others: they differ by "
+                f"{error:.3g} (of {largest:.3g}) on text {at}; nothing was exported, the checkpoint stays"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
