@@ -86,8 +86,8 @@ class Budget:
         """Seconds of the whole job from the reference to the table."""
         evaluate, pace = self.config.evaluate, self.pace
         models = 3 * (self.heldout * pace.score + evaluate.num_samples * evaluate.max_new_tokens * pace.token)
-        # Read: for reference, scores and two runs, and three to evaluate; two are written.
-        return models + 9 * pace.load + DRAWING + pairs * self.per_pair()
+        # The base model is read once; two trained ones are written, read back and compared.
+        return models + 7 * pace.load + DRAWING + pairs * self.per_pair()
 
     def fitting(self) -> int:
         """Pairs that fit into what is left, in whole steps; at least ``MIN_PAIRS``."""
@@ -132,6 +132,7 @@ def probe(session: Any, *, seconds: float = PROBE_SECONDS) -> Pace:
     smaller one took is scaled up.
     """
     source = session.models.source  # a GGUF file is converted here, once: no later load does it again
+    session.models.forget()  # a model just converted is in memory: the time of reading one is wanted
     begin = time.perf_counter()
     model = session.models.load(source, trainable=True)
     load = time.perf_counter() - begin

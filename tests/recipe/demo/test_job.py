@@ -122,6 +122,9 @@ class TinyModels:
     def load(self, source: Any, *, trainable: bool) -> SFTMixModel:
         return tiny.model()
 
+    def forget(self) -> None:
+        """There is none to let go of."""
+
 
 PACE = Pace(train=0.2, score=0.1, token=0.05, load=2.0)
 CONFIG = tiny.config(
@@ -211,23 +214,40 @@ def test_probe_of_a_model_is_its_real_pace() -> None:
 
 
 def test_what_is_done_once_does_not_count_as_a_load() -> None:
-    """A GGUF file is converted when the source is first asked for; nine loads of the job do not do it again."""
+    """A GGUF file is converted when the source is first asked for; no load of the job does it again."""
 
-    class Converting(TinySession):
-        def __getattribute__(self, name: str) -> Any:
-            if name == "model_source":
-                time.sleep(1.0)
-            return super().__getattribute__(name)
+    class Converting(TinyModels):
+        @property
+        def source(self) -> None:  # type: ignore[override]
+            time.sleep(1.0)
 
     tiny.model()  # imports on first use are not what is measured
-    assert probe(Converting()).load < 0.9
+    found = TinySession()
+    found.models = Converting()
+    assert probe(found).load < 0.9
+
+
+def test_a_model_that_is_in_memory_is_read_again_to_time_it() -> None:
+    class Kept(TinyModels):
+        kept = True
+
+        def load(self, source: Any, *, trainable: bool) -> SFTMixModel:
+            time.sleep(0.0 if self.kept else 0.5)
+            return tiny.model()
+
+        def forget(self) -> None:
+            self.kept = False
+
+    found = TinySession()
+    found.models = Kept()
+    assert probe(found).load >= 0.5
 
 
 @pytest.mark.parametrize("per_position", [0.002, 0.02, 0.1])
 def test_probe_keeps_to_its_time_however_slow_the_machine(per_position: float) -> None:
     """A model that takes so many seconds a position: 0.2 s to 11 s a micro-batch, for a probe of one second."""
 
-    class Slow(TinySession):
+    class Slow(TinyModels):
         def load(self, source: Any, *, trainable: bool) -> SFTMixModel:
             model = tiny.model()
 
@@ -237,7 +257,8 @@ def test_probe_keeps_to_its_time_however_slow_the_machine(per_position: float) -
             model.decoder.register_forward_pre_hook(wait, with_kwargs=True)
             return model
 
-    found = Slow()
+    found = TinySession()
+    found.models = Slow()
     found.config = tiny.config("train.micro_batch_size=8", "train.batch_size=16")
     begin = time.perf_counter()
     pace = probe(found, seconds=1.0)
