@@ -25,7 +25,12 @@ from sftmix.model.vocabulary import extend_model
 from sftmix.model.weight_files import check_complete, check_finite, say_left_out, weights_in_files
 
 # What transformers prints on many lines, and what is said of it here in one.
-_SAID = ("LOAD REPORT", "The new embeddings will be", "The new lm_head weights will be")
+_SAID = (
+    "LOAD REPORT",
+    "The new embeddings will be",
+    "The new lm_head weights will be",
+    "MXFP4 inference on CPU",
+)
 
 
 def load_model(
@@ -78,7 +83,8 @@ def _read(
     if place_on is not None:
         told["device_map"] = {"": place_on}
     with reading(config, "weights"):
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(place(config), **told)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place(config), **told)
+    causal_lm, found = loaded
     if getattr(causal_lm, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"model.name: expected a model, got {config.name}, an adapter: merge it into its base first"
@@ -113,9 +119,11 @@ def _quiet() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         return not any(text in str(record.msg) for text in _SAID)
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(wanted)
+    handlers = list(logging.getLogger("transformers").handlers)  # a logger's filter leaves its children alone
+    for handler in handlers:
+        handler.addFilter(wanted)
     try:
         yield
     finally:
-        logger.removeFilter(wanted)
+        for handler in handlers:
+            handler.removeFilter(wanted)

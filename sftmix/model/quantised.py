@@ -120,8 +120,8 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
     if not is_quantised(module):
         raise ValueError(f"module: expected a weight of bitsandbytes, got {type(module).__name__}")
-    found = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
-    return cast(Tensor, found).detach().to(dtype)
+    found: Tensor = dequantize_bnb_weight(cast(Any, module.weight), state=getattr(module, "state", None))
+    return found.detach().to(dtype)
 
 
 def keep_layout(causal_lm: Any, model: ModelConfig) -> None:

@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ import torch
 
 from sftmix.config import ModelConfig
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+_TOKENIZER_PACKAGES = (
+    ("*.tiktoken", "tiktoken"),
+    ("tokenizer.model*", "sentencepiece"),
+    ("*.spm", "sentencepiece"),
+)
 _LONGEST = 200  # characters of another library's message
 
 
@@ -36,13 +43,18 @@ def place(model: ModelConfig) -> str:
             "the file's name as model.gguf_file)"
         )
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model.name):
-        raise ValueError(f"model.name: expected a folder with a model, or a hub id, got no folder {model.name}")
+        raise ValueError(
+            f"model.name: expected a folder with a model, or a hub id, got no folder {model.name}"
+        )
     return model.name
 
 
 def options(model: ModelConfig) -> dict[str, Any]:
     """What every ``from_pretrained`` is told; code of the model's own runs only where the knob says so."""
-    told: dict[str, Any] = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+    told: dict[str, Any] = {
+        "revision": model.revision or "main",
+        "trust_remote_code": model.trust_remote_code,
+    }
     return {**told, "gguf_file": model.gguf_file} if model.gguf_file else told
 
 
@@ -52,10 +64,14 @@ def check_folder(model: ModelConfig) -> None:
     if not folder.is_dir():
         return
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise ValueError(f"model.name: expected a folder that may be read, got {folder}: change its permissions")
+        raise ValueError(
+            f"model.name: expected a folder that may be read, got {folder}: change its permissions"
+        )
     names = sorted(path.name for path in folder.iterdir())
     if not names:
-        raise ValueError(f"model.name: expected a folder with config.json and weights, got {folder}, an empty one")
+        raise ValueError(
+            f"model.name: expected a folder with config.json and weights, got {folder}, an empty one"
+        )
     if model.gguf_file:
         if not (folder / model.gguf_file).is_file():
             found = ", ".join(name for name in names if name.endswith(".gguf")) or "none"
@@ -71,7 +87,7 @@ def check_folder(model: ModelConfig) -> None:
         ggufs = [name for name in names if name.endswith(".gguf")]
         advice = f"; for its GGUF file: model.gguf_file={ggufs[0]}" if ggufs else ""
         raise ValueError(f"model.name: expected a folder with config.json, got {folder} without one{advice}")
-    if not any(True for pattern in WEIGHTS[:2] for _ in folder.glob(pattern)):
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise ValueError(
             f"model.name: expected weights (*.safetensors or *.bin) in {folder}, got none: bring the files there"
         )
@@ -79,10 +95,12 @@ def check_folder(model: ModelConfig) -> None:
 
 def _base_of(folder: Path) -> str:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f" of {base}"
+    return f" of {base}" if base else ""
 
 
 def read_configuration(model: ModelConfig) -> Any:
@@ -121,31 +139,38 @@ def reading(model: ModelConfig, what: str) -> Iterator[None]:
 
 def explained(model: ModelConfig, what: str, error: BaseException) -> str:
     """One line for an error that was raised while ``what`` was read from ``model``."""
-    name, text = model.name, _first_sentence(error)
-    told = str(error)
+    name, told, text = model.name, str(error), _first_sentence(error)
     if "trust_remote_code" in told and not model.trust_remote_code:
         return (
             f"model.name: {name} brings Python code of its own, which was not run; --model.trust_remote_code true "
             f"runs the code in {name} on this machine: read it first"
         )
-    if isinstance(error, ImportError) or re.search(r"pip install|requires the .* library|must be installed", told):
+    unknown = re.search(r"model type [`'\"]?([\w.-]+)[`'\"]? but Transformers does not", told)
+    if unknown:
+        return (
+            f"model.name: expected a model type that transformers {version('transformers')} knows, got {unknown[1]} "
+            f"in {name}: a newer transformers may know it"
+        )
+    if model.attn_implementation and re.search(r"attn_implementation|[Ff]lash_?[Aa]tt", told):
+        return (
+            f"model.attn_implementation: expected one that {name} has and this machine can run, such as eager or "
+            f"sdpa, got {model.attn_implementation} ({text})"
+        )
+    if "backend tokenizer" in told:
+        return _without_tokenizer(model)
+    if isinstance(error, ImportError) or re.search(r"pip install|requires the .* library", told):
         return f"model.name: {what} of {name} needs a package that is not installed ({text}): install it"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in told:
         return (
             f"model.name: {name} does not fit into memory ({text}): take a smaller model, a 16-bit model.dtype, or "
             "a machine with more memory"
         )
-    unknown = re.search(r"model type [`'\"]?([\w.-]+)[`'\"]? but Transformers does not", told)
-    if unknown:
-        from transformers import __version__
-
-        return (
-            f"model.name: expected a model type that transformers {__version__} knows, got {unknown[1]} in {name}: "
-            "a newer transformers may know it"
-        )
     if "Unrecognized configuration class" in told:
         kind = re.search(r"class '?[\w.]*?\.?(\w+)'?>", told)
-        return f"model.name: expected a causal language model, got {name} ({kind[1] if kind else text})"
+        return (
+            f"model.name: expected a causal language model, got {name} ({kind[1] if kind else text}): take a model "
+            "that writes text from left to right"
+        )
     if isinstance(error, PermissionError):
         return f"model.name: expected files that may be read in {name}, got {text}: change their permissions"
     if not Path(name).expanduser().is_dir() and isinstance(error, OSError):
@@ -158,6 +183,21 @@ def explained(model: ModelConfig, what: str, error: BaseException) -> str:
     return (
         f"model.name: expected {what} that transformers can read, got {name} ({type(error).__name__}: {text}): "
         "bring its files there anew, or take another model"
+    )
+
+
+def _without_tokenizer(model: ModelConfig) -> str:
+    """One line for a model whose tokenizer could not be made: its files are not there, or a package is not."""
+    folder = Path(model.name).expanduser()
+    for pattern, package in _TOKENIZER_PACKAGES:
+        if any(folder.glob(pattern)) and find_spec(package) is None:
+            return (
+                f"model.name: the tokenizer of {model.name} needs {package}, which is not installed: install it, or "
+                "bring a tokenizer.json there"
+            )
+    return (
+        f"model.name: expected a model with a tokenizer, got {model.name} without one that transformers can read: "
+        "bring its tokenizer.json and tokenizer_config.json there"
     )
 
 

@@ -63,9 +63,7 @@ def generation_stops(model: ModelConfig) -> tuple[int, ...]:
 
     found: Any = None
     try:
-        found = GenerationConfig.from_pretrained(
-            place(model), revision=model.revision or "main"
-        ).eos_token_id
+        found = GenerationConfig.from_pretrained(place(model), revision=model.revision or "main").eos_token_id
     except (OSError, ValueError):  # a model need not have any
         pass
     config = _configuration(model) if found is None else None
