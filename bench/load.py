@@ -28,7 +28,7 @@ RECORD = Path(__file__).with_name("results") / "load.json"
 PACKAGES = ("torch", "transformers", "safetensors")
 AT_MOST = 1.2  # of the model's size: what the system cannot take back, and what is held in the end
 SHARD = 2**29  # bytes a file of weights is closed at
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "135M": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -104,9 +105,9 @@ def cast_as_declared(causal_lm: Any, dtype: torch.dtype) -> None:
             declared = {name: p.dtype for name, p in type(causal_lm)(causal_lm.config).named_parameters()}
     finally:
         torch.set_default_dtype(before)
-    strict = causal_lm._get_dtype_plan(dtype)
+    strict = causal_lm._keep_in_fp32_modules_strict or ()
     for name, parameter in causal_lm.named_parameters():
-        kept = any(pattern in name for pattern in strict)
+        kept = any(fnmatch(name, f"*{pattern}*") for pattern in strict)
         wanted = torch.float32 if kept else declared.get(name, dtype)
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
