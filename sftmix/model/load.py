@@ -47,12 +47,12 @@ def load_model(
     check_folder(config)
     dtype = torch_dtype(config.dtype, device)
     configuration, kind = settled(config, read_configuration(config), tuning, dtype)
-    files = weights_in_files(config)
+    weights_in_files(config)  # refuses a file that is cut short or missing before any is read
     tokenizer, new = extended_tokenizer(config)
     with _quiet():
         causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
         check_complete(config, found["missing_keys"], found["mismatched_keys"])
-        say_left_out(causal_lm, found["unexpected_keys"], files)
+        say_left_out(causal_lm, found["unexpected_keys"], weights_in_files(config))
         if kind == BITS:
             keep_layout(causal_lm, config)
         elif kind is not None or config.gguf_file:

@@ -8,6 +8,7 @@ export holds the numbers that the bits stand for, with the adapters added.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from typing import Any, cast
 
@@ -87,6 +88,7 @@ def settled(model: ModelConfig, config: Any, tuning: str, dtype: torch.dtype) ->
         say(
             f"{model.name}: quantised with {kind}, {bits} bits: kept so and frozen, its adapters are trained; merged, "
             f"it is exported in {name}"
+            + ("" if bits == 4 else "; products round activations to float16 and 8 bits")
         )
     else:
         settings["dequantize"] = True
@@ -124,6 +126,11 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return found.detach().to(dtype)
 
 
+def _not_said(record: logging.LogRecord) -> bool:
+    """Leaves out what 8-bit products say of every product of every step; ``settled`` says it once."""
+    return "inputs will be cast" not in str(record.msg)
+
+
 def keep_layout(causal_lm: Any, model: ModelConfig) -> None:
     """Let no module of bitsandbytes repack its weight: a repacked one has no gradient and other roundings.
 
@@ -132,6 +139,7 @@ def keep_layout(causal_lm: Any, model: ModelConfig) -> None:
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    logging.getLogger(f"{BITS}.autograd._functions").addFilter(_not_said)
     for part in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()):
         if part is not None and is_quantised(part):
             raise ValueError(

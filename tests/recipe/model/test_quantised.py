@@ -179,7 +179,9 @@ def test_adapters_on_bits_train_as_on_the_numbers_they_stand_for(
     original = bits_model(tmp_path, bits)
     capsys.readouterr()
     model, _ = load_model(named(tmp_path), tuning="lora")
-    assert f"quantised with bitsandbytes, {bits} bits: kept so and frozen" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"quantised with bitsandbytes, {bits} bits: kept so and frozen" in told.out
+    assert ("round activations" in told.out) == (bits == 8) and "inputs will be cast" not in told.err
     held = [module for module in model.modules() if is_quantised(module)]
     assert len(held) == 14 and not any(module.weight.is_floating_point() for module in held)  # type: ignore[union-attr,operator]
     plain = as_plain(model, original, torch.float32)
