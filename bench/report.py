@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import cpu_targets, data, targets
+from bench import cpu_targets, data, load, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.summary import summary
@@ -169,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     figures = read_figures(RESULTS)
     measured = tables(figures)
-    if data.RECORD.exists():
-        measured += "\n\n" + data.section(json.loads(data.RECORD.read_text(encoding="utf-8")))
+    for other in (data, load):
+        if other.RECORD.exists():
+            measured += "\n\n" + other.section(json.loads(other.RECORD.read_text(encoding="utf-8")))
     pages = ((PAGE, measured, (BEGIN, END)), (README, summary(figures), SUMMARY))
     return max(update(*page, check=args.check, command="python -m bench.report") for page in pages)
 

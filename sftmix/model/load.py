@@ -1,38 +1,130 @@
-"""The model named by the configuration: its tokenizer, and its weights read once into the run's data type."""
+"""The model named by the configuration: its tokenizer, and its weights read once into the run's data type.
+
+Every parameter has the data type that transformers gives it for the run's, so what a class keeps in float32 (router
+weights) stays so. No weight is left at random and none is left out without a word.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from sftmix.config import ModelConfig
-from sftmix.model.causal_lm import SFTMixModel, cast_parameters, install_head, verify_head
+from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
+from sftmix.model.quantised import BITS, drop_quantisation, keep_layout, settled
+from sftmix.model.source import check_folder, options, place, read_configuration, reading
+from sftmix.model.tokenizer import extended_tokenizer
+from sftmix.model.vocabulary import extend_model
+from sftmix.model.weight_files import check_complete, check_finite, say_left_out, weights_in_files
+
+# What transformers prints on many lines, and what is said of it here in one.
+_SAID = (
+    "LOAD REPORT",
+    "The new embeddings will be",
+    "The new lm_head weights will be",
+    "MXFP4 inference on CPU",
+)
 
 
-def load_model(config: ModelConfig, *, device: torch.device | str = "cpu") -> tuple[SFTMixModel, Any]:
+def load_model(
+    config: ModelConfig, *, device: torch.device | str = "cpu", tuning: str = "full"
+) -> tuple[SFTMixModel, Any]:
     """The model named by ``config`` with its ``LossHead``, checked by ``verify_head``, and its tokenizer.
 
-    Parameters have the dtype ``config.dtype`` (auto: the device's); the model is in eval mode. Raises
-    ``ValueError`` for a model without a linear head, or one whose loss is not what ``LossHead`` computes.
+    Parameters have the dtype ``config.dtype`` (auto: the device's), but for those that transformers keeps in float32
+    and, where ``tuning`` is lora, quantised ones; the model is in eval mode. Raises ``ValueError`` naming what to do
+    for files that cannot be read or lack weights, a quantisation that cannot be trained, a model without a linear
+    head, and one whose loss is not what ``LossHead`` computes.
     """
+    check_folder(config)
     dtype = torch_dtype(config.dtype, device)
-    source = {"revision": config.revision} if config.revision else {}
-    if config.gguf_file:
-        source["gguf_file"] = config.gguf_file
-    options: dict[str, Any] = {**source, "dtype": dtype}
-    if config.gguf_file and hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if config.attn_implementation:
-        options["attn_implementation"] = config.attn_implementation
-    tokenizer = AutoTokenizer.from_pretrained(config.name, **source)
-    causal_lm = AutoModelForCausalLM.from_pretrained(config.name, **options)
-    # A file may hold some tensors in a dtype of their own. Parameters only: rotary frequencies stay float32.
-    cast_parameters(causal_lm, dtype)
+    configuration, kind = settled(config, read_configuration(config), tuning, dtype)
+    weights_in_files(config)  # refuses a file that is cut short or missing before any is read
+    tokenizer, new = extended_tokenizer(config)
+    with _quiet():
+        causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
+        check_complete(config, found["missing_keys"], found["mismatched_keys"])
+        say_left_out(causal_lm, found["unexpected_keys"], weights_in_files(config))
+        if kind == BITS:
+            keep_layout(causal_lm, config)
+        elif kind is not None or config.gguf_file:
+            drop_quantisation(causal_lm)
+            cast_as_declared(causal_lm, dtype)
+        check_finite(config, causal_lm)
+        if config.added_tokens is not None:
+            extend_model(causal_lm, tokenizer, new)
     model = install_head(causal_lm.eval())
-    model.to(device)
+    with reading(config, "weights"):
+        model.to(device)
     verify_head(model)
     return model, tokenizer
+
+
+def _read(
+    config: ModelConfig, configuration: Any, dtype: torch.dtype, place_on: torch.device | str | None
+) -> tuple[Any, dict[str, Any]]:
+    """The transformers model, and what its loading tells of missing, mismatched and unexpected weights."""
+    told: dict[str, Any] = {**options(config), "dtype": dtype, "output_loading_info": True}
+    # Reported like the missing ones; transformers' own error names no weight.
+    told["ignore_mismatched_sizes"] = True
+    if not config.gguf_file:
+        told["config"] = configuration
+    elif hasattr(transformers, "GgufConfig"):  # newer versions may keep weights packed
+        told["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if config.attn_implementation:
+        told["attn_implementation"] = config.attn_implementation
+    if place_on is not None:
+        told["device_map"] = {"": place_on}
+    with reading(config, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place(config), **told)
+    causal_lm, found = loaded
+    if getattr(causal_lm, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model.name: expected a model, got {config.name}, an adapter: merge it into its base first"
+        )
+    return causal_lm, found
+
+
+def cast_as_declared(causal_lm: Any, dtype: torch.dtype) -> None:
+    """Give floating parameters, in place, the dtype that their class declares when it is built in ``dtype``.
+
+    For what is dequantised: its loaders leave some weights in the file's float type.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            declared = {name: p.dtype for name, p in type(causal_lm)(causal_lm.config).named_parameters()}
+    finally:
+        torch.set_default_dtype(before)
+    strict = causal_lm._keep_in_fp32_modules_strict or ()
+    for name, parameter in causal_lm.named_parameters():
+        kept = any(fnmatch(name, f"*{pattern}*") for pattern in strict)
+        wanted = torch.float32 if kept else declared.get(name, dtype)
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without those lines of transformers that are said here in one, or raised."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in _SAID)
+
+    handlers = list(logging.getLogger("transformers").handlers)  # a logger's filter leaves its children alone
+    for handler in handlers:
+        handler.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(wanted)

@@ -6,34 +6,32 @@ from collections.abc import Iterable
 from typing import Any
 
 from sftmix.config import ModelConfig
+from sftmix.model.source import options, place, read_configuration, reading
+from sftmix.model.vocabulary import extend_tokenizer
 
 _LONGEST = 2048  # data.max_length, where the model's positions allow it
 
 
-def _source(model: ModelConfig) -> dict[str, Any]:
-    source: dict[str, Any] = {"revision": model.revision or "main"}
-    return {**source, "gguf_file": model.gguf_file} if model.gguf_file else source
-
-
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's tokenizer. Raises ``ValueError`` naming the model if there is none."""
+    """The model's tokenizer with ``model.added_tokens``. Raises ``ValueError`` naming the model if there is none."""
+    return extended_tokenizer(model)[0]
+
+
+def extended_tokenizer(model: ModelConfig) -> tuple[Any, list[str]]:
+    """The tokenizer, and those of ``model.added_tokens`` that it lacked."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model.name, **_source(model))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.name: expected a model with a tokenizer, got {model.name} ({error})"
-        ) from error
+    name = place(model)
+    with reading(model, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options(model))
+    return tokenizer, extend_tokenizer(tokenizer, model)
 
 
 def _configuration(model: ModelConfig) -> Any:
     """The model's configuration; None for a folder with a tokenizer only, which is enough to look at data."""
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(model.name, **_source(model))
-    except (OSError, ValueError, KeyError):  # a run says so when it loads the model
+        return read_configuration(model)
+    except ValueError:  # a run says so when it loads the model
         return None
 
 
@@ -65,7 +63,7 @@ def generation_stops(model: ModelConfig) -> tuple[int, ...]:
 
     found: Any = None
     try:
-        found = GenerationConfig.from_pretrained(model.name, revision=model.revision or "main").eos_token_id
+        found = GenerationConfig.from_pretrained(place(model), revision=model.revision or "main").eos_token_id
     except (OSError, ValueError):  # a model need not have any
         pass
     config = _configuration(model) if found is None else None
