@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sftmix.model.lora import ADAPTER, is_lora
-from sftmix.model.parallel import whole
+from sftmix.model.merge import merged_state
 from sftmix.progress import say
 from sftmix.rank import is_main
 
@@ -45,45 +44,6 @@ def merge_and_export(
         _write(model, state, tokenizer, Path(folder), stop_ids)
     if dist.is_initialized():
         dist.barrier()
-
-
-@torch.no_grad()
-def merged_state(model: SFTMixModel) -> dict[str, Tensor]:
-    """The causal LM's state dict under its own names, on the CPU; empty on all but the main process."""
-    if is_lora(model):
-        return _merged_lora_state(model)
-    parameters = {name for name, _ in model.base.named_parameters(remove_duplicate=False)}
-    state = {}
-    for name, tensor in model.base.state_dict().items():
-        full = whole(tensor)
-        if is_main():  # shards are float32 whatever the model computes in
-            state[name] = (full.to(model.dtype) if name in parameters else full).cpu()
-    return state
-
-
-def _merged_lora_state(model: SFTMixModel) -> dict[str, Tensor]:
-    adapted = {name: module for name, module in model.base.named_modules() if hasattr(module, "lora_A")}
-    state = {}
-    for name, tensor in model.base.state_dict().items():
-        if ".lora_" in name:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        layer = adapted.get(owner.removesuffix(".base_layer"))
-        if layer is not None and leaf == "weight":
-            full = _merged_weight(layer)
-        else:
-            full = whole(tensor)
-        if is_main():
-            state[name.replace(".base_layer.", ".")] = full.cpu()
-    return state
-
-
-def _merged_weight(layer: Any) -> Tensor:
-    """Weight of one adapted layer, unsharded, with its adapter added in float32, in the layer's own dtype."""
-    base = whole(layer.get_base_layer().weight)
-    down, up = (whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
-    delta = layer.scaling[ADAPTER] * (up @ down)
-    return (base.float() + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)
 
 
 def stops(model: Any, stop_ids: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.model.causal_lm import cast_parameters
-from sftmix.model.lora import decoder_blocks, is_lora
+from sftmix.model.targets import decoder_blocks, is_lora
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
