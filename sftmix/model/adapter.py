@@ -70,7 +70,7 @@ def check_adapter(model: SFTMixModel) -> None:
     try:
         _load(plain, _adapter_config(model, ""), state, low_cpu_mem_usage=True)
         wrong = _difference(model.base, plain)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         wrong = str(error)
     if wrong:
         raise ValueError(
@@ -142,7 +142,7 @@ def _load(causal_lm: Any, config: Any, state: dict[str, Tensor], **options: Any)
     config = copy.deepcopy(config)
     with _quiet(), torch.random.fork_rng():
         wrapped = get_peft_model(causal_lm, config, adapter_name=ADAPTER, **options)
-        result = set_peft_model_state_dict(wrapped, state, adapter_name=ADAPTER, **options)
+        result: Any = set_peft_model_state_dict(wrapped, state, adapter_name=ADAPTER, **options)
     missing = [key for key in result.missing_keys if ".lora_" in key or ".modules_to_save." in key]
     if missing or result.unexpected_keys:
         what = f"{missing[0]} has no value" if missing else f"{result.unexpected_keys[0]} has no place"
@@ -159,7 +159,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _active(model: SFTMixModel) -> str:
-    names = list(model.model.active_adapters)
+    wrapped: Any = model.model
+    names = list(wrapped.active_adapters)
     if len(names) != 1:
         raise ValueError(f"export: expected one active adapter to write, got {', '.join(names) or 'none'}")
     return str(names[0])
@@ -184,7 +185,8 @@ def _adapter_state(model: SFTMixModel) -> dict[str, Tensor]:
 
 def _adapter_config(model: SFTMixModel, base_name: str) -> Any:
     """peft's configuration of the active adapter, of the base model ``base_name``, to be read for inference."""
-    config = copy.deepcopy(model.model.peft_config[_active(model)])  # type: ignore[union-attr, index]
+    wrapped: Any = model.model
+    config = copy.deepcopy(wrapped.peft_config[_active(model)])
     config.base_model_name_or_path, config.inference_mode = base_name, True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules or [])
@@ -198,6 +200,5 @@ def whole_modules(base: nn.Module) -> list[str]:
     return [
         name
         for name, module in base.named_modules()
-        if ".lora_" not in name
-        and any(weight.requires_grad for weight in module.parameters(recurse=False))
+        if ".lora_" not in name and any(weight.requires_grad for weight in module.parameters(recurse=False))
     ]

@@ -23,7 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from sftmix.config import LoraConfig
 from sftmix.model.merge import merge_plan
 from sftmix.model.targets import (
-    Targets, decoder_blocks, expert_names, find_targets, find_whole, is_lora,
+    ALL_LINEAR,
+    Targets,
+    decoder_blocks,
+    expert_names,
+    find_targets,
+    find_whole,
+    is_lora,
 )  # fmt: skip
 from sftmix.progress import say
 from sftmix_kernels import adapt_head
@@ -31,7 +37,15 @@ from sftmix_kernels import adapt_head
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
-__all__ = ["ADAPTER", "TrainedShare", "apply_lora", "decoder_blocks", "find_targets", "is_lora", "trained_share"]
+__all__ = [
+    "ADAPTER",
+    "TrainedShare",
+    "apply_lora",
+    "decoder_blocks",
+    "find_targets",
+    "is_lora",
+    "trained_share",
+]
 
 ADAPTER = "default"
 
@@ -60,12 +74,22 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
 
         check_adapter(model)
     say(str(trained_share(model)))
-    if lora.target_modules == "all-linear" and targets.unadapted:
+    _say_left_out(lora, targets)
+    return model
+
+
+def _say_left_out(lora: LoraConfig, targets: Targets) -> None:
+    """A line for what all-linear does not adapt."""
+    if ALL_LINEAR not in lora.target_modules.split(","):
+        return
+    if targets.unadapted:
         say(
-            f"lora: all-linear leaves out the weights of fused experts; lora.target_modules=all-linear,"
+            f"lora: all-linear leaves out the weights of fused experts; lora.target_modules={lora.target_modules},"
             f"{expert_names(targets.unadapted)} adapts them"
         )
-    return model
+    if targets.bypassed:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in targets.bypassed}))
+        say(f"lora: all-linear leaves out {names}, whose weight the model reads past the layer")
 
 
 def _inject(model: SFTMixModel, lora: LoraConfig, targets: Targets) -> None:
@@ -95,7 +119,9 @@ def _inject(model: SFTMixModel, lora: LoraConfig, targets: Targets) -> None:
         try:
             model.model = get_peft_model(model.base, peft_config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise ValueError(f"lora.target_modules: expected targets that peft adapts, got {error}") from error
+            raise ValueError(
+                f"lora.target_modules: expected targets that peft adapts, got {error}"
+            ) from error
 
 
 @contextmanager
@@ -133,9 +159,13 @@ def _check_made(model: SFTMixModel, targets: Targets, names: set[str]) -> None:
     if set(plan.sources) != names:
         odd = sorted(set(plan.sources) ^ names)
         raise ValueError(f"model: expected the merged weights to have the model's names, got {odd[0]}")
-    wide = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name]
+    wide = [
+        name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name
+    ]
     narrow = [
-        name for name, weight in model.named_parameters() if ".lora_" in name and weight.dtype != torch.float32
+        name
+        for name, weight in model.named_parameters()
+        if ".lora_" in name and weight.dtype != torch.float32
     ]
     if wide or narrow:
         raise ValueError(f"lora: expected float32 adapters on a frozen model, got {(wide or narrow)[0]}")
@@ -177,7 +207,9 @@ class TrainedShare:
         text += f"; adapters on {self.adapted:,} of the blocks' {self.blocks:,} parameters"
         if not self.whole:
             return text
-        shown = ", ".join(self.whole[:4]) + (f" and {len(self.whole) - 4} more" if len(self.whole) > 4 else "")
+        shown = ", ".join(self.whole[:4]) + (
+            f" and {len(self.whole) - 4} more" if len(self.whole) > 4 else ""
+        )
         return f"{text}; trained whole: {shown}"
 
 
@@ -185,7 +217,9 @@ def trained_share(model: SFTMixModel) -> TrainedShare:
     """How many parameters train, and how many of the blocks' weights carry an adapter."""
     parameters: dict[str, Any] = dict(model.base.named_parameters())
     blocks = {id(weight) for block in decoder_blocks(model)[1] for weight in block.parameters()}
-    own = {name: weight for name, weight in parameters.items() if ".lora_" not in name and id(weight) in blocks}
+    own = {
+        name: weight for name, weight in parameters.items() if ".lora_" not in name and id(weight) in blocks
+    }
     plan = merge_plan(model.base)
     adapted = {plan.sources[name] for name in plan.layers}
     return TrainedShare(

@@ -109,7 +109,11 @@ def merge_plan(base: nn.Module) -> Plan:
         for adapter in active_adapters(layer):
             _check_layer(name, layer, adapter)
             plan.consumed |= {id(weight) for weight in _parts(layer, adapter)}
-    left = [name for name, weight in parameters.items() if weight.requires_grad and id(weight) not in plan.consumed]
+    left = [
+        name
+        for name, weight in parameters.items()
+        if weight.requires_grad and id(weight) not in plan.consumed
+    ]
     if left:
         raise ValueError(
             f"model: expected every trained parameter to reach the exported weights, but {len(left)} would not, "
@@ -140,7 +144,9 @@ def _plain_key(key: str, wrappers: dict[str, Any]) -> str | None:
             continue
         rest = key.removeprefix(f"{name}.")
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
-        used = f"modules_to_save.{active[0]}." if active and not wrapper.disable_adapters else "original_module."
+        used = (
+            f"modules_to_save.{active[0]}." if active and not wrapper.disable_adapters else "original_module."
+        )
         return f"{name}.{rest.removeprefix(used)}" if rest.startswith(used) else None
     return plain_name(key)
 
@@ -148,7 +154,9 @@ def _plain_key(key: str, wrappers: dict[str, Any]) -> str | None:
 def active_adapters(layer: Any) -> list[str]:
     """Names of the adapters that a layer adds to its weight."""
     if layer.merged:
-        raise ValueError("model: expected adapters beside the weights, got merged ones; unmerge_adapter() first")
+        raise ValueError(
+            "model: expected adapters beside the weights, got merged ones; unmerge_adapter() first"
+        )
     if layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
@@ -158,7 +166,9 @@ def _check_layer(name: str, layer: Any, adapter: str) -> None:
     """Refuse what the equations above do not say."""
     if not hasattr(layer, "parameter_name") and not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
         kind = type(layer.get_base_layer()).__name__
-        raise ValueError(f"model: expected adapters on linear layers or expert weights, got {name} of a {kind}")
+        raise ValueError(
+            f"model: expected adapters on linear layers or expert weights, got {name} of a {kind}"
+        )
     variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
     if variant not in ("NoneType", "DoraLinearVariant"):
         raise ValueError(f"model: expected LoRA, rsLoRA or DoRA, got {variant} on {name}")

@@ -70,7 +70,8 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
 
     A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
-    float32; under LoRA the frozen base and the float32 adapters are gathered as they are.
+    float32; under LoRA the frozen base and the float32 adapters are gathered as they are, and modules that are
+    trained whole beside them as in a model trained in full.
     """
     if world.mesh is None:
         return model
@@ -78,22 +79,43 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
 
     if isinstance(model, FSDPModule):
         return model
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    unit: dict[str, Any] = {"mesh": world.mesh, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+    cast = {**unit, "mp_policy": MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)}
     if not is_lora(model) and model.dtype != torch.float32:
-        policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
         cast_parameters(model, torch.float32)
-    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": policy}
+        unit = cast
+    shared = {id(model.head), id(model.base.get_input_embeddings())} if model.is_tied else set()
+    for module in _trained_whole(model) if is_lora(model) else []:
+        # Its float32 shards are cast where they are gathered, the adapters beside it are not: a unit of its own.
+        cast_parameters(module, torch.float32)
+        if id(module) not in shared:
+            fully_shard(module, **cast)
     for block in decoder_blocks(model)[1]:
-        fully_shard(block, **options)
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, **unit)
     if not model.is_tied:
         # The head's backward comes straight after its forward: gathering it once is enough.
-        fully_shard([*_after_blocks(model), model.head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+        last = [
+            module for module in [*_after_blocks(model), model.head] if not isinstance(module, FSDPModule)
+        ]
+        if last:
+            fully_shard(last, reshard_after_forward=False, **unit)
+    fully_shard(model, **(cast if model.is_tied and model.head.weight.requires_grad else unit))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
     return model
+
+
+def _trained_whole(model: SFTMixModel) -> list[nn.Module]:
+    """Modules that hold a parameter trained without an adapter, the innermost first."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if ".lora_" not in name and any(weight.requires_grad for weight in module.parameters(recurse=False))
+    ]
+    return [module for name, module in sorted(found, key=lambda pair: -pair[0].count("."))]
 
 
 def _after_blocks(model: SFTMixModel) -> list[nn.Module]:

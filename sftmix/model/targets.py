@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from sftmix.config import LoraConfig
+from sftmix.model.bypass import bypassed
 
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
@@ -30,6 +31,7 @@ class Targets:
     modules: tuple[str, ...]  # linear layers and Conv1D
     parameters: tuple[str, ...]  # experts' weights, three-dimensional
     unadapted: tuple[str, ...]  # experts' weights of the chosen blocks that get no adapter
+    bypassed: tuple[str, ...] = ()  # layers of the chosen blocks that cannot be adapted
 
     def weights(self) -> set[str]:
         """Names of all adapted weights in the causal LM's state dict."""
@@ -70,11 +72,15 @@ def find_targets(model: SFTMixModel, lora: LoraConfig) -> Targets:
         _check_head(model, lora, adapted_head[0])
         wanted = [name for name in wanted if name not in adapted_head]
     linear, experts = _candidates(model, lora)
+    owners = dict.fromkeys([*linear, *(full.rpartition(".")[0] for full in experts)])
+    past = bypassed(model, list(owners))
+    linear = [full for full in linear if full not in past]
+    experts = [full for full in experts if full.rpartition(".")[0] not in past]
     names = [name for name in wanted if name != ALL_LINEAR]
     known = (*linear, *(full.removesuffix(".weight") for full in experts))
     missing = [name for name in names if not any(_ends(full, name) for full in (*known, *experts))]
     if missing:
-        raise ValueError(_why_not(model, lora, missing, known))
+        raise ValueError(_why_not(model, lora, missing, known, past))
     modules = [full for full in linear if ALL_LINEAR in wanted or any(_ends(full, name) for name in names)]
     parameters = [
         full
@@ -90,7 +96,7 @@ def find_targets(model: SFTMixModel, lora: LoraConfig) -> Targets:
         )
     _check_experts(lora, parameters)
     unadapted = tuple(full for full in experts if full not in parameters)
-    return Targets(tuple(modules), tuple(parameters), unadapted)
+    return Targets(tuple(modules), tuple(parameters), unadapted, tuple(past))
 
 
 def head_name(model: SFTMixModel) -> str:
@@ -148,7 +154,9 @@ def _candidates(model: SFTMixModel, lora: LoraConfig) -> tuple[list[str], list[s
         elif not isinstance(module, _ConvNd):
             found = module.named_parameters(recurse=False)
             # Three dimensions longer than one: experts, in, out. A scale [1, 1, D] is none.
-            experts += [f"{name}.{leaf}" for leaf, weight in found if weight.ndim == 3 and min(weight.shape) > 1]
+            experts += [
+                f"{name}.{leaf}" for leaf, weight in found if weight.ndim == 3 and min(weight.shape) > 1
+            ]
     return linear, experts
 
 
@@ -179,21 +187,23 @@ def expert_names(names: tuple[str, ...]) -> str:
     return ",".join(sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in names}))
 
 
-def _why_not(model: SFTMixModel, lora: LoraConfig, missing: list[str], known: tuple[str, ...]) -> str:
+def _why_not(
+    model: SFTMixModel, lora: LoraConfig, missing: list[str], known: tuple[str, ...], past: list[str]
+) -> str:
     """The message for names that match nothing adaptable: what the first of them is instead."""
     name = missing[0]
     modules = {full: module for full, module in model.base.named_modules() if _ends(full, name)}
     weights = {full: weight for full, weight in model.base.named_parameters() if _ends(full, name)}
     whole = f"; lora.modules_to_save={name} trains it whole"
     if not modules and not weights:
-        return (
-            f"lora.target_modules: expected {ALL_LINEAR} or some of {_leaves(known)}, got {', '.join(missing)}"
-        )
+        return f"lora.target_modules: expected {ALL_LINEAR} or some of {_leaves(known)}, got {', '.join(missing)}"
     prefix = "lora.target_modules: expected linear layers or expert weights of the decoder's blocks, got "
     if not modules:
         full, weight = next(iter(weights.items()))
         return f"{prefix}{name}, a parameter of shape {list(weight.shape)} ({full})"
     full, module = next(iter(modules.items()))
+    if full in past:
+        return f"{prefix}{name}, whose weight the model reads past the layer ({full}){whole}"
     if isinstance(module, nn.Embedding):
         return f"{prefix}{name}, an embedding ({full}){whole}"
     if isinstance(module, nn.Linear | Conv1D) and _is_linear(module):
