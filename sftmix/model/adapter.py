@@ -112,6 +112,7 @@ def merge_adapter(causal_lm: Any, folder: str | Path) -> Any:
         if active_adapters(layer):
             weight = getattr(layer.get_base_layer(), name.rpartition(".")[2])
             weight.copy_(merge_weight(layer, weight, rounding))
+    rounding.say("adapter")
     plain = wrapped.unload()
     tensors = plain.state_dict()
     for first, second in ties:

@@ -80,7 +80,7 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
 
 def _say_left_out(lora: LoraConfig, targets: Targets) -> None:
     """A line for what all-linear does not adapt."""
-    if ALL_LINEAR not in lora.target_modules.split(","):
+    if ALL_LINEAR not in [name.strip() for name in lora.target_modules.split(",")]:
         return
     if targets.unadapted:
         say(
@@ -203,7 +203,8 @@ class TrainedShare:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
-        text = f"lora: {self.trainable:,} parameters train, {share:.2g} % of {self.total:,}"
+        shown = f"{share:.1f}" if share >= 1 else f"{share:.2g}"
+        text = f"lora: {self.trainable:,} parameters train, {shown} % of {self.total:,}"
         text += f"; adapters on {self.adapted:,} of the blocks' {self.blocks:,} parameters"
         if not self.whole:
             return text

@@ -51,6 +51,14 @@ class Rounding:
         """The lost part of the change's norm, 0 to 1."""
         return (self.lost / self.change) ** 0.5 if self.change else 0.0
 
+    def say(self, where: str, remedy: str = "") -> None:
+        """A line when more than a few per cent are lost."""
+        if self.share > SAID_LOSS:
+            name = str(self.dtype).removeprefix("torch.")
+            say(
+                f"{where}: {100 * self.share:.0f} % of the adapters' change is lost in rounding to {name}{remedy}"
+            )
+
 
 @torch.no_grad()
 def merged_state(model: SFTMixModel) -> dict[str, Tensor]:
@@ -59,11 +67,7 @@ def merged_state(model: SFTMixModel) -> dict[str, Tensor]:
     Raises ``ValueError`` for adapters that cannot be merged and for a trained parameter that the result would miss.
     """
     state, rounding = merged_weights(model.base, model.dtype)
-    if rounding.share > SAID_LOSS:
-        say(
-            f"export: {rounding.share:.0%} of the adapters' change is lost in rounding to "
-            f"{str(rounding.dtype).removeprefix('torch.')} (export=adapter keeps it)"
-        )
+    rounding.say("export", " (export=adapter keeps it)")
     return state
 
 
@@ -206,7 +210,7 @@ def merge_weight(layer: Any, base: Tensor, rounding: Rounding) -> Tensor:
         for expert in range(base.shape[0]):
             exact = base[expert].float()
             for scale, (down, up) in adapters:
-                exact += scale * _expert_delta(layer, down, up, expert, base.shape[0])
+                exact = exact + scale * _expert_delta(layer, down, up, expert, base.shape[0])
             merged[expert] = exact
             _measure(base[expert], exact, merged[expert], rounding)
         return merged
