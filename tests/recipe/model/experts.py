@@ -42,8 +42,8 @@ def causal_lm(kind: str, *, dtype: torch.dtype = torch.float32) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[kind])).eval()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or not name.endswith("weight"):
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.15)
     return model.to(dtype)
 

@@ -92,7 +92,8 @@ def test_dora_keeps_the_direction_and_sets_the_norm_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, names", [("llama", "embed_tokens,lm_head,norm"), ("gpt2", "wte"), ("mixtral", "gate,input_layernorm")]
+    "kind, names",
+    [("llama", "embed_tokens,lm_head,norm"), ("gpt2", "wte"), ("mixtral", "gate,input_layernorm")],
 )
 def test_modules_trained_whole_are_exported(kind: str, names: str) -> None:
     model = assert_merged(kind, modules_to_save=names)
@@ -148,7 +149,9 @@ def test_all_active_adapters_are_merged() -> None:
 
 
 def test_pefts_own_modules_to_save_are_merged() -> None:
-    config = PeftLoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    config = PeftLoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     wrapped, plain = get_peft_model(experts.causal_lm("llama"), config), experts.causal_lm("llama")
     experts.randomise(wrapped)
     state, _ = merged_weights(wrapped.get_base_model(), torch.float32)
@@ -157,11 +160,15 @@ def test_pefts_own_modules_to_save_are_merged() -> None:
 
 
 def test_adapters_that_cannot_be_merged_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="expected one active adapter with DoRA, got several on model.layers.0"):
+    with pytest.raises(
+        ValueError, match="expected one active adapter with DoRA, got several on model.layers.0"
+    ):
         merged_state(several(use_dora=True))
     with pytest.raises(ValueError, match="expected adapters without a bias, got lora_bias=True"):
         merged_state(several(lora_bias=True))
-    with pytest.raises(ValueError, match=r"every trained parameter to reach .* 2 would not, e.g. .*embed_tokens"):
+    with pytest.raises(
+        ValueError, match=r"every trained parameter to reach .* 2 would not, e.g. .*embed_tokens"
+    ):
         merged_state(several(target_modules=["embed_tokens"]))
     merged = several()
     merged.model.merge_adapter()
