@@ -106,7 +106,8 @@ def merge_adapter(causal_lm: Any, folder: str | Path) -> Any:
     try:
         wrapped = _load(causal_lm, config, load_peft_weights(str(folder), device="cpu"))
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"model.name: expected the adapter in {folder} to fit its base: {error}") from error
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"model.name: expected the adapter in {folder} to fit its base: {why}") from error
     rounding = Rounding()
     for name, layer in merge_plan(causal_lm).layers.items():
         if active_adapters(layer):

@@ -116,7 +116,7 @@ def test_a_folder_without_an_adapter_or_without_a_base(tmp_path: Path) -> None:
     assert adapter_base(tmp_path) is None and adapter_base(tmp_path / "none") is None
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(
-        ValueError, match="model.name: expected .*json to name base_model_name_or_path, got None"
+        ValueError, match=r"model.name: expected .*json to name base_model_name_or_path, got None"
     ):
         adapter_base(tmp_path)
 
@@ -124,7 +124,7 @@ def test_a_folder_without_an_adapter_or_without_a_base(tmp_path: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, plain = trained("llama")
     save_adapter(model, tmp_path, "base")
-    with pytest.raises(ValueError, match="expected the adapter in .* to fit its base: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"expected the adapter in .* to fit its base: .*size mismatch"):
         merge_adapter(tiny.causal_lm("llama", hidden_size=32), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     weights = load_file(file)
@@ -132,12 +132,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file(
         {name: weight for name, weight in weights.items() if name != first}, file, metadata={"format": "pt"}
     )
-    with pytest.raises(ValueError, match="expected its weights to fit LlamaForCausalLM, but .* has no value"):
+    with pytest.raises(
+        ValueError, match=r"expected its weights to fit LlamaForCausalLM, but .* has no value"
+    ):
         merge_adapter(copy.deepcopy(plain), tmp_path)
     save_file(
         {**weights, "base_model.model.more.lora_A.weight": weights[first]}, file, metadata={"format": "pt"}
     )
-    with pytest.raises(ValueError, match="but .*more.lora_A.* has no place"):
+    with pytest.raises(ValueError, match=r"but .*more.lora_A.* has no place"):
         merge_adapter(copy.deepcopy(plain), tmp_path)
 
 
@@ -148,7 +150,7 @@ def test_an_adapter_that_tears_a_tie_is_refused(tmp_path: Path) -> None:
     wrapped = get_peft_model(experts.causal_lm("gpt2"), config)
     experts.randomise(wrapped)
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="to keep transformer.wte.weight and lm_head.weight equal"):
+    with pytest.raises(ValueError, match=r"to keep transformer.wte.weight and lm_head.weight equal"):
         merge_adapter(experts.causal_lm("gpt2"), tmp_path)
 
 
@@ -156,5 +158,5 @@ def test_another_method_of_peft_is_refused(tmp_path: Path) -> None:
     found = {"peft_type": "IA3", "base_model_name_or_path": "base", "target_modules": ["q_proj"],
              "feedforward_modules": []}  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="model.name: expected a LoRA adapter in .*, got PeftType.IA3"):
+    with pytest.raises(ValueError, match=r"model.name: expected a LoRA adapter in .*, got PeftType.IA3"):
         merge_adapter(experts.causal_lm("llama"), tmp_path)

@@ -161,7 +161,7 @@ def test_pefts_own_modules_to_save_are_merged() -> None:
 
 def test_adapters_that_cannot_be_merged_are_refused_by_name() -> None:
     with pytest.raises(
-        ValueError, match="expected one active adapter with DoRA, got several on model.layers.0"
+        ValueError, match=r"expected one active adapter with DoRA, got several on model.layers.0"
     ):
         merged_state(several(use_dora=True))
     with pytest.raises(ValueError, match="expected adapters without a bias, got lora_bias=True"):
@@ -180,5 +180,5 @@ def test_a_trained_parameter_that_the_merge_would_miss_is_refused() -> None:
     model = apply_lora(install_head(experts.causal_lm("llama")), LoraConfig(rank=2))
     layer = model.base.get_submodule("model.layers.0.mlp.up_proj")
     layer.lora_extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match="but 1 would not, e.g. model.layers.0.mlp.up_proj.lora_extra"):
+    with pytest.raises(ValueError, match=r"but 1 would not, e.g. model.layers.0.mlp.up_proj.lora_extra"):
         merged_state(model)
