@@ -14,7 +14,7 @@ from torch import nn
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
-PROBE_TOKENS = 12
+PROBE_TOKENS = 4
 
 
 class _Watch:
@@ -56,7 +56,7 @@ def bypassed(model: SFTMixModel, names: list[str]) -> list[str]:
     kinds = {name: type(module) for name, module in modules.items()}
     mode, devices = model.training, [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        ids = torch.randint(model.vocab_size, (2, PROBE_TOKENS)).to(model.device)
+        ids = torch.randint(model.vocab_size, (1, PROBE_TOKENS)).to(model.device)
         try:
             for module in modules.values():
                 handles.append(module.register_forward_pre_hook(watch.enter))

@@ -199,6 +199,7 @@ class TrainedShare:
     total: int  # adapters included
     adapted: int  # of the blocks' own weights, those with an adapter
     blocks: int  # the blocks' own parameters, without adapters
+    head: bool  # whether the head has an adapter
     whole: tuple[str, ...]  # names of the parameters that train without an adapter
 
     def __str__(self) -> str:
@@ -206,6 +207,7 @@ class TrainedShare:
         shown = f"{share:.1f}" if share >= 1 else f"{share:.2g}"
         text = f"lora: {self.trainable:,} parameters train, {shown} % of {self.total:,}"
         text += f"; adapters on {self.adapted:,} of the blocks' {self.blocks:,} parameters"
+        text += " and on the head" if self.head else ""
         if not self.whole:
             return text
         shown = ", ".join(self.whole[:4]) + (
@@ -228,6 +230,7 @@ def trained_share(model: SFTMixModel) -> TrainedShare:
         total=sum(weight.numel() for weight in parameters.values()),
         adapted=sum(weight.numel() for name, weight in own.items() if name in adapted),
         blocks=sum(weight.numel() for weight in own.values()),
+        head=any(module is model.head for module in plan.layers.values()),
         whole=tuple(
             name for name, weight in parameters.items() if weight.requires_grad and ".lora_" not in name
         ),

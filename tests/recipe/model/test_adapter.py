@@ -137,7 +137,9 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         merge_adapter(copy.deepcopy(plain), tmp_path)
     save_file(
-        {**weights, "base_model.model.more.lora_A.weight": weights[first]}, file, metadata={"format": "pt"}
+        {**weights, "base_model.model.more.lora_A.weight": weights[first].clone()},
+        file,
+        metadata={"format": "pt"},
     )
     with pytest.raises(ValueError, match=r"but .*more.lora_A.* has no place"):
         merge_adapter(copy.deepcopy(plain), tmp_path)

@@ -218,3 +218,9 @@ def test_dropout_is_off_in_a_model_in_eval_mode() -> None:
     randomise(model)
     assert not any(module.training for module in model.modules())
     assert torch.equal(experts.logits(model.base), experts.logits(model.base))
+
+
+def test_an_adapter_on_the_head_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    share = trained_share(apply_lora(built("llama"), LoraConfig(rank=2, target_modules="lm_head")))
+    assert share.head and (share.trainable, share.adapted) == (2 * (61 + 16), 0)
+    assert "adapters on 0 of the blocks' 3,904 parameters and on the head\n" in capsys.readouterr().out
