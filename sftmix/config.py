@@ -233,6 +233,11 @@ class Config:
             raise ValueError(
                 f"export: expected merged with train.tuning=full, which has no adapter, got {self.export}"
             )
+        if self.export != "merged" and self.model.added_tokens is not None:
+            raise ValueError(
+                "export: expected merged with model.added_tokens, for which an adapter's base has no rows, got "
+                f"{self.export}"
+            )
         names = [name.strip() for name in self.lora.target_modules.split(",")]
         if "" in names:
             raise ValueError(

@@ -140,6 +140,16 @@ class TokenStore(Mapping[str, TokenizedExample]):
             supervised += np.diff(sums[offsets - offsets[0]]).tolist()
         return tokens, supervised
 
+    def ids_from(self, rows: int) -> list[int]:
+        """Those token ids of all examples that are ``rows`` or more, each once, in order."""
+        found: set[int] = set()
+        for batch in self._batches:
+            ids = batch.column("input_ids").values.to_numpy()
+            found |= set(ids[ids >= rows].tolist())
+            flat = batch.column("replaced").values.to_numpy()[1::2]
+            found |= set(flat[flat >= rows].tolist())
+        return sorted(found)
+
     def named(self) -> list[Named]:
         """All examples by name, in order."""
         found = []

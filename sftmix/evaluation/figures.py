@@ -20,6 +20,7 @@ from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
+from sftmix.model.vocabulary import safe_pad_id
 from sftmix.scores.dynamics import accumulate
 from sftmix.training.batch import check_batch, collate_plain
 from sftmix_kernels import TokenStats
@@ -102,7 +103,7 @@ def sample_answers(
     """
     answers = []
     ends = stops(model.base, stop_ids)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = safe_pad_id(tokenizer, model.vocab_size)
     with evaluating(model):
         for example in examples:
             ids = prompt_ids(example, tokenizer, options)

@@ -9,6 +9,7 @@ The files are read again by plain transformers and compared (``proof``) before t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,9 @@ from transformers import GenerationConfig
 
 from sftmix.config import ModelConfig
 from sftmix.model import proof
+from sftmix.model.adapter import save_adapter
 from sftmix.model.companions import copy_companions
-from sftmix.model.lora import ADAPTER, is_lora
-from sftmix.model.parallel import whole
+from sftmix.model.merge import merged_state
 from sftmix.progress import say
 from sftmix.rank import is_main
 
@@ -66,8 +67,41 @@ def merge_and_export(
     return plain
 
 
-def export_adapter(*args: Any, **kwargs: Any) -> None:
-    raise ValueError("export: expected merged")
+def export_adapter(
+    model: SFTMixModel, tokenizer: Any, folder: str | Path, *, base: ModelConfig,
+    texts: Sequence[Sequence[int]] = (), card: str | None = None,
+) -> None:  # fmt: skip
+    """Write the adapter as peft loads it onto ``base``, with tokenizer and card, into ``folder``.
+
+    As ``merge_and_export``: under another name, read back by plain transformers and peft, compared, put in place.
+    Raises ``ValueError``, on every process, where the two do not give the trained model's logits.
+    """
+    expected = dataclasses.replace(proof.trained_logits(model, texts), base=())
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    path = Path(base.name).expanduser()
+    save_adapter(model, temporary, str(path.resolve()) if path.is_dir() else base.name)
+    problem = None
+    if is_main():
+        tokenizer.save_pretrained(temporary)
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
+        try:
+            proof.check_logits(proof.reload_adapter(base, temporary, like=model), expected)
+        except ValueError as error:
+            problem = error
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            _put(temporary, folder)
+    _raise_together(problem)
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
 
 
 def _raise_together(problem: ValueError | None) -> None:
@@ -79,44 +113,6 @@ def _raise_together(problem: ValueError | None) -> None:
         raise problem
     if told[0] is not None:
         raise ValueError(told[0])
-
-
-@torch.no_grad()
-def merged_state(model: SFTMixModel) -> dict[str, Tensor]:
-    """The causal LM's state dict under its own names, on the CPU; empty on all but the main process."""
-    if is_lora(model):
-        return _merged_lora_state(model)
-    state = {}
-    for name, tensor in model.base.state_dict().items():
-        full = whole(tensor)
-        if is_main():  # shards are float32 whatever the model computes in
-            state[name] = full.to(model.dtypes.get(name, full.dtype)).cpu()
-    return state
-
-
-def _merged_lora_state(model: SFTMixModel) -> dict[str, Tensor]:
-    adapted = {name: module for name, module in model.base.named_modules() if hasattr(module, "lora_A")}
-    state = {}
-    for name, tensor in model.base.state_dict().items():
-        if ".lora_" in name:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        layer = adapted.get(owner.removesuffix(".base_layer"))
-        if layer is not None and leaf == "weight":
-            full = _merged_weight(layer)
-        else:
-            full = whole(tensor)
-        if is_main():
-            state[name.replace(".base_layer.", ".")] = full.cpu()
-    return state
-
-
-def _merged_weight(layer: Any) -> Tensor:
-    """Weight of one adapted layer, unsharded, with its adapter added in float32, in the layer's own dtype."""
-    base = whole(layer.get_base_layer().weight)
-    down, up = (whole(part[ADAPTER].weight).float() for part in (layer.lora_A, layer.lora_B))
-    delta = layer.scaling[ADAPTER] * (up @ down)
-    return (base.float() + (delta.T if layer.fan_in_fan_out else delta)).to(base.dtype)
 
 
 def stops(model: Any, stop_ids: Sequence[int]) -> list[int]:
@@ -158,9 +154,7 @@ def _write(
     except ValueError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    _put(temporary, folder)
     return plain
 
 

@@ -1,8 +1,9 @@
 """Which model a folder or hub id is, as one short hash: its configuration and a sample of its weights' bytes.
 
-A folder that was moved or copied is the same model; another fine-tune in the same place is another one. All of the
-bytes would take minutes for a large model: read are a file's size, its first 64 KiB (the names and shapes) and 256
-blocks of 4 KiB spread over it, for safetensors one in each tensor. Training moves nearly every number of a tensor.
+A folder that was moved or copied is the same model; another fine-tune in the same place is another one; an adapter
+is one with its base. All of the bytes would take minutes for a large model: read are a file's size, its first 64 KiB
+(the names and shapes) and 256 blocks of 4 KiB spread over it, for safetensors one in each tensor. Training moves nearly
+every number of a tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from sftmix.config import ModelConfig
+from sftmix.model.source import ADAPTER_CONFIG, underlying
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FIRST, _BLOCK, _BLOCKS = 1 << 16, 1 << 12, 256
@@ -33,6 +37,11 @@ def model_identity(name: str, *, gguf_file: str | None = None, revision: str | N
         config = folder / "config.json"
         if gguf_file is None and config.is_file():
             digest.update(_configuration(config))
+        adapter = folder / ADAPTER_CONFIG
+        if gguf_file is None and adapter.is_file():
+            base = underlying(ModelConfig(name=name, revision=revision))
+            digest.update(adapter.read_bytes())
+            digest.update(model_identity(base.name, revision=base.revision).encode())
         for path in files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             for block in _sample(path):

@@ -17,17 +17,20 @@ class Live:
         self.source, self.model = source, model
         self._first: dict[str, Tensor] | None = None  # trainable weights as they were, on the CPU
 
-    def fresh(self, lora: LoraConfig | None, *, trainable: bool, seed: int, keep: bool) -> SFTMixModel | None:
+    def fresh(
+        self, lora: LoraConfig | None, *, trainable: bool, seed: int, keep: bool, export: str = "merged"
+    ) -> SFTMixModel | None:
         """The model as it was read, or with its first adapters; None where that cannot be had back.
 
-        ``keep``: the caller will ask again after this stage, so what it may train is copied first.
+        ``export`` is the knob of that name. ``keep``: the caller will ask again after this stage, so what it may train
+        is copied first.
         """
         if is_lora(self.model) and lora is None:
             return None  # adapters were put in
         if lora is not None and not is_lora(self.model):
             if self._first is not None:
                 return None  # it was trained whole
-            apply_lora(self.model, lora, seed=seed)
+            apply_lora(self.model, lora, seed=seed, export=export)
         weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             if self._first is not None:

@@ -17,13 +17,15 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from sftmix.config import ModelConfig
+from sftmix.model.adapter import merge_adapter
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
 from sftmix.model.quantised import BITS, drop_quantisation, keep_layout, settled
-from sftmix.model.source import check_folder, options, place, read_configuration, reading
+from sftmix.model.source import check_folder, options, place, read_configuration, reading, underlying
 from sftmix.model.tokenizer import extended_tokenizer
 from sftmix.model.vocabulary import extend_model
 from sftmix.model.weight_files import check_complete, check_finite, say_left_out, weights_in_files
+from sftmix.progress import say
 
 # What transformers prints on many lines, and what is said of it here in one.
 _SAID = (
@@ -45,10 +47,15 @@ def load_model(
     head, and one whose loss is not what ``LossHead`` computes.
     """
     check_folder(config)
+    adapter, own = None, config
+    if (base := underlying(config)) is not config:
+        adapter, config = place(config), base
+        say(f"model.name: {adapter} is an adapter, merged into its base {base.name}")
+        check_folder(config)
     dtype = torch_dtype(config.dtype, device)
     configuration, kind = settled(config, read_configuration(config), tuning, dtype)
     weights_in_files(config)  # refuses a file that is cut short or missing before any is read
-    tokenizer, new = extended_tokenizer(config)
+    tokenizer, new = extended_tokenizer(own)
     with _quiet():
         causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
         check_complete(config, found["missing_keys"], found["mismatched_keys"])
@@ -58,12 +65,14 @@ def load_model(
         elif kind is not None or config.gguf_file:
             drop_quantisation(causal_lm)
             cast_as_declared(causal_lm, dtype)
-        check_finite(config, causal_lm)
+        if adapter is not None:
+            causal_lm = merge_adapter(causal_lm, adapter)
+        check_finite(own, causal_lm)
         if config.added_tokens is not None:
             extend_model(causal_lm, tokenizer, new)
-    model = install_head(causal_lm.eval())
     with reading(config, "weights"):
-        model.to(device)
+        causal_lm.to(device)
+    model = install_head(causal_lm.eval())
     verify_head(model)
     return model, tokenizer
 
@@ -86,9 +95,10 @@ def _read(
     with reading(config, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(place(config), **told)
     causal_lm, found = loaded
-    if getattr(causal_lm, "_hf_peft_config_loaded", False):
+    if getattr(causal_lm, "_hf_peft_config_loaded", False):  # a hub id: a folder's adapter is merged
         raise ValueError(
-            f"model.name: expected a model, got {config.name}, an adapter: merge it into its base first"
+            f"model.name: expected a model, or the folder of an adapter, got {config.name}, an adapter on the hub: "
+            "download it and give its folder"
         )
     return causal_lm, found
 

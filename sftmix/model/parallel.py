@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.model.causal_lm import cast_parameters
-from sftmix.model.lora import decoder_blocks, is_lora
+from sftmix.model.targets import decoder_blocks, is_lora
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -77,7 +77,8 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
 
     A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
     float32; modules whose parameters the model keeps in float32 are units of their own, computed in float32. Under
-    LoRA the frozen base and the float32 adapters are gathered as they are.
+    LoRA the frozen base and the float32 adapters are gathered as they are, and modules that are trained whole beside
+    them as in a model trained in full.
 
     Raises ``ValueError`` for a module that holds both kinds itself: a unit has one dtype.
     """
@@ -87,20 +88,33 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
 
     if isinstance(model, FSDPModule):
         return model
-    policy = whole_policy = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    own = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    unit: dict[str, Any] = {"mesh": world.mesh, "mp_policy": own}
+    cast = {**unit, "mp_policy": MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)}
     if not is_lora(model) and model.dtype != torch.float32:
         kept = kept_in_float32(model)
-        policy = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
         cast_parameters(model, torch.float32)
         for module in kept:
-            fully_shard(module, mesh=world.mesh, mp_policy=whole_policy)
-    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": policy}
+            fully_shard(module, **unit)
+        unit = cast
+    shared = {id(model.head), id(model.base.get_input_embeddings())} if model.is_tied else set()
+    for module in _trained_whole(model) if is_lora(model) else []:
+        # Its float32 shards are cast where they are gathered, the adapters beside it are not: a unit of its own.
+        kinds = {p.dtype for p in module.parameters(recurse=False)}
+        cast_parameters(module, torch.float32)
+        if id(module) not in shared:
+            fully_shard(module, **(unit if kinds == {torch.float32} else cast))
     for block in decoder_blocks(model)[1]:
-        fully_shard(block, **options)
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, **unit)
     if not model.is_tied:
         # The head's backward comes straight after its forward: gathering it once is enough.
-        fully_shard([*_after_blocks(model), model.head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+        last = [
+            module for module in [*_after_blocks(model), model.head] if not isinstance(module, FSDPModule)
+        ]
+        if last:
+            fully_shard(last, reshard_after_forward=False, **unit)
+    fully_shard(model, **(cast if model.is_tied and model.head.weight.requires_grad else unit))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -130,10 +144,20 @@ def kept_in_float32(model: SFTMixModel) -> list[nn.Module]:
     return found
 
 
+def _trained_whole(model: SFTMixModel) -> list[nn.Module]:
+    """Modules that hold a parameter trained without an adapter, the innermost first."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if ".lora_" not in name and any(weight.requires_grad for weight in module.parameters(recurse=False))
+    ]
+    return [module for name, module in sorted(found, key=lambda pair: -pair[0].count("."))]
+
+
 def _after_blocks(model: SFTMixModel) -> list[nn.Module]:
     """The decoder's children with parameters that stand after its blocks: the final norm."""
     name = decoder_blocks(model)[0]
-    parent = model.decoder.get_submodule(name.rpartition(".")[0])
+    parent = model.base.get_submodule(name.rpartition(".")[0])
     children = dict(parent.named_children())
     names = list(children)
     after = names[names.index(name.rpartition(".")[2]) + 1 :]

@@ -7,6 +7,7 @@ trained, within the rounding of the merged weights under LoRA, and always nearer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sftmix.model.probe import probe_ids
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sftmix.config import ModelConfig
     from sftmix.model.causal_lm import SFTMixModel
 
 LONGEST = 256  # tokens of a text that are compared
@@ -79,6 +81,20 @@ def reload(folder: Path, *, like: Any, trust_remote_code: bool = False) -> Any:
     ).eval()  # fmt: skip
 
 
+def reload_adapter(base: ModelConfig, folder: Path, *, like: SFTMixModel) -> Any:
+    """The base model as plain transformers reads it with the adapter as peft puts it on, in eval mode on the CPU."""
+    from peft import PeftModel
+
+    plain = AutoModelForCausalLM.from_pretrained(
+        Path(base.name).expanduser() if Path(base.name).expanduser().is_dir() else base.name,
+        revision=base.revision or "main", trust_remote_code=base.trust_remote_code, dtype=like.dtype,
+        attn_implementation=like.base.config._attn_implementation,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of them is compared
+        return PeftModel.from_pretrained(plain, str(folder)).eval()
+
+
 def check_tensors(plain: Any, state: Mapping[str, Tensor]) -> None:
     """Every exported tensor must have come back, bit for bit. Raises ``ValueError`` naming the first that did not."""
     found = plain.state_dict()
@@ -100,7 +116,7 @@ def check_tensors(plain: Any, state: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def check_logits(plain: Any, expected: Logits) -> float:
     """The largest difference of logits; ``ValueError`` where it is more than rounding explains."""
-    eps = torch.finfo(plain.dtype).eps
+    eps = torch.finfo(next(p.dtype for p in plain.parameters() if p.is_floating_point())).eps
     worst = 0.0
     device = next(plain.parameters()).device
     for at, (ids, trained) in enumerate(zip(expected.ids, expected.trained, strict=True)):

@@ -6,6 +6,7 @@ transformers and the packages under it raise into one ``ValueError`` that says w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ _TOKENIZER_PACKAGES = (
     ("tokenizer.model*", "sentencepiece"),
     ("*.spm", "sentencepiece"),
 )
+ADAPTER_CONFIG = "adapter_config.json"
 _LONGEST = 200  # characters of another library's message
 
 
@@ -79,10 +81,8 @@ def check_folder(model: ModelConfig) -> None:
                 f"model.gguf_file: expected one of the GGUF files of {folder} ({found}), got {model.gguf_file}"
             )
         return
-    if "adapter_config.json" in names:
-        raise ValueError(
-            f"model.name: expected a model, got {folder}, an adapter{_base_of(folder)}: merge it into its base first"
-        )
+    if "adapter_config.json" in names:  # its base is looked at
+        return
     if "config.json" not in names:
         ggufs = [name for name in names if name.endswith(".gguf")]
         advice = f"; for its GGUF file: model.gguf_file={ggufs[0]}" if ggufs else ""
@@ -93,20 +93,36 @@ def check_folder(model: ModelConfig) -> None:
         )
 
 
-def _base_of(folder: Path) -> str:
+def underlying(model: ModelConfig) -> ModelConfig:
+    """Where weights and configuration are: the base of an adapter's folder, else ``model`` itself.
+
+    Raises ``ValueError`` for an adapter that names no base.
+    """
+    path = Path(place(model)) / ADAPTER_CONFIG
+    if not path.is_file():
+        return model
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return f" of {base}" if base else ""
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name: expected JSON in {path}, got {error}: bring the file there anew"
+        ) from error
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"model.name: expected {path} to name base_model_name_or_path, got {base!r}")
+    if not Path(base).expanduser().is_dir() and (path.parent / base).is_dir():
+        base = str(path.parent / base)
+    revision = found.get("revision")
+    return dataclasses.replace(
+        model, name=base, revision=revision if isinstance(revision, str) and revision else None
+    )
 
 
 def read_configuration(model: ModelConfig) -> Any:
     """The model's configuration. Raises ``ValueError`` naming what is wrong with it."""
     from transformers import AutoConfig
 
+    model = underlying(model)
     name = place(model)
     path = Path(name) / "config.json"
     if model.gguf_file is None and path.is_file():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from sftmix.config import ModelConfig
-from sftmix.model.source import options, place, read_configuration, reading
-from sftmix.model.vocabulary import extend_tokenizer
+from sftmix.model.source import options, place, read_configuration, reading, underlying
+from sftmix.model.vocabulary import extend_tokenizer, highest_id
 
 _LONGEST = 2048  # data.max_length, where the model's positions allow it
 
@@ -21,6 +22,8 @@ def extended_tokenizer(model: ModelConfig) -> tuple[Any, list[str]]:
     """The tokenizer, and those of ``model.added_tokens`` that it lacked."""
     from transformers import AutoTokenizer
 
+    if not (Path(place(model)) / "tokenizer_config.json").is_file():
+        model = underlying(model)  # an adapter's folder need not have one
     name = place(model)
     with reading(model, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **options(model))
@@ -40,6 +43,15 @@ def positions(model: ModelConfig) -> int | None:
     config = _configuration(model)
     found = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def rows(model: ModelConfig) -> int | None:
+    """The rows of the embedding as the configuration names them, added tokens included; None where it names none."""
+    config = _configuration(model)
+    found = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(found, int):
+        return None
+    return max(found, highest_id(load_tokenizer(model)) + 1) if model.added_tokens else found
 
 
 def longest(model: ModelConfig, asked: int | None) -> int:
@@ -63,7 +75,8 @@ def generation_stops(model: ModelConfig) -> tuple[int, ...]:
 
     found: Any = None
     try:
-        found = GenerationConfig.from_pretrained(place(model), revision=model.revision or "main").eos_token_id
+        base = underlying(model)
+        found = GenerationConfig.from_pretrained(place(base), revision=base.revision or "main").eos_token_id
     except (OSError, ValueError):  # a model need not have any
         pass
     config = _configuration(model) if found is None else None

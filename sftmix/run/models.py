@@ -18,6 +18,8 @@ from sftmix.model.identity import model_identity
 from sftmix.model.live import Live
 from sftmix.model.load import load_model
 from sftmix.model.parallel import World, barrier
+from sftmix.model.quantised import check_quantised
+from sftmix.model.vocabulary import check_added_tokens
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
 from sftmix.run.folder import RunFolder
@@ -94,7 +96,9 @@ class Models:
         other = self.config.reference.model
         if other is None or other == self.config.model.name:
             return self.source
-        return dataclasses.replace(self.config.model, name=other, gguf_file=None, revision=None)
+        source = dataclasses.replace(self.config.model, name=other, gguf_file=None, revision=None)
+        check_quantised(source, self.config.train.tuning)
+        return source
 
     def load(self, source: ModelConfig, *, trainable: bool) -> SFTMixModel:
         """The model as it was read, checked; ``trainable`` adds adapters where ``train.tuning`` is lora.
@@ -106,10 +110,14 @@ class Models:
             self._live = None  # before the next one is read: one base model at a time
         if self._live is None:
             with activity(f"loading {source.name}"):
-                model, _ = load_model(source, device=self.device)
+                model, _ = load_model(source, device=self.device, tuning=self.config.train.tuning)
             self._live = Live(source, model)
+        if trainable:
+            check_added_tokens(self._live.model, self.config)
         lora = self.config.lora if trainable and self.config.train.tuning == "lora" else None
-        fresh = self._live.fresh(lora, trainable=trainable, seed=self.config.seed, keep=self.keep_base)
+        fresh = self._live.fresh(
+            lora, trainable=trainable, seed=self.config.seed, keep=self.keep_base, export=self.config.export
+        )
         if fresh is None:  # another stage left something in it that cannot be taken back
             self._live = None
             return self.load(source, trainable=trainable)

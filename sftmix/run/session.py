@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,9 @@ from sftmix.data.tokens import TokenOptions
 from sftmix.files import replacing
 from sftmix.model.dtype import settle_dtype
 from sftmix.model.parallel import join_world, local_device
+from sftmix.model.quantised import check_quantised
+from sftmix.model.tokenizer import rows
+from sftmix.model.vocabulary import check_ids, safe_pad_id
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
 from sftmix.run.folder import RunFolder, Settings, stages_from
@@ -56,6 +60,7 @@ class Session:
         self.world = join_world(self.device)
         self.config = config = settle_date(settle_dtype(config, self.device))
         self.folder = RunFolder(config.run_dir)
+        check_quantised(config.model, config.train.tuning)
         self.models = Models(config, self.folder, self.device, self.world, fresh_base=restart == "all")
 
     # --- examples ---
@@ -72,6 +77,9 @@ class Session:
         if not is_main():
             store = prepared(self.config, source, tokenizer, options, self.folder.tokens, anew=False)
         self._used.add(store.path)
+        held = rows(model)
+        if held is not None:
+            check_ids(tokenizer, held, store.ids_from(held))
         return store
 
     def take_back(self) -> None:
@@ -187,8 +195,8 @@ class Session:
 
     @cached_property
     def pad_id(self) -> int:
-        """The tokenizer's padding token, or 0; training replaces one that the model has no row for."""
-        return int(self.tokenizer.pad_token_id or 0)
+        """Any token that the model has a row for: padding is masked and bears no loss."""
+        return safe_pad_id(self.tokenizer, rows(self.models.source) or sys.maxsize)
 
     @cached_property
     def reference_examples(self) -> Mapping[str, TokenizedExample]:

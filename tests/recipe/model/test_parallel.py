@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sftmix.config import LoraConfig
 from sftmix.evaluation.figures import evaluate_model
 from sftmix.model.lora import apply_lora
+from sftmix.model.merge import merged_state
 from sftmix.model.parallel import World, join_world, local_device, shard, spread, whole
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.trainer import train_plain
@@ -131,6 +132,24 @@ def test_lambda_weights_and_their_sums_reach_the_loss_unrounded_under_the_bfloat
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lora_weights_equal_those_of_one_process(out: Path, tmp_path: Path, dtype: str) -> None:
     assert_same(out / f"lora-{dtype}", single(tmp_path, "llama", "sftmix", dtype, "train.tuning=lora"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_trained_whole_beside_adapters_equal_those_of_one_process(
+    out: Path, tmp_path: Path, kind: str
+) -> None:
+    """bfloat16 weights beside float32 adapters: their gradients are summed over processes in float32."""
+    model, trainer = two_processes.train(
+        kind, "sftmix", "bfloat16", tmp_path, "train.tuning=lora", lora=two_processes.whole_beside(kind)
+    )
+    expected = {name: weight.detach() for name, weight in trainer.weights.masters.items()}
+    assert len({".lora_" in name for name in expected}) == 2
+    assert_same(out / f"whole-{kind}", expected)
+    plain = AutoModelForCausalLM.from_pretrained(out / f"whole-{kind}" / "export")
+    merged = merged_state(model)
+    for name, weight in plain.state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight, merged[name], rtol=2**-7, atol=1e-4, msg=name)
 
 
 def test_a_run_resumes_on_another_number_of_processes(out: Path, tmp_path: Path) -> None:

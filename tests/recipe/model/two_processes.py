@@ -32,6 +32,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 # 22 examples: steps of 8, 8 and 6 sequences; micro-batches of 2 leave a process idle in the last round.
 NUM_EXAMPLES = 22
+# Modules trained whole beside adapters: a unit of their own each, those of a tie in the root's.
+WHOLE = {"llama": "embed_tokens,lm_head,norm,input_layernorm", "qwen3": "embed_tokens,layers.1"}
 FLAGS = ("train.micro_batch_size=2", "optim.eps=1e-5", "train.max_steps=4")
 
 
@@ -47,17 +49,23 @@ def train(
     *flags: str,
     progress: Any = None,
     weighted: bool = False,
+    lora: LoraConfig | None = None,
     **options: Any,
 ) -> tuple[SFTMixModel, Trainer]:
     """A few steps of pairs; the same call in one process and in two."""
     config = tiny.config(*FLAGS, f"train.method={method}", *flags)
     model = tiny.model(kind, dtype=getattr(torch, dtype), **options)
     if config.train.tuning == "lora":
-        apply_lora(model, LoraConfig(rank=4))
+        apply_lora(model, lora or LoraConfig(rank=4))
     found = tiny.weighted(dict(examples())) if weighted else examples()
     halves = tiny.halves(dict(found))
     trainer = train_pairs(config, model, found, halves, folder=folder, progress=progress)
     return model, trainer
+
+
+def whole_beside(kind: str) -> LoraConfig:
+    """Adapters on the first block, and modules trained whole."""
+    return LoraConfig(rank=4, target_modules="q_proj,up_proj", layers="0:1", modules_to_save=WHOLE[kind])
 
 
 def arrivals(model: SFTMixModel) -> dict[str, Any]:
@@ -105,6 +113,12 @@ def main(out: Path) -> None:
         model, _ = train("llama", "sftmix", dtype, out / f"lora-{dtype}", "train.tuning=lora")
         save_trainable(model, out / f"lora-{dtype}" / "weights")
         merge_and_export(model, tiny.tokenizer(), out / f"lora-{dtype}" / "export")
+    for kind in KINDS:
+        model, _ = train(
+            kind, "sftmix", "bfloat16", out / f"whole-{kind}", "train.tuning=lora", lora=whole_beside(kind)
+        )
+        save_trainable(model, out / f"whole-{kind}" / "weights")
+        merge_and_export(model, tiny.tokenizer(), out / f"whole-{kind}" / "export")
     config = tiny.config("train.micro_batch_size=2", "reference.epochs=1")
     results["online"] = train_plain(config, tiny.model("llama"), examples(), folder=out / "plain")
     world = join_world(torch.device("cpu"))
