@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2Tokenizer
 
 from tests.recipe import tiny
 
@@ -33,8 +33,8 @@ SIZES: dict[str, Any] = {
     "shared_experts_intermediate_size": 12, "first_k_dense_replace": 1, "num_dense_layers": 1, "n_shared_experts": 1,
     "zero_expert_num": 1, "router_hidden_size": 8, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
     # Latent and indexed attention.
-    "kv_lora_rank": 8, "q_lora_rank": 8, "o_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    "qk_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 16, "kv_channels": 8,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "o_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "qk_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 16, "kv_channels": 8,
     # State-space and linear attention.
     "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_chunk_size": 8,
     "mamba_n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "n_groups": 2,
@@ -55,7 +55,7 @@ PLAIN = """
     hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna
     lfm2 llama llama4 llama4_text mamba marian mbart mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text
     ministral ministral3 mistral mixtral modernbert-decoder moshi moss_transcribe_diarize mpt mvp nanochat
-    nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3 phimoe plbart qwen2
+    nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3 phimoe plbart
     qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm
 """
 ENCODERS = """
@@ -66,19 +66,22 @@ PARTS = {"text_config", "vision_config", "audio_config"}
 MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 LATENT: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 4}
 SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
-SWA: dict[str, Any] = {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 8, "rel_extent": 16}
+WINDOWED: dict[str, Any] = {
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 8, "rel_extent": 16,
+}  # fmt: skip
 INDEXER: dict[str, Any] = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 2,
-    "hc_lowrank": 4, "ple_embed_dim": 16,
-}
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
+    "indexer_compress_ratio": 2, "hc_lowrank": 4, "ple_embed_dim": 16,
+}  # fmt: skip
 DECODER: dict[str, Any] = {"is_decoder": True}
+LONG: dict[str, Any] = {"max_position_embeddings": 256}
 ROWS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(PLAIN.split(), {}),
-    **{name: DECODER for name in ENCODERS.split()},
+    **{name: {} for name in PLAIN.split()},
+    **dict.fromkeys(ENCODERS.split(), DECODER),
     "axk1": {**LATENT, **SPARSE},
     "axk2": {**LATENT, **SPARSE},
     "bailing_hybrid": {**LATENT, **SPARSE, **MIXED},
-    "bamba": {"attn_layer_indices": [1], "num_logits_to_keep": None},
+    "bamba": {"attn_layer_indices": [1]},
     "big_bird": {**DECODER, "attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "codegen": {"n_embd": 32, "n_head": 4, "n_inner": 48},
@@ -110,9 +113,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {**LATENT, **SPARSE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "inkling2_text": SWA,
-    "inkling_text": SWA,
-    "inkling_padded": {"of": "inkling_text", **SWA, "vocab_size": 64, "unpadded_vocab_size": tiny.VOCAB},
+    "inkling2_text": WINDOWED,
+    "inkling_text": WINDOWED,
+    "inkling_padded": {"of": "inkling_text", **WINDOWED, "vocab_size": 64, "unpadded_vocab_size": tiny.VOCAB},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**LATENT, **SPARSE, **MIXED},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -124,21 +127,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "minicpm3": LATENT,
     "mixtral_router_loss": {"of": "mixtral", "output_router_logits": True},
     "nemotron_h": {},
+    "qwen2": LONG,
     "qwen3_5": {"text_config": MIXED},
-    "qwen3_5_moe": {"text_config": MIXED},
-    "qwen3_5_moe_text": MIXED,
+    "qwen3_5_moe": {"text_config": {**MIXED, **LONG}},
+    "qwen3_5_moe_text": {**MIXED, **LONG},
     "qwen3_5_text": MIXED,
     "qwen3_next": MIXED,
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rembert": {**DECODER, "input_embedding_size": 8, "output_embedding_size": 12},
     "roc_bert": {
-        **DECODER, "pronunciation_embed_dim": 8, "pronunciation_vocab_size": 64, "shape_embed_dim": 8, "shape_vocab_size": 64,
+        **DECODER, "pronunciation_embed_dim": 8, "pronunciation_vocab_size": 64, "shape_embed_dim": 8,
+        "shape_vocab_size": 64,
     },
     "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0},
-    "reformer": {**DECODER, "attn_layers": ["local", "local"], "axial_pos_embds": False, "feed_forward_size": 24, "attention_head_size": 8},
+    "reformer": {
+        **DECODER, "attn_layers": ["local", "local"], "axial_pos_embds": False, "feed_forward_size": 24,
+        "attention_head_size": 8,
+    },
     "xmod": {**DECODER, "default_language": "en_XX", "languages": ["en_XX"]},
-"xlm": {"emb_dim": 16, "causal": True},    "zamba": {
+    "xlm": {"emb_dim": 16, "causal": True},
+    "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 2,
         "attention_hidden_size": 32, "attention_head_dim": 16,
     },
@@ -147,7 +156,14 @@ ROWS: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 4, "attention_hidden_size": 32,
     },
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
+ADAPTED = list(ROWS)
+SPELT = (
+    "qwen2",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+)  # transformers takes their own tokenizer class, whatever is saved
+REFUSED: dict[str, str] = {}
 
 
 def configuration(name: str) -> PreTrainedConfig:
@@ -182,10 +198,23 @@ def causal_lm(name: str, *, seed: int = 0) -> Any:
     return model
 
 
+def spelling() -> Qwen2Tokenizer:
+    """A tokenizer of the class that Qwen has: the words of ``tiny.tokenizer()`` letter by letter, and its template."""
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    letters = [
+        *special,
+        "\u0120",
+        *sorted(set("w0123456789userassistantsystem")),
+    ]  # U+0120 stands for a space
+    found: Qwen2Tokenizer = Qwen2Tokenizer(
+        vocab={letter: n for n, letter in enumerate(letters)}, merges=[], pad_token="<pad>", eos_token="<|im_end|>",
+        unk_token="<unk>", additional_special_tokens=["<|im_start|>"], chat_template=tiny.CHATML,
+    )  # fmt: skip
+    return found
+
+
 def build(name: str, folder: Path, *, seed: int = 0) -> Path:
     """The folder with the model's files and the tokenizer's."""
     causal_lm(name, seed=seed).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    (spelling() if name in SPELT else tiny.tokenizer()).save_pretrained(folder)
     return folder
-ADAPTED = [name for name in ROWS]
-REFUSED: dict[str, str] = {}

@@ -1,1 +1,99 @@
+"""The page of architectures: ``python -m tests.recipe.model.architectures_page FOLDER`` writes ARCHITECTURES.md.
+
+FOLDER holds what ``make architectures`` wrote there with SFTMIX_ARCHITECTURES=FOLDER: a JSON line for each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.recipe.model.architectures import ADAPTED, ROWS
+
 RESULTS = "SFTMIX_ARCHITECTURES"
+PAGE = Path(__file__).resolve().parents[3] / "sftmix" / "model" / "ARCHITECTURES.md"
+CASES = [(name, "full") for name in ROWS] + [(name, "lora") for name in ADAPTED]
+HEAD = """# Architectures
+
+The causal language models of transformers {version} ({classes} classes) that a run was tried with: {rows} tiny random
+models, each trained from its files by `sftmix run`'s stages in float32. ✓: the held-out loss of the model in memory
+after training, of the exported files as plain `AutoModelForCausalLM` loads them, token by token from its own logits,
+and of evaluation.json is one number; no tensor is missing from the files or new in them. LoRA adapts `all-linear`: the
+share is that of the parameters of the decoder's blocks that stand in tensors it changed. A model that is refused is
+refused before it is trained, with the reason in the cell; — was not tried. An architecture is a `model_type` of
+transformers, or a variant of one that
+[architectures.py](../../tests/recipe/model/architectures.py) describes.
+
+Written by `python -m tests.recipe.model.architectures_page FOLDER` from what
+`SFTMIX_ARCHITECTURES=FOLDER make architectures` wrote into an empty folder.
+
+| architecture | class | full | LoRA |
+|---|---|---|---|
+"""
+
+
+def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The line of every case by (architecture, tuning).
+
+    Raises ``ValueError`` where a case has no line or two, or the lines are of several versions of transformers.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            key = (row["name"], row["tuning"])
+            if key in found:
+                raise ValueError(
+                    f"{folder}: expected one line for {' '.join(key)}, got two; use an empty folder"
+                )
+            found[key] = row
+    missing = [" ".join(case) for case in CASES if case not in found]
+    if missing:
+        raise ValueError(f"{folder}: expected a line for every case, got none for {', '.join(missing)}")
+    versions = sorted({row["transformers"] for row in found.values()})
+    if len(versions) > 1:
+        raise ValueError(f"{folder}: expected one version of transformers, got {', '.join(versions)}")
+    return found
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """✓, with the share of the parameters under LoRA, or why the model is refused."""
+    if found is None:
+        return "—"
+    if "refused" in found:
+        return " ".join(str(found["refused"]).split()).replace("|", "\\|")
+    return "✓" if found["tuning"] == "full" else f"✓ {found['share']:.0%}".replace("%", " %")
+
+
+def page(found: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The whole page, a row for each architecture in the order of its name."""
+    rows = []
+    for name in sorted(ROWS):
+        full = found[name, "full"]
+        cells = cell(full), cell(found.get((name, "lora")))
+        rows.append(f"| {name} | {full['kind']} | {' | '.join(cells)} |\n")
+    classes = len({row["kind"] for row in found.values()})
+    version = next(iter(found.values()))["transformers"]
+    return HEAD.format(version=version, classes=classes, rows=len(ROWS)) + "".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.recipe.model.architectures_page", description=__doc__
+    )
+    parser.add_argument("folder", type=Path, help="what the tests wrote with SFTMIX_ARCHITECTURES naming it")
+    try:
+        text = page(results(parser.parse_args(argv).folder))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

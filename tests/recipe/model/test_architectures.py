@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +25,9 @@ from sftmix.evaluation.figures import evaluate_model
 from sftmix.run import stages
 from sftmix.run.session import Session
 from tests.recipe import tiny
-from tests.recipe.model.architectures import ADAPTED, REFUSED, ROWS, build, causal_lm
-from tests.recipe.model.architectures_page import RESULTS
+from tests.recipe.model.architectures import REFUSED, ROWS, build, causal_lm
+from tests.recipe.model.architectures_page import CASES, RESULTS
 
-CASES = [(name, "full") for name in ROWS] + [(name, "lora") for name in ADAPTED]
 SMALL = [("llama", "full"), ("mixtral", "lora"), ("gpt2", "full")]
 FLAGS = [
     "model.dtype=float32", "train.batch_size=4", "train.micro_batch_size=4", "train.epochs=1", "train.max_steps=3",
@@ -51,7 +51,12 @@ def configuration(folder: Path, base: Path, tuning: str) -> Config:
     train, heldout = (
         conversations(folder / f"{n}.jsonl", count, seed=count) for n, count in (("t", 12), ("h", 5))
     )
-    given = [f"run_dir={folder / 'run'}", f"model.name={base}", f"data.train={train}", f"data.heldout={heldout}"]
+    given = [
+        f"run_dir={folder / 'run'}",
+        f"model.name={base}",
+        f"data.train={train}",
+        f"data.heldout={heldout}",
+    ]
     return load_config(None, [*given, *FLAGS, f"train.tuning={tuning}"])
 
 
@@ -62,7 +67,9 @@ def nll(model: Any, examples: Sequence[TokenizedExample]) -> float:
     for example in examples:
         logits = model(torch.tensor([example.input_ids])).logits[0].double()  # [T, V]
         log_p = logits.log_softmax(-1)
-        found += [-float(log_p[t - 1, example.input_ids[t]]) for t, is_on in enumerate(example.supervised) if is_on]
+        found += [
+            -float(log_p[t - 1, example.input_ids[t]]) for t, is_on in enumerate(example.supervised) if is_on
+        ]
     return math.fsum(found) / len(found)
 
 
@@ -78,7 +85,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+            found.update({name: file.get_slice(name).get_shape() for name in file.keys()})
     return found
 
 
@@ -98,7 +105,12 @@ def note(name: str, tuning: str, **found: Any) -> None:
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with (Path(folder) / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "tuning": tuning, **found}) + "\n")
+            file.write(
+                json.dumps(
+                    {"name": name, "tuning": tuning, "transformers": transformers.__version__, **found}
+                )
+                + "\n"
+            )
 
 
 def goes_the_road(name: str, tuning: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +124,8 @@ def goes_the_road(name: str, tuning: str, folder: Path, monkeypatch: pytest.Monk
         export(model, *arguments, **options)
 
     monkeypatch.setattr(stages, "merge_and_export", watched)
+    # Pictures know no architecture, and take more than half of the time.
+    monkeypatch.setattr(stages, "plot", lambda session: [])
     stages.run(session, methods=("sftmix",))
 
     exported = folder / "run" / "train-sftmix" / "model"
