@@ -50,17 +50,18 @@ SIZES: dict[str, Any] = {
 PLAIN = """
     afmoe apertus arcee aria_text bart beam biogpt bitnet blenderbot blenderbot-small bloom cohere cohere2
     cohere2_moe ctrl cwm doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo
-    flint fuyu gemma gemma2 gemma3 gemma3_text gemma4_unified glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox
-    gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna
-    lfm2 llama llama4 llama4_text mamba marian mbart mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text
-    ministral ministral3 mistral mixtral modernbert-decoder moshi moss_transcribe_diarize mpt mvp nanochat
-    nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3 phimoe plbart
-    qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper xglm
+    flint fuyu gemma gemma2 gemma3 gemma3_text gemma4_unified glm glm4 glm4_moe got_ocr2 gpt-sw3 gpt2 gpt_bigcode
+    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium
+    hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+    laguna lfm2 llama llama4 llama4_text mamba marian mbart mellum mimo_v2_flash minimax minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi moss_transcribe_diarize mpt
+    mvp nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3
+    phi4_multimodal phimoe plbart qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open stablelm starcoder2
+    trocr vaultgemma whisper xglm
 """
 ENCODERS = """
-    bert bert-generation camembert data2vec-text electra ernie megatron-bert roberta roberta-prelayernorm
-    roformer xlm-roberta xlm-roberta-xl
+    bert bert-generation camembert data2vec-text electra ernie megatron-bert roberta roberta-prelayernorm roformer
+    xlm-roberta xlm-roberta-xl
 """
 PARTS = {"text_config", "vision_config", "audio_config"}
 MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
@@ -89,6 +90,10 @@ ROWS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     },
     "cohere_untied": {"of": "cohere", "tie_word_embeddings": False},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 1, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": {**LATENT, **SPARSE},
@@ -133,6 +138,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**MIXED, **LONG},
     "qwen3_5_text": MIXED,
     "qwen3_next": MIXED,
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER}},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rembert": {**DECODER, "input_embedding_size": 8, "output_embedding_size": 12},
@@ -155,15 +161,22 @@ ROWS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 2,
         "n_mamba_heads": 4, "attention_hidden_size": 32,
     },
+    "youtu": {**LATENT, "pad_token_id": None},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-ADAPTED = list(ROWS)
 SPELT = (
     "qwen2",
     "qwen3_5_moe",
     "qwen3_5_moe_text",
 )  # transformers takes their own tokenizer class, whatever is saved
-REFUSED: dict[str, str] = {}
+HEAD_OF_LAYERS = """
+    bert big_bird camembert data2vec-text electra ernie megatron-bert modernbert-decoder rembert roberta
+    roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
+"""
+REFUSED: dict[str, str] = dict.fromkeys(
+    HEAD_OF_LAYERS.split(), "is not supported"
+)  # by what the message must match
+ADAPTED = [name for name in ROWS if name not in REFUSED]  # tried with LoRA too
 
 
 def configuration(name: str) -> PreTrainedConfig:
@@ -181,6 +194,12 @@ def _tiny(whole: Any, changes: dict[str, Any]) -> dict[str, Any]:
         if getattr(whole, part, None) is not None:
             settings[part] = _tiny(getattr(whole, part), changes.get(part, {}))
     return {**settings, **{key: value for key, value in changes.items() if key not in PARTS}}
+
+
+def class_of(name: str) -> str:
+    """The class that ``AutoModelForCausalLM`` takes for a row of ``ROWS``."""
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(configuration(name))).__name__
 
 
 def causal_lm(name: str, *, seed: int = 0) -> Any:

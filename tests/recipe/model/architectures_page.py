@@ -12,24 +12,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.recipe.model.architectures import ADAPTED, ROWS
+from tests.recipe.model.architectures import ADAPTED, ROWS, class_of
 
 RESULTS = "SFTMIX_ARCHITECTURES"
 PAGE = Path(__file__).resolve().parents[3] / "sftmix" / "model" / "ARCHITECTURES.md"
 CASES = [(name, "full") for name in ROWS] + [(name, "lora") for name in ADAPTED]
 HEAD = """# Architectures
 
-The causal language models of transformers {version} ({classes} classes) that a run was tried with: {rows} tiny random
-models, each trained from its files by `sftmix run`'s stages in float32. ✓: the held-out loss of the model in memory
-after training, of the exported files as plain `AutoModelForCausalLM` loads them, token by token from its own logits,
-and of evaluation.json is one number; no tensor is missing from the files or new in them. LoRA adapts `all-linear`: the
-share is that of the parameters of the decoder's blocks that stand in tensors it changed. A model that is refused is
-refused before it is trained, with the reason in the cell; — was not tried. An architecture is a `model_type` of
-transformers, or a variant of one that
-[architectures.py](../../tests/recipe/model/architectures.py) describes.
+The causal language models of transformers {version} that a run was tried with: {rows} tiny random models of {classes}
+classes, each trained from its files by the stages of `sftmix run`, in float32. An architecture is a `model_type` of
+transformers or a variant of one, as [architectures.py](../../tests/recipe/model/architectures.py) describes it.
 
-Written by `python -m tests.recipe.model.architectures_page FOLDER` from what
-`SFTMIX_ARCHITECTURES=FOLDER make architectures` wrote into an empty folder.
+- ✓: the held-out loss is one number, whether of the model in memory after training, of the exported files as plain
+  `AutoModelForCausalLM` loads them (token by token, from its own logits), or in evaluation.json; no tensor is missing
+  from the files or new in them.
+- Under LoRA (`all-linear`), the share of the parameters of the decoder's blocks that stand in tensors it changed.
+- A model that is refused is refused before it is trained, with the reason in the cell.
+- ✗: the test failed. —: not tried.
+
+Written by `python -m tests.recipe.model.architectures_page folder` from what
+`SFTMIX_ARCHITECTURES=folder make architectures` left in an empty folder.
 
 | architecture | class | full | LoRA |
 |---|---|---|---|
@@ -61,24 +63,25 @@ def results(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """✓, with the share of the parameters under LoRA, or why the model is refused."""
+    """✓, with the share of the parameters under LoRA; or why the model is refused; or ✗ for a test that failed."""
     if found is None:
         return "—"
     if "refused" in found:
         return " ".join(str(found["refused"]).split()).replace("|", "\\|")
-    return "✓" if found["tuning"] == "full" else f"✓ {found['share']:.0%}".replace("%", " %")
+    if "share" not in found:
+        return "✗"
+    return "✓" if found["tuning"] == "full" else f"✓ {100 * found['share']:.0f} %"
 
 
 def page(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The whole page, a row for each architecture in the order of its name."""
-    rows = []
-    for name in sorted(ROWS):
-        full = found[name, "full"]
-        cells = cell(full), cell(found.get((name, "lora")))
-        rows.append(f"| {name} | {full['kind']} | {' | '.join(cells)} |\n")
-    classes = len({row["kind"] for row in found.values()})
+    classes = {name: class_of(name) for name in sorted(ROWS)}
+    rows = [
+        f"| {name} | {kind} | {cell(found[name, 'full'])} | {cell(found.get((name, 'lora')))} |\n"
+        for name, kind in classes.items()
+    ]
     version = next(iter(found.values()))["transformers"]
-    return HEAD.format(version=version, classes=classes, rows=len(ROWS)) + "".join(rows)
+    return HEAD.format(version=version, classes=len(set(classes.values())), rows=len(ROWS)) + "".join(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

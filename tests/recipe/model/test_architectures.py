@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from sftmix.evaluation.figures import evaluate_model
 from sftmix.run import stages
 from sftmix.run.session import Session
 from tests.recipe import tiny
-from tests.recipe.model.architectures import REFUSED, ROWS, build, causal_lm
-from tests.recipe.model.architectures_page import CASES, RESULTS
+from tests.recipe.model.architectures import ADAPTED, REFUSED, ROWS, build, causal_lm, class_of
+from tests.recipe.model.architectures_page import CASES, PAGE, RESULTS
 
 SMALL = [("llama", "full"), ("mixtral", "lora"), ("gpt2", "full")]
 FLAGS = [
@@ -99,22 +100,24 @@ def moved_share(model: Any, base: Any) -> float:
     return sizes[True] / sum(sizes.values())
 
 
-def note(name: str, tuning: str, **found: Any) -> None:
-    """A line for the page, in a file of this process."""
+@pytest.fixture
+def found(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What a test of the matrix finds, written as a line for the page; a test that fails finds nothing."""
+    outcome: dict[str, Any] = {}
+    yield outcome
     folder = os.environ.get(RESULTS)
     if folder:
+        case = {key: request.getfixturevalue(key) for key in ("name", "tuning")}
         Path(folder).mkdir(parents=True, exist_ok=True)
         with (Path(folder) / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps(
-                    {"name": name, "tuning": tuning, "transformers": transformers.__version__, **found}
-                )
-                + "\n"
-            )
+            file.write(json.dumps({**case, "transformers": transformers.__version__, **outcome}) + "\n")
 
 
-def goes_the_road(name: str, tuning: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole run: what stood in memory after training, in the exported files, and in evaluation.json is one."""
+def goes_the_road(name: str, tuning: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> float:
+    """A whole run: what stood in memory after training, in the exported files, and in evaluation.json is one.
+
+    Gives the share of the parameters that training reached.
+    """
     base = build(name, folder / "base")
     session = Session(configuration(folder, base, tuning))
     export, trained = stages.merge_and_export, []
@@ -138,16 +141,16 @@ def goes_the_road(name: str, tuning: str, folder: Path, monkeypatch: pytest.Monk
     assert abs(told["sftmix"]["nll"] - told["base"]["nll"]) > 1e-3
     share = moved_share(after, before)
     assert share > 0
-    note(name, tuning, kind=type(after).__name__, share=share)
+    return share
 
 
-def is_refused(name: str, tuning: str, folder: Path) -> None:
-    """The run ends in a sentence that says why, before anything is trained."""
+def refusal(name: str, tuning: str, folder: Path) -> str:
+    """The sentence that a run ends with, before anything is trained."""
     session = Session(configuration(folder, build(name, folder / "base"), tuning))
     with pytest.raises(ValueError, match=REFUSED[name]) as error:
         stages.run(session, methods=("sftmix",))
     assert not list((folder / "run").glob("*/metrics.jsonl"))
-    note(name, tuning, kind=type(causal_lm(name)).__name__, refused=str(error.value))
+    return str(error.value)
 
 
 @pytest.mark.parametrize(("name", "tuning"), SMALL)
@@ -160,12 +163,12 @@ def test_what_is_exported_is_what_was_trained(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "tuning"), CASES)
 def test_every_architecture_is_exported_as_it_was_trained_or_refused(
-    name: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tuning: str, found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name in REFUSED:
-        is_refused(name, tuning, tmp_path)
+        found["refused"] = refusal(name, tuning, tmp_path)
     else:
-        goes_the_road(name, tuning, tmp_path, monkeypatch)
+        found["share"] = goes_the_road(name, tuning, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -187,3 +190,18 @@ def test_a_row_is_a_causal_model_whose_padding_is_masked(name: str, tmp_path: Pa
     torch.testing.assert_close(last[:, :-1], whole.logits[:, :-1], **near)
     assert not torch.allclose(last[:, -1], whole.logits[:, -1], **near)
     torch.testing.assert_close(masked, whole.logits, **near)
+
+
+def test_the_page_names_the_architectures_and_the_refusals() -> None:
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line[:2] == "| "
+    ]
+    cells = {row[0]: row for row in rows[1:]}
+    assert sorted(cells) == sorted(ROWS) and len(rows) == len(ROWS) + 1
+    assert {name: row[1] for name, row in cells.items()} == {name: class_of(name) for name in ROWS}
+    for name, row in cells.items():
+        if row[2] != "✗":  # a miss is stated as one
+            assert re.search(REFUSED[name], row[2]) if name in REFUSED else row[2] == "✓", name
+    assert {name for name, row in cells.items() if row[3] != "—"} == set(ADAPTED)
