@@ -27,7 +27,7 @@ from sftmix.run import stages
 from sftmix.run.session import Session
 from tests.recipe import tiny
 from tests.recipe.model.architectures import ADAPTED, REFUSED, ROWS, build, causal_lm, class_of
-from tests.recipe.model.architectures_page import CASES, PAGE, RESULTS
+from tests.recipe.model.architectures_page import CASES, PAGE, RESULTS, results
 
 SMALL = [("llama", "full"), ("mixtral", "lora"), ("gpt2", "full")]
 FLAGS = [
@@ -205,3 +205,18 @@ def test_the_page_names_the_architectures_and_the_refusals() -> None:
         if row[2] != "✗":  # a miss is stated as one
             assert re.search(REFUSED[name], row[2]) if name in REFUSED else row[2] == "✓", name
     assert {name for name, row in cells.items() if row[3] != "—"} == set(ADAPTED)
+
+
+def test_the_page_takes_one_line_of_one_version_for_every_case(tmp_path: Path) -> None:
+    lines = [json.dumps({"name": name, "tuning": tuning, "transformers": "5"}) for name, tuning in CASES]
+    (tmp_path / "1.jsonl").write_text("\n".join(lines[1:]), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"none for {CASES[0][0]} full$"):
+        results(tmp_path)
+    (tmp_path / "2.jsonl").write_text(lines[0], encoding="utf-8")
+    assert set(results(tmp_path)) == set(CASES)
+    (tmp_path / "2.jsonl").write_text(lines[0].replace('"5"', '"6"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="one version of transformers, got 5, 6"):
+        results(tmp_path)
+    (tmp_path / "3.jsonl").write_text(lines[1], encoding="utf-8")
+    with pytest.raises(ValueError, match=f"one line for {CASES[1][0]} full, got two"):
+        results(tmp_path)
