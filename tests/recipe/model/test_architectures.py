@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def nll(model: Any, examples: Sequence[TokenizedExample]) -> float:
 
 def loaded(folder: Path) -> Any:
     """The model as plain transformers loads it, with nothing missing from the files and nothing left over."""
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, told = both
     assert not any(told.values()), told
     return model.eval()
 
@@ -185,11 +187,11 @@ def test_a_row_is_a_causal_model_whose_padding_is_masked(name: str, tmp_path: Pa
         masked = model(padded, attention_mask=(torch.arange(15) < 12).expand(2, 15).long()).logits[:, :12]
         again = made(ids).logits
     assert torch.isfinite(whole.loss)
-    near = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(again, whole.logits, **near)
-    torch.testing.assert_close(last[:, :-1], whole.logits[:, :-1], **near)
-    assert not torch.allclose(last[:, -1], whole.logits[:, -1], **near)
-    torch.testing.assert_close(masked, whole.logits, **near)
+    near = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    near(again, whole.logits)
+    near(last[:, :-1], whole.logits[:, :-1])
+    assert not torch.allclose(last[:, -1], whole.logits[:, -1], rtol=0, atol=1e-5)
+    near(masked, whole.logits)
 
 
 def test_the_page_names_the_architectures_and_the_refusals() -> None:
