@@ -15,12 +15,13 @@ READY := $(VENV)/.sftmix-installed
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	--max-worker-restart 0 --timeout 600 --progress 10
 
-.PHONY: help demo test slow test-python test-oldest lint bench gpu install clean
+.PHONY: help demo test slow architectures test-python test-oldest lint bench gpu install clean
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
 	@echo 'make test   run the tests, at most 8 minutes on two cores'
 	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
+	@echo 'make architectures   take a tiny model of every architecture through a run (a part of make slow)'
 	@echo 'also: test-python PYTHON=python3.13 and test-oldest (the tests in an environment of their own), lint, bench,'
 	@echo 'install, clean, and gpu OUT=folder (no environment, no network)'
 
@@ -32,6 +33,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# SFTMIX_ARCHITECTURES=folder keeps what comes out, for sftmix/model/ARCHITECTURES.md.
+architectures: $(READY)
+	$(PYTEST) -m slow tests/recipe/model/test_architectures.py $(PYTEST_ARGS)
 
 # The same tests under another Python, in an environment beside .venv.
 test-python:

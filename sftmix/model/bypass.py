@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
 PROBE_TOKENS = 4
+# On a GPU the fused kernels of a state-space mixer take the weights of these layers themselves.
+_FUSED = ("out_proj", "x_proj", "dt_proj")
 
 
 class _Watch:
@@ -46,7 +48,7 @@ class _Watch:
 
 @torch.no_grad()
 def bypassed(model: SFTMixModel, names: list[str]) -> list[str]:
-    """Those of the named modules whose parameters the decoder reads without ever calling the module.
+    """Those of the named modules whose parameters the model reads without ever calling the module, here or on a GPU.
 
     The decoder is run on a few tokens in training mode, which may take another path than evaluation. What is neither
     called nor read, such as an expert that no token was sent to, is not among them.
@@ -70,4 +72,11 @@ def bypassed(model: SFTMixModel, names: list[str]) -> list[str]:
                 module.__class__ = kinds[name]
             for handle in handles:
                 handle.remove()
-    return [name for name, module in modules.items() if id(module) in watch.read - watch.called]
+    past = {name for name, module in modules.items() if id(module) in watch.read - watch.called}
+    return [name for name in names if name in past or _is_fused(model, name)]
+
+
+def _is_fused(model: SFTMixModel, name: str) -> bool:
+    """Whether a layer is one of a state-space mixer (it has ``A_log``) that its fused kernels go past."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _FUSED and hasattr(model.base.get_submodule(parent), "A_log")

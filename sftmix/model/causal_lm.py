@@ -24,6 +24,7 @@ from sftmix.model.probe import (
     mean_square,
     measure,
     measure_extra,
+    own_loss,
     probe_ids,
     run,
 )
@@ -215,7 +216,7 @@ def _compare(model: SFTMixModel, input_ids: Tensor) -> float:
         )
     aux = 0.0 if model.aux_loss is None else model.extra.aux_weight * float(model.aux_loss)
     squared = mean_square(output.logits) if model.extra.z_loss else 0.0
-    expected = float(own.mean()) + aux + model.extra.z_loss * squared
+    expected = own_loss(output, input_ids) + aux + model.extra.z_loss * squared
     off = abs(float(output.loss) - expected)
     if not off <= tolerance + 1e-5 * abs(expected):
         raise ValueError(

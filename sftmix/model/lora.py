@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sftmix.config import LoraConfig
 from sftmix.model.merge import merge_plan
+from sftmix.model.probe import probe_ids
 from sftmix.model.targets import (
     ALL_LINEAR,
     Targets,
@@ -69,6 +70,7 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
         model.base.get_submodule(name).requires_grad_()
     merge_plan(model.base)
     model.train(mode)  # peft's new dropout layers would be in training mode
+    _check_reached(model)
     if export != "merged":
         from sftmix.model.adapter import check_adapter
 
@@ -172,6 +174,19 @@ def _check_made(model: SFTMixModel, targets: Targets, names: set[str]) -> None:
     ]
     if wide or narrow:
         raise ValueError(f"lora: expected float32 adapters on a frozen model, got {(wide or narrow)[0]}")
+
+
+def _check_reached(model: SFTMixModel) -> None:
+    """The loss must depend on what is trained: layers with a backward of their own may cut adapters off."""
+    ids = probe_ids(model.vocab_size, model.device)[:1]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        logits = model.logits(ids)
+    if not logits.requires_grad:
+        raise ValueError(
+            f"train.tuning: expected full, got lora, whose adapters the loss of {type(model.base).__name__} does not "
+            "reach: its layers compute their gradients themselves"
+        )
 
 
 @torch.no_grad()

@@ -198,8 +198,7 @@ def measure_extra(causal_lm: Any, rows: int, device: torch.device) -> Extra:
     ids = probe_ids(rows, device)
     output = run(causal_lm, ids, labels=ids)
     logits = output.logits[:, :-1].flatten(0, 1).float()
-    own = float(F.cross_entropy(logits, ids[:, 1:].flatten()))
-    extra = float(output.loss) - own
+    extra = float(output.loss) - own_loss(output, ids)
     aux = getattr(output, "aux_loss", None)
     tolerance = 1e-4 + 4 * torch.finfo(output.logits.dtype).eps * float(logits.abs().max())
     if aux is not None and float(aux) != 0:
@@ -218,6 +217,19 @@ def measure_extra(causal_lm: Any, rows: int, device: torch.device) -> Extra:
             "neither an auxiliary loss that it returns nor a z-loss that its configuration names"
         )
     return Extra(z_loss=min(close, key=lambda v: abs(v - weight)))
+
+
+def own_loss(output: Any, ids: Tensor) -> float:
+    """Cross-entropy of a model's logits for ``ids`` [B, T] as labels: next tokens, or as they stand.
+
+    The decoders of encoder-decoder models compare logits with the labels at the same place: their callers shift. Which
+    of the two it is shows in the model's own loss.
+    """
+    logits = output.logits.float()
+    shifted = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    as_given = float(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    close = abs(float(output.loss) - as_given) <= 1e-3 * abs(as_given) < abs(float(output.loss) - shifted)
+    return as_given if close else shifted
 
 
 def mean_square(logits: Tensor) -> float:

@@ -126,7 +126,8 @@ def check_logits(plain: Any, expected: Logits) -> float:
         if logits.shape != trained.shape:
             raise ValueError(f"export: expected logits {tuple(trained.shape)}, got {tuple(logits.shape)}")
         error, largest = (logits - trained).abs().max().item(), trained.abs().max().item()
-        allowed = (64 if expected.base else 8) * eps * max(1.0, largest)
+        # Merged weights are rounded anew, which every layer passes on; the same weights give the same logits.
+        allowed = (0.5 * eps**0.5 if expected.base else 8 * eps) * max(1.0, largest)
         if expected.base:
             # What the adapters do must be in the merged weights, however small it is beside the logits.
             effect = _rms(expected.base[at] - trained)

@@ -120,9 +120,16 @@ def underlying(model: ModelConfig) -> ModelConfig:
 
 def read_configuration(model: ModelConfig) -> Any:
     """The model's configuration. Raises ``ValueError`` naming what is wrong with it."""
+    base = underlying(model)
+    if base is not model:
+        try:
+            return read_configuration(base)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} ({base.name} is the base that the adapter {model.name} names)"
+            ) from error
     from transformers import AutoConfig
 
-    model = underlying(model)
     name = place(model)
     path = Path(name) / "config.json"
     if model.gguf_file is None and path.is_file():

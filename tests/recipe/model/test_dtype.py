@@ -50,7 +50,9 @@ def test_bfloat16_by_name_is_taken_and_warned_of_once_with_the_factor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     products(monkeypatch, False)
-    config = cli.resolve(str(tmp_path), None, ["model.name=tiny", "data.train=none", "model.dtype=bfloat16"])
+    tiny.causal_lm().save_pretrained(tmp_path / "m")
+    flags = [f"model.name={tmp_path / 'm'}", "data.train=none", "model.dtype=bfloat16"]
+    config = cli.resolve(str(tmp_path / "run"), None, flags)
     Session(config)
     assert config.model.dtype == "bfloat16"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "dtype" in line]

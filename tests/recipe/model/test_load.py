@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown type": (write("config.json", '{"model_type": "zork"}'), "knows, got zork in {folder}"),
     "not causal": (write("config.json", '{"model_type": "t5"}'), "causal language model, got {folder} (T5Config)"),
     "no tokenizer": (remove("tokenizer.json"), "expected a model with a tokenizer, got {folder} without one"),
-    "adapter": (adapter, "expected a model, got {folder}, an adapter of some/base: merge it"),
+    "adapter": (adapter, "some/base is the base that the adapter {folder} names"),
 }  # fmt: skip
 
 
