@@ -61,6 +61,20 @@ def test_a_failed_export_keeps_the_checkpoint_and_is_repeated_alone(
     )
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_share_that_trains_is_said_once_before_the_first_step(
+    tuning: str, material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(material, tmp_path / "r", *(LORA if tuning == "lora" else SHORT))
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = [
+        i for i, line in enumerate(lines) if line.startswith(f"{tuning}: ") and " parameters train" in line
+    ]
+    assert told < next(i for i, line in enumerate(lines) if "step 1 of" in line)
+    total = sum(p.numel() for p in tiny.causal_lm().parameters())
+    assert f"full: {total:,} of {total:,} parameters train" in lines or tuning == "lora"
+
+
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen3_next", "mixtral"])
 def test_adapters_on_experts_are_in_the_exported_model(
     name: str, material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
