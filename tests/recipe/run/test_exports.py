@@ -119,6 +119,23 @@ def test_an_adapter_is_exported_and_evaluated(
     assert not list(folder.train("sftmix").glob(".*"))
 
 
+def test_another_export_of_a_finished_run_trains_nothing_again(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(material, tmp_path / "r", *LORA)
+    folder = RunFolder(tmp_path / "r")
+    before = (folder.train("sftmix") / "metrics.jsonl").read_bytes()
+    weights = trained(tmp_path / "r")
+    run(material, tmp_path / "r", *LORA, "--export=both")
+    assert (folder.train("sftmix") / "metrics.jsonl").read_bytes() == before
+    assert same(trained(tmp_path / "r"), weights)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(material[0]), folder.adapter("sftmix")
+    )
+    merged = AutoModelForCausalLM.from_pretrained(folder.model("sftmix"))
+    torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-4, atol=1e-4)
+
+
 def test_an_exported_adapter_is_a_base_model_too(
     material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
