@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from typing import Any, cast
 
@@ -111,9 +112,15 @@ def drop_quantisation(causal_lm: Any) -> None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weight is held as the bits of bitsandbytes."""
-    weight = getattr(module, "weight", None)
+    """Whether a module's own weight is held as the bits of bitsandbytes; a layer of peft around it has none."""
+    weight = module._parameters.get("weight")
     return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def numbers(weight: Tensor) -> int:
+    """How many numbers a parameter stands for; two of them share a byte where they have 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
