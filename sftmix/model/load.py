@@ -20,7 +20,7 @@ from sftmix.config import ModelConfig
 from sftmix.model.adapter import merge_adapter
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
-from sftmix.model.quantised import BITS, drop_quantisation, keep_layout, settled
+from sftmix.model.quantised import BITS, drop_conversions, drop_quantisation, keep_layout, settled
 from sftmix.model.source import check_folder, options, place, read_configuration, reading, underlying
 from sftmix.model.tokenizer import extended_tokenizer
 from sftmix.model.vocabulary import extend_model
@@ -60,6 +60,8 @@ def load_model(
         causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
         check_complete(config, found["missing_keys"], found["mismatched_keys"])
         say_left_out(causal_lm, found["unexpected_keys"], weights_in_files(config))
+        if kind is not None:
+            drop_conversions(causal_lm)
         if kind == BITS:
             keep_layout(causal_lm, config)
         elif kind is not None or config.gguf_file:

@@ -111,6 +111,15 @@ def drop_quantisation(causal_lm: Any) -> None:
     causal_lm.is_quantized = False
 
 
+def drop_conversions(causal_lm: Any) -> None:
+    """Forget how quantised files became parameters: undone while saving, it would pack the numbers or fail.
+
+    What is saved then has the names that the class gives its files.
+    """
+    if getattr(causal_lm, "_weight_conversions", None) is not None:
+        del causal_lm._weight_conversions
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module's own weight is held as the bits of bitsandbytes; a layer of peft around it has none."""
     weight = module._parameters.get("weight")
