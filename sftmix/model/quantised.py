@@ -11,9 +11,12 @@ import importlib.util
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftmix.config import ModelConfig
@@ -47,8 +50,14 @@ def check_quantised(model: ModelConfig, tuning: str) -> None:
 
     Needs no weights: whoever prepares data calls it first.
     """
-    if model.gguf_file is None:
-        _check(model, kind_of(quantisation(read_configuration(model))), tuning)
+    check_kind(model, None if model.gguf_file else read_configuration(model), tuning)
+
+
+def check_kind(model: ModelConfig, config: Any, tuning: str) -> str | None:
+    """The kind of a model's quantisation, by its transformers configuration (unread of a GGUF file); checked."""
+    kind = None if model.gguf_file else kind_of(quantisation(config))
+    _check(model, kind, tuning)
+    return kind
 
 
 def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
@@ -73,29 +82,32 @@ def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
         )
 
 
-def settled(model: ModelConfig, config: Any, tuning: str, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """A checked configuration to load with, and the kind of quantisation; products of 4-bit weights take ``dtype``."""
-    if model.gguf_file is not None:
-        return config, None
-    settings = quantisation(config)
-    kind = kind_of(settings)
-    _check(model, kind, tuning)
-    if kind is None:
-        return config, None
+def say_kind(model: ModelConfig, kind: str | None, dtype: torch.dtype, *, merged: bool) -> None:
+    """One line for a quantised model: what becomes of it; ``merged`` where an adapter is added to its weights."""
     name = str(dtype).removeprefix("torch.")
-    if kind == BITS:
-        settings["bnb_4bit_compute_dtype"] = name
-        bits = 4 if settings.get("load_in_4bit") else 8
+    if kind == BITS and not merged:
+        bits = 4 if quantisation(read_configuration(model)).get("load_in_4bit") else 8
         say(
             f"{model.name}: quantised with {kind}, {bits} bits: kept so and frozen, its adapters are trained; merged, "
             f"it is exported in {name}"
             + ("" if bits == 4 else "; products round activations to float16 and 8 bits")
         )
-    else:
-        settings["dequantize"] = True
+    elif kind is not None:
         say(
             f"{model.name}: quantised with {kind}: dequantised to {name}, trained and exported without quantisation"
         )
+
+
+def settled(config: Any, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """A configuration to load with, and the kind of quantisation; products of 4-bit weights take ``dtype``."""
+    settings = quantisation(config)
+    kind = kind_of(settings)
+    if kind is None:
+        return config, None
+    if kind == BITS:
+        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    else:
+        settings["dequantize"] = True
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             part.quantization_config = settings
@@ -140,6 +152,42 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"module: expected a weight of bitsandbytes, got {type(module).__name__}")
     found: Tensor = dequantize_bnb_weight(cast(Any, module.weight), state=getattr(module, "state", None))
     return found.detach().to(dtype)
+
+
+def make_plain(causal_lm: Any, dtype: torch.dtype) -> None:
+    """Put linear layers of numbers in ``dtype`` in the place of those of bitsandbytes, if there are any."""
+    names = [name for name, module in causal_lm.named_modules() if is_quantised(module)]
+    for name in names:
+        module = causal_lm.get_submodule(name)
+        with torch.device("meta"):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        linear.weight = nn.Parameter(dequantised(module, dtype))
+        if module.bias is not None:
+            linear.bias = module.bias
+        causal_lm.set_submodule(name, linear.train(module.training))
+    if names:
+        drop_quantisation(causal_lm)
+
+
+@contextmanager
+def exact_products(causal_lm: nn.Module) -> Iterator[None]:
+    """Inside the block 8-bit layers multiply with their numbers and do not round what they are given."""
+
+    def exact(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.linear(args[0], dequantised(module, args[0].dtype), cast(Tensor | None, module.bias)).to(
+            output.dtype
+        )
+
+    handles = [
+        module.register_forward_hook(exact)
+        for module in causal_lm.modules()
+        if is_quantised(module) and module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _not_said(record: logging.LogRecord) -> bool:
