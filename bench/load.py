@@ -26,7 +26,7 @@ from bench.machine import commit, device_name
 
 RECORD = Path(__file__).with_name("results") / "load.json"
 PACKAGES = ("torch", "transformers", "safetensors")
-AT_MOST = 1.2  # of the model's size: what the system cannot take back, and what is held in the end
+AT_MOST = 1.2  # of the model's size, mapped pages of its files counted
 SHARD = 2**29  # bytes a file of weights is closed at
 SIZES: dict[str, dict[str, Any]] = {
     "135M": {
@@ -149,23 +149,25 @@ def measure(cases: Sequence[tuple[str, str, str]], command: str, base: str | Non
 
 def section(record: dict[str, Any]) -> str:
     """The record in words, for RESULTS.md."""
-    rows, met = [], True
+    rows, missed = [], []
     for case in record["cases"]:
         size = case["model_bytes"]
         peak, anonymous, held = (case[f"{name}_bytes"] / size for name in ("peak", "anonymous", "held"))
-        met = met and max(anonymous, held) <= AT_MOST
+        what = f"{case['model']}, {case['files']} files, {case['run']}"
+        if max(peak, anonymous, held) > AT_MOST:
+            missed.append(what)
         rows.append(
-            f"| {case['model']}, {case['files']} files, {case['run']} | {size / 2**20:,.0f} | {anonymous:.2f} | "
-            f"{held:.2f} | {peak:.2f} | {case['seconds']:.1f} |"
+            f"| {what} | {size / 2**20:,.0f} | {peak:.2f} | {anonymous:.2f} | {held:.2f} | {case['seconds']:.1f} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    verdict = "met" if not missed else f"missed with {'; '.join(missed)}, met with the others"
     return (
         "**Host memory of loading a model**, as a multiple of the model's size\n\n"
-        "| model | MiB | most that the system cannot take back | held in the end | most with pages of the files | "
-        "seconds |\n|---|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
-        f"Asked: at most {AT_MOST:g} in the first two: {'met' if met else 'missed'}. Files are mapped, not copied: "
-        "their pages count in the third until they are closed, and are dropped where memory is short. "
-        f"{record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
+        "| model | MiB | most in all | of it what the system cannot take back | held in the end | seconds |\n"
+        "|---|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
+        f"Asked: at most {AT_MOST:g} in all three: {verdict}. Files are mapped, not copied: where they are in another "
+        "type than the run, their pages stand beside the model until they are closed, and the system drops them where "
+        f"memory is short. {record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
     )
 
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from sftmix.config import LoraConfig
 from sftmix.model.merge import merge_plan
 from sftmix.model.probe import probe_ids
-from sftmix.model.quantised import dequantised, is_quantised, numbers
+from sftmix.model.quantised import dequantised, has_8_bits, is_quantised, numbers
 from sftmix.model.targets import (
     ALL_LINEAR,
     Targets,
@@ -59,6 +59,10 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
     is refused here. Raises ``ValueError`` for what ``find_targets`` and ``find_whole`` refuse, and when what peft made
     is not what was asked for or could not be exported.
     """
+    if lora.dora and model.device.type == "cpu" and any(has_8_bits(part) for part in model.modules()):
+        raise ValueError(
+            "lora.dora: expected false with an 8-bit base on a CPU, where peft's DoRA loses the weights' scales, got true"
+        )
     targets = find_targets(model, lora)
     whole = find_whole(model, lora, targets)
     names = set(merge_plan(model.base).sources)

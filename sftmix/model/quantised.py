@@ -138,6 +138,11 @@ def is_quantised(module: nn.Module) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
+def has_8_bits(module: nn.Module) -> bool:
+    """Whether a module's own weight is 8 bits of bitsandbytes: its products round what they are given."""
+    return is_quantised(module) and module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
+
+
 def numbers(weight: Tensor) -> int:
     """How many numbers a parameter stands for; two of them share a byte where they have 4 bits."""
     state = getattr(weight, "quant_state", None)
@@ -178,11 +183,7 @@ def exact_products(causal_lm: nn.Module) -> Iterator[None]:
             output.dtype
         )
 
-    handles = [
-        module.register_forward_hook(exact)
-        for module in causal_lm.modules()
-        if is_quantised(module) and module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
-    ]
+    handles = [module.register_forward_hook(exact) for module in causal_lm.modules() if has_8_bits(module)]
     try:
         yield
     finally:
