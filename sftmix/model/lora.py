@@ -61,7 +61,7 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
     """
     if lora.dora and model.device.type == "cpu" and any(has_8_bits(part) for part in model.modules()):
         raise ValueError(
-            "lora.dora: expected false with an 8-bit base on a CPU, where peft's DoRA loses the weights' scales, got true"
+            "lora.dora: expected false with an 8-bit base on a CPU, got true: peft's DoRA loses the scales there"
         )
     targets = find_targets(model, lora)
     whole = find_whole(model, lora, targets)
