@@ -90,6 +90,7 @@ def load(folder: str, dtype: str, warm: str, answer: Any) -> None:
     """Bytes of the model that ``folder`` holds, and of the process that loads it, beyond what it held before."""
     from sftmix.config import ModelConfig
     from sftmix.model.load import load_model
+    from sftmix.model.tokenizer import extended_tokenizer
 
     load_model(ModelConfig(name=warm, dtype=dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -103,19 +104,20 @@ def load(folder: str, dtype: str, warm: str, answer: Any) -> None:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     started = time.perf_counter()
-    model, _ = load_model(ModelConfig(name=folder, dtype=dtype))
+    model, _tokenizer = load_model(ModelConfig(name=folder, dtype=dtype))
     seconds = time.perf_counter() - started
     done.set()
     thread.join()
-    answer.send(
-        {
-            "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "peak_bytes": _status("VmHWM") - held,
-            "anonymous_bytes": most[0] - anonymous,
-            "held_bytes": _status("VmRSS") - held,
-            "seconds": seconds,
-        }
-    )
+    told = {
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "peak_bytes": _status("VmHWM") - held,
+        "anonymous_bytes": most[0] - anonymous,
+        "held_bytes": _status("VmRSS") - held,
+        "seconds": seconds,
+    }
+    before = _status("VmRSS")
+    _another = extended_tokenizer(ModelConfig(name=folder, dtype=dtype))  # beside the first: what one takes
+    answer.send({**told, "tokenizer_bytes": _status("VmRSS") - before})
 
 
 def measure(cases: Sequence[tuple[str, str, str]], command: str, base: str | None = None) -> dict[str, Any]:
@@ -157,17 +159,19 @@ def section(record: dict[str, Any]) -> str:
         if max(peak, anonymous, held) > AT_MOST:
             missed.append(what)
         rows.append(
-            f"| {what} | {size / 2**20:,.0f} | {peak:.2f} | {anonymous:.2f} | {held:.2f} | {case['seconds']:.1f} |"
+            f"| {what} | {size / 2**20:,.0f} | {peak:.2f} | {anonymous:.2f} | {held:.2f} | "
+            f"{case['tokenizer_bytes'] / size:.2f} | {case['seconds']:.1f} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     verdict = "met" if not missed else f"missed with {'; '.join(missed)}, met with the others"
     return (
         "**Host memory of loading a model**, as a multiple of the model's size\n\n"
-        "| model | MiB | most in all | of it what the system cannot take back | held in the end | seconds |\n"
-        "|---|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
-        f"Asked: at most {AT_MOST:g} in all three: {verdict}. Files are mapped, not copied: where they are in another "
-        "type than the run, their pages stand beside the model until they are closed, and the system drops them where "
-        f"memory is short. {record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
+        "| model | MiB | most in all | of it what the system cannot take back | held in the end | of it the tokenizer "
+        "| seconds |\n|---|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
+        f"Asked: at most {AT_MOST:g} in the first three: {verdict}. Files are mapped, not copied: where they are in "
+        "another type than the run, their pages stand beside the model until they are closed, and the system drops "
+        "them where memory is short. A tokenizer of a real vocabulary weighs much beside a small model. "
+        f"{record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
     )
 
 
