@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ def load(folder: str, dtype: str, warm: str, answer: Any) -> None:
     """Bytes of the model that ``folder`` holds, and of the process that loads it, beyond what it held before."""
     from sftmix.config import ModelConfig
     from sftmix.model.load import load_model
-    from sftmix.model.tokenizer import extended_tokenizer
 
     load_model(ModelConfig(name=warm, dtype=dtype))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
@@ -108,22 +107,45 @@ def load(folder: str, dtype: str, warm: str, answer: Any) -> None:
     seconds = time.perf_counter() - started
     done.set()
     thread.join()
-    told = {
-        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "peak_bytes": _status("VmHWM") - held,
-        "anonymous_bytes": most[0] - anonymous,
-        "held_bytes": _status("VmRSS") - held,
-        "seconds": seconds,
-    }
-    before = _status("VmRSS")
-    _another = extended_tokenizer(ModelConfig(name=folder, dtype=dtype))  # beside the first: what one takes
-    answer.send({**told, "tokenizer_bytes": _status("VmRSS") - before})
+    answer.send(
+        {
+            "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "peak_bytes": _status("VmHWM") - held,
+            "anonymous_bytes": most[0] - anonymous,
+            "held_bytes": _status("VmRSS") - held,
+            "seconds": seconds,
+        }
+    )
+
+
+def load_tokenizer(folder: str, dtype: str, warm: str, answer: Any) -> None:
+    """Bytes of the process that loads the tokenizer of ``folder`` alone, at most, beyond what it held before."""
+    from sftmix.config import ModelConfig
+    from sftmix.model.load import load_model
+    from sftmix.model.tokenizer import extended_tokenizer
+
+    load_model(ModelConfig(name=warm, dtype=dtype))
+    Path("/proc/self/clear_refs").write_text("5")
+    held = _status("VmRSS")
+    _kept = extended_tokenizer(ModelConfig(name=folder, dtype=dtype))
+    answer.send({"tokenizer_bytes": _status("VmHWM") - held})
+
+
+def _in_a_process(what: Callable[..., None], *args: str) -> dict[str, Any]:
+    """What ``what`` answers in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=what, args=(*args, theirs))
+    process.start()
+    theirs.close()
+    told: dict[str, Any] = ours.recv()  # EOFError where the process died; its own traceback stands above
+    process.join()
+    return told
 
 
 def measure(cases: Sequence[tuple[str, str, str]], command: str, base: str | None = None) -> dict[str, Any]:
     """The record of all cases; ``base`` is a folder with bfloat16 files in place of the random 135M's."""
     results = []
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary:
         warm = Path(temporary) / "warm"
         write_model(warm, "tiny", "bfloat16")
@@ -132,13 +154,8 @@ def measure(cases: Sequence[tuple[str, str, str]], command: str, base: str | Non
             given = base is not None and (size, files) == ("135M", "bfloat16")
             if not given:
                 write_model(folder, size, files)
-            ours, theirs = context.Pipe(duplex=False)
-            place = str(base if given else folder)
-            process = context.Process(target=load, args=(place, run, str(warm), theirs))
-            process.start()
-            theirs.close()
-            told = ours.recv()  # EOFError where the process died; its own traceback stands above
-            process.join()
+            args = (str(base if given else folder), run, str(warm))
+            told = {**_in_a_process(load, *args), **_in_a_process(load_tokenizer, *args)}
             results.append({"model": "SmolLM2-135M" if given else size, "files": files, "run": run, **told})
             for path in folder.glob("*.safetensors"):
                 path.unlink()
@@ -166,7 +183,7 @@ def section(record: dict[str, Any]) -> str:
     verdict = "met" if not missed else f"missed with {'; '.join(missed)}, met with the others"
     return (
         "**Host memory of loading a model**, as a multiple of the model's size\n\n"
-        "| model | MiB | most in all | of it what the system cannot take back | held in the end | of it the tokenizer "
+        "| model | MiB | most in all | of it what the system cannot take back | held in the end | the tokenizer alone, at most "
         "| seconds |\n|---|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
         f"Asked: at most {AT_MOST:g} in the first three: {verdict}. Files are mapped, not copied: where they are in "
         "another type than the run, their pages stand beside the model until they are closed, and the system drops "
