@@ -183,7 +183,7 @@ def section(record: dict[str, Any]) -> str:
     verdict = "met" if not missed else f"missed with {'; '.join(missed)}, met with the others"
     return (
         "**Host memory of loading a model**, as a multiple of the model's size\n\n"
-        "| model | MiB | most in all | of it what the system cannot take back | held in the end | the tokenizer alone, at most "
+        "| model | MiB | most in all | of it what the system cannot take back | held in the end | the tokenizer alone "
         "| seconds |\n|---|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
         f"Asked: at most {AT_MOST:g} in the first three: {verdict}. Files are mapped, not copied: where they are in "
         "another type than the run, their pages stand beside the model until they are closed, and the system drops "
