@@ -21,7 +21,7 @@ from sftmix.model.adapter import merge_adapter
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
 from sftmix.model.quantised import (
-    BITS,
+    FROZEN,
     check_kind,
     drop_conversions,
     drop_quantisation,
@@ -94,10 +94,10 @@ def read_causal_lm(
     configuration, kind = read_configuration(config), None
     if config.gguf_file is None:
         configuration, kind = settled(configuration, dtype)
-    causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
+    causal_lm, found = _read(config, configuration, dtype, device if kind in FROZEN else None)
     if kind is not None:
         drop_conversions(causal_lm)
-    if kind == BITS:
+    if kind in FROZEN:
         keep_layout(causal_lm, config)
     elif kind is not None or config.gguf_file:
         drop_quantisation(causal_lm)

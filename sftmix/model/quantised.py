@@ -25,6 +25,8 @@ from sftmix.progress import say
 
 DEQUANTISED = ("mxfp4", "fp8")
 BITS = "bitsandbytes"
+TORCHAO = "torchao"
+FROZEN = (BITS, TORCHAO)  # kept as they are, with adapters beside them
 
 
 def quantisation(config: Any) -> dict[str, Any]:
@@ -56,25 +58,37 @@ def check_quantised(model: ModelConfig, tuning: str) -> None:
 def check_kind(model: ModelConfig, config: Any, tuning: str) -> str | None:
     """The kind of a model's quantisation, by its transformers configuration (unread of a GGUF file); checked."""
     kind = None if model.gguf_file else kind_of(quantisation(config))
-    _check(model, kind, tuning)
+    _check(model, config, kind, tuning)
     return kind
 
 
-def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
+def _torchao_type(config: Any) -> str:
+    """The name of the only way in which torchao quantised a model's layers; of several, all their settings."""
+    told = quantisation(config).get("quant_type")
+    default = told.get("default") if isinstance(told, dict) and len(told) == 1 else None
+    return str(default.get("_type") if isinstance(default, dict) else told)
+
+
+def _check(model: ModelConfig, config: Any, kind: str | None, tuning: str) -> None:
     if kind is None or kind in DEQUANTISED:
         return
     start = f"model.name: {model.name} is quantised with {kind}, "
-    if kind != BITS:
+    if kind not in FROZEN:
         raise ValueError(
             f"{start}which cannot be trained here: expected a model without quantisation, or with one of "
-            f"{', '.join((*DEQUANTISED, BITS))}"
+            f"{', '.join((*DEQUANTISED, *FROZEN))}"
+        )
+    if kind == TORCHAO and (found := _torchao_type(config)) != "Int8WeightOnlyConfig":
+        raise ValueError(
+            f"{start}as {found}: expected its Int8WeightOnlyConfig, whose numbers can be had back, or a model without "
+            "quantisation"
         )
     if tuning != "lora":
         raise ValueError(
             f"{start}whose weights stay frozen: expected train.tuning=lora, or a model without quantisation, got "
             f"train.tuning={tuning}"
         )
-    if importlib.util.find_spec(BITS) is None:
+    if importlib.util.find_spec(kind) is None:
         raise ValueError(f"{start}which is not installed: install it, or take a model without quantisation")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -85,12 +99,12 @@ def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
 def say_kind(model: ModelConfig, kind: str | None, dtype: torch.dtype, *, merged: bool) -> None:
     """One line for a quantised model: what becomes of it; ``merged`` where an adapter is added to its weights."""
     name = str(dtype).removeprefix("torch.")
-    if kind == BITS and not merged:
+    if kind in FROZEN and not merged:
         bits = 4 if quantisation(read_configuration(model)).get("load_in_4bit") else 8
         say(
             f"{model.name}: quantised with {kind}, {bits} bits: kept so and frozen, its adapters are trained; merged, "
             f"it is exported in {name}"
-            + ("" if bits == 4 else "; products round activations to float16 and 8 bits")
+            + ("" if bits == 4 or kind == TORCHAO else "; products round activations to float16 and 8 bits")
         )
     elif kind is not None:
         say(
@@ -106,7 +120,7 @@ def settled(config: Any, dtype: torch.dtype) -> tuple[Any, str | None]:
         return config, None
     if kind == BITS:
         settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    else:
+    elif kind in DEQUANTISED:
         settings["dequantize"] = True
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
@@ -133,14 +147,18 @@ def drop_conversions(causal_lm: Any) -> None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's own weight is held as the bits of bitsandbytes; a layer of peft around it has none."""
-    weight = module._parameters.get("weight")
-    return type(weight).__name__ in ("Params4bit", "Int8Params")
+    """Whether a module's own weight is held as bits of bitsandbytes or torchao; a layer of peft around it has none."""
+    return is_bits(module._parameters.get("weight"))
+
+
+def is_bits(weight: Tensor | None) -> bool:
+    """Whether a parameter is bits of bitsandbytes or torchao."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params", "Int8Tensor")
 
 
 def has_8_bits(module: nn.Module) -> bool:
     """Whether a module's own weight is 8 bits of bitsandbytes: its products round what they are given."""
-    return is_quantised(module) and module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
+    return is_quantised(module) and type(module.weight).__name__ == "Int8Params"  # type: ignore[union-attr]
 
 
 def numbers(weight: Tensor) -> int:
@@ -154,7 +172,9 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     from peft.utils.integrations import dequantize_bnb_weight
 
     if not is_quantised(module):
-        raise ValueError(f"module: expected a weight of bitsandbytes, got {type(module).__name__}")
+        raise ValueError(f"module: expected a quantised weight, got {type(module).__name__}")
+    if type(module.weight).__name__ == "Int8Tensor":
+        return cast(Any, module.weight).dequantize().detach().to(dtype)  # type: ignore[no-any-return]
     found: Tensor = dequantize_bnb_weight(cast(Any, module.weight), state=getattr(module, "state", None))
     return found.detach().to(dtype)
 

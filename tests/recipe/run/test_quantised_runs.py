@@ -1,6 +1,6 @@
 """Whole runs on quantised bases: LoRA beside the bits of bitsandbytes, full and LoRA on what is dequantised.
 
-Those with bitsandbytes are skipped where it is not installed; no test requires it.
+Those with bitsandbytes or torchao are skipped where it is not installed; no test requires it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from sftmix.model.load import load_model
 from sftmix.model.lora import apply_lora, trained_share
 from sftmix.model.merge import merge_plan
-from sftmix.model.quantised import dequantised, exact_products, is_quantised
+from sftmix.model.quantised import check_quantised, dequantised, exact_products, is_quantised
 from tests.recipe import tiny
-from tests.recipe.model.test_quantised import bits_model, fp8_model, mxfp4_model, named
+from tests.recipe.model.test_quantised import bits_model, fp8_model, mxfp4_model, named, saved
 from tests.recipe.run.small import run, same, stop_in, trained
 from tests.recipe.run.test_stages import command
 
@@ -69,6 +69,30 @@ def test_bits_go_the_whole_road(
     merged = trained(tmp_path / "r")
     assert not any(is_quantised(module) for module in loaded.modules())
     assert all(torch.equal(weight, merged[name]) for name, weight in loaded.base.state_dict().items())
+
+
+def torchao_model(folder: Path) -> None:
+    """A model whose linear layers torchao holds in 8 bits, weights alone."""
+    torchao = pytest.importorskip("torchao.quantization")
+    saved(folder / "plain", tiny.causal_lm(hidden_size=64, intermediate_size=128), None)
+    settings = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    saved(folder, AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=settings), None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchao_goes_the_whole_road(material: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
+    torchao_model(tmp_path / "base")
+    run((tmp_path / "base", material[1]), tmp_path / "r", *LORA, "--export=both", f"--model.dtype={dtype}")
+    check_plain(tmp_path / "r", getattr(torch, dtype))
+
+
+def test_other_ways_of_torchao_are_refused_by_name(tmp_path: Path) -> None:
+    kind = {"default": {"_type": "Int4WeightOnlyConfig", "_data": {}, "_version": 2}}
+    saved(tmp_path, tiny.causal_lm(), {"quant_method": "torchao", "quant_type": kind})
+    with pytest.raises(
+        ValueError, match="quantised with torchao, as Int4WeightOnlyConfig: expected its Int8Weight"
+    ):
+        check_quantised(named(tmp_path), "lora")
 
 
 def test_a_run_on_bits_stopped_and_started_again_gives_the_same_bits(
