@@ -62,7 +62,7 @@ def load_model(
         say(f"model.name: {adapter} is an adapter, merged into its base {base.name}")
         check_folder(config)
     dtype = torch_dtype(config.dtype, device)
-    kind = check_kind(config, read_configuration(config), tuning)
+    kind = check_kind(config, read_configuration(own), tuning)
     say_kind(config, kind, dtype, merged=adapter is not None)
     weights_in_files(config)  # refuses a file that is cut short or missing before any is read
     tokenizer, new = extended_tokenizer(own)
