@@ -13,7 +13,7 @@ from bench import load, report
 
 CASE = {
     "model": "135M", "files": "float32", "run": "bfloat16", "model_bytes": 2**28, "peak_bytes": 3 * 2**28,
-    "anonymous_bytes": 2**28 * 1.1, "held_bytes": 2**28 * 1.15, "seconds": 2.0,
+    "anonymous_bytes": 2**28 * 1.1, "held_bytes": 2**28 * 1.15, "tokenizer_bytes": 2**26, "seconds": 2.0,
 }  # fmt: skip
 RECORD = {
     "cases": [CASE], "device": "a CPU", "versions": {"torch": "2"}, "commit": "abc", "command": "python -m bench.load",
@@ -22,11 +22,17 @@ RECORD = {
 
 def test_the_section_says_what_was_met_and_missed() -> None:
     told = load.section(RECORD)
-    assert "| 135M, float32 files, bfloat16 | 256 | 1.10 | 1.15 | 3.00 | 2.0 |" in told
-    assert "Asked: at most 1.2 in the first two: met." in told
+    assert "| 135M, float32 files, bfloat16 | 256 | 3.00 | 1.10 | 1.15 | 0.25 | 2.0 |" in told
+    assert (
+        "Asked: at most 1.2 in the first three: missed with 135M, float32 files, bfloat16, met with the others."
+        in told
+    )
     assert told.endswith("a CPU; torch 2; commit abc: `python -m bench.load`")
-    for missed in ({"anonymous_bytes": 2**28 * 1.21}, {"held_bytes": 2**28 * 1.21}):
-        assert "in the first two: missed." in load.section({**RECORD, "cases": [CASE, {**CASE, **missed}]})
+    good = {**CASE, "files": "bfloat16", "peak_bytes": 2**28 * 1.19}
+    assert "in the first three: met." in load.section({**RECORD, "cases": [good]})
+    for name in ("anonymous_bytes", "held_bytes", "peak_bytes"):
+        bad = load.section({**RECORD, "cases": [good, {**good, "model": "1B", name: 2**28 * 1.21}]})
+        assert "in the first three: missed with 1B, bfloat16 files, bfloat16, met" in bad
 
 
 def test_models_are_written_in_files_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def merge_and_export(
     Raises ``ValueError``, on every process, where what was read back is not what was trained; ``folder`` is then as
     it was before.
     """
-    expected = proof.trained_logits(model, texts)
+    expected = proof.trained_logits(model, texts, exact=True)
     state = merged_state(model)
     plain, problem = None, None
     if is_main():
@@ -169,8 +169,9 @@ def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]
             part.eos_token_id = named
         if generation is not None:
             generation.eos_token_id = named
-    if hasattr(config, "quantization_config"):  # left by a GGUF file; it would refuse to be saved
-        del config.quantization_config
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):  # left by bits or a GGUF file: what is saved has neither
+            del part.quantization_config
     with torch.device("meta"):
         fresh = type(model.base)(config)
     fresh.load_state_dict(state, strict=True, assign=True)

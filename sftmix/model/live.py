@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,9 +45,18 @@ class Live:
                 self._first = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()}
         for parameter in weights.values():
             parameter.grad = None
+        _without_checkpointing(self.model.base)
         if trainable and lora is None and not self._told:
             self._told = True
             every = dict(self.model.named_parameters())
             share = sum(p.numel() for p in weights.values()), sum(p.numel() for p in every.values())
             say(f"full: {share[0]:,} of {share[1]:,} parameters train")
         return self.model
+
+
+def _without_checkpointing(causal_lm: Any) -> None:
+    """Switch off the recomputation that a stage switched on, and the gradient of the embeddings that came with it."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in causal_lm.modules()):
+        causal_lm.gradient_checkpointing_disable()
+    if hasattr(causal_lm, "_require_grads_hook"):  # older versions of transformers have none without peft
+        causal_lm.disable_input_require_grads()

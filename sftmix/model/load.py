@@ -20,7 +20,16 @@ from sftmix.config import ModelConfig
 from sftmix.model.adapter import merge_adapter
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
-from sftmix.model.quantised import BITS, drop_quantisation, keep_layout, settled
+from sftmix.model.quantised import (
+    FROZEN,
+    check_kind,
+    drop_conversions,
+    drop_quantisation,
+    keep_layout,
+    make_plain,
+    say_kind,
+    settled,
+)
 from sftmix.model.source import check_folder, options, place, read_configuration, reading, underlying
 from sftmix.model.tokenizer import extended_tokenizer
 from sftmix.model.vocabulary import extend_model
@@ -54,19 +63,16 @@ def load_model(
         say(f"model.name: {adapter} is an adapter, merged into its base {base.name}")
         check_folder(config)
     dtype = torch_dtype(config.dtype, device)
-    configuration, kind = settled(config, found, tuning, dtype)
+    kind = check_kind(config, found, tuning)
+    say_kind(config, kind, dtype, merged=adapter is not None)
     weights_in_files(config)  # refuses a file that is cut short or missing before any is read
     tokenizer, new = extended_tokenizer(own)
-    with _quiet():
-        causal_lm, told = _read(config, configuration, dtype, device if kind == BITS else None)
+    with quiet():
+        causal_lm, told = read_causal_lm(config, dtype, device)
         check_complete(config, told["missing_keys"], told["mismatched_keys"])
         say_left_out(causal_lm, told["unexpected_keys"], weights_in_files(config))
-        if kind == BITS:
-            keep_layout(causal_lm, config)
-        elif kind is not None or config.gguf_file:
-            drop_quantisation(causal_lm)
-            cast_as_declared(causal_lm, dtype)
         if adapter is not None:
+            make_plain(causal_lm, dtype)
             causal_lm = merge_adapter(causal_lm, adapter)
         check_finite(own, causal_lm)
         if config.added_tokens is not None:
@@ -76,6 +82,29 @@ def load_model(
     model = install_head(causal_lm.eval())
     verify_head(model)
     return model, tokenizer
+
+
+def read_causal_lm(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Any, dict[str, Any]]:
+    """The transformers model as it is trained, and what its loading tells of its weights; nothing is said or checked.
+
+    Bits of bitsandbytes stay on ``device``, every other quantisation becomes numbers; floating parameters have the
+    data types that the class declares in ``dtype``. Raises ``ValueError`` for files that cannot be read.
+    """
+    configuration, kind = read_configuration(config), None
+    if config.gguf_file is None:
+        configuration, kind = settled(configuration, dtype)
+    causal_lm, found = _read(config, configuration, dtype, device if kind in FROZEN else None)
+    if kind is not None:
+        drop_conversions(causal_lm)
+    if kind in FROZEN:
+        keep_layout(causal_lm, config)
+    elif kind is not None or config.gguf_file:
+        drop_quantisation(causal_lm)
+    if kind is not None or config.gguf_file:
+        cast_as_declared(causal_lm, dtype)
+    return causal_lm, found
 
 
 def _read(
@@ -107,7 +136,7 @@ def _read(
 def cast_as_declared(causal_lm: Any, dtype: torch.dtype) -> None:
     """Give floating parameters, in place, the dtype that their class declares when it is built in ``dtype``.
 
-    For what is dequantised: its loaders leave some weights in the file's float type.
+    For quantised files: their loaders leave some weights in the file's float type.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -125,7 +154,7 @@ def cast_as_declared(causal_lm: Any, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without those lines of transformers that are said here in one, or raised."""
 
     def wanted(record: logging.LogRecord) -> bool:

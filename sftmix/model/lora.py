@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from sftmix.config import LoraConfig
 from sftmix.model.merge import merge_plan
 from sftmix.model.probe import probe_ids
+from sftmix.model.quantised import dequantised, has_8_bits, is_quantised, numbers
 from sftmix.model.targets import (
     ALL_LINEAR,
     Targets,
@@ -58,9 +59,13 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
     is refused here. Raises ``ValueError`` for what ``find_targets`` and ``find_whole`` refuse, and when what peft made
     is not what was asked for or could not be exported.
     """
+    if lora.dora and model.device.type == "cpu" and any(has_8_bits(part) for part in model.modules()):
+        raise ValueError(
+            "lora.dora: expected false with an 8-bit base on a CPU, got true: peft's DoRA loses the scales there"
+        )
     targets = find_targets(model, lora)
     whole = find_whole(model, lora, targets)
-    names = set(model.base.state_dict())
+    names = set(merge_plan(model.base).sources)
     mode = model.training
     _inject(model, lora, targets)
     _check_made(model, targets, names)
@@ -205,7 +210,8 @@ def _initialise(model: SFTMixModel, seed: int) -> None:
             parameter.copy_(drawn)
     for layer in merge_plan(model.base).layers.values():
         for vector in (getattr(layer, "lora_magnitude_vector", None) or {}).values():
-            weight = layer.get_base_layer().weight.float()
+            own = layer.get_base_layer()
+            weight = dequantised(own, torch.float32) if is_quantised(own) else own.weight.float()
             vector.weight.copy_(torch.linalg.norm(weight.T if layer.fan_in_fan_out else weight, dim=1))
 
 
@@ -244,10 +250,10 @@ def trained_share(model: SFTMixModel) -> TrainedShare:
     plan = merge_plan(model.base)
     adapted = {plan.sources[name] for name in plan.layers}
     return TrainedShare(
-        trainable=sum(weight.numel() for weight in parameters.values() if weight.requires_grad),
-        total=sum(weight.numel() for weight in parameters.values()),
-        adapted=sum(weight.numel() for name, weight in own.items() if name in adapted),
-        blocks=sum(weight.numel() for weight in own.values()),
+        trainable=sum(numbers(weight) for weight in parameters.values() if weight.requires_grad),
+        total=sum(numbers(weight) for weight in parameters.values()),
+        adapted=sum(numbers(weight) for name, weight in own.items() if name in adapted),
+        blocks=sum(numbers(weight) for weight in own.values()),
         head=any(module is model.head for module in plan.layers.values()),
         whole=tuple(
             name for name, weight in parameters.items() if weight.requires_grad and ".lora_" not in name

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sftmix.model.load import quiet, read_causal_lm
 from sftmix.model.lora import is_lora
 from sftmix.model.probe import probe_ids
+from sftmix.model.quantised import exact_products, kind_of, quantisation
+from sftmix.model.source import place, read_configuration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,17 +49,22 @@ def texts_of(texts: Sequence[Sequence[int]], rows: int) -> tuple[tuple[int, ...]
 
 
 @torch.no_grad()
-def trained_logits(model: SFTMixModel, texts: Sequence[Sequence[int]]) -> Logits:
-    """The logits of the model as it is, in eval mode; under FSDP every process calls it."""
+def trained_logits(model: SFTMixModel, texts: Sequence[Sequence[int]], *, exact: bool = False) -> Logits:
+    """The logits of the model as it is, in eval mode; under FSDP every process calls it.
+
+    ``exact``: without the rounding of activations in 8-bit products, which no merged model has.
+    """
     ids = texts_of(texts, model.vocab_size)
     training = model.training
     model.eval()
+    products = exact_products(model.base) if exact else nullcontext()
     try:
-        trained = tuple(_logits(model, text) for text in ids)
-        base: tuple[Tensor, ...] = ()
-        if is_lora(model):
-            with _without_adapters(model):
-                base = tuple(_logits(model, text) for text in ids)
+        with products:
+            trained = tuple(_logits(model, text) for text in ids)
+            base: tuple[Tensor, ...] = ()
+            if is_lora(model):
+                with _without_adapters(model):
+                    base = tuple(_logits(model, text) for text in ids)
     finally:
         model.train(training)
     return Logits(ids, trained, base)
@@ -82,14 +90,20 @@ def reload(folder: Path, *, like: Any, trust_remote_code: bool = False) -> Any:
 
 
 def reload_adapter(base: ModelConfig, folder: Path, *, like: SFTMixModel) -> Any:
-    """The base model as plain transformers reads it with the adapter as peft puts it on, in eval mode on the CPU."""
+    """The base model as transformers reads it with the adapter as peft puts it on, in eval mode on the CPU.
+
+    A quantised base is read as it was for training: its numbers in the run's type, or its bits.
+    """
     from peft import PeftModel
 
-    plain = AutoModelForCausalLM.from_pretrained(
-        Path(base.name).expanduser() if Path(base.name).expanduser().is_dir() else base.name,
-        revision=base.revision or "main", trust_remote_code=base.trust_remote_code, dtype=like.dtype,
-        attn_implementation=like.base.config._attn_implementation,
-    )  # fmt: skip
+    with quiet():
+        if kind_of(quantisation(read_configuration(base))) is not None:
+            plain, _ = read_causal_lm(base, like.dtype, "cpu")
+        else:
+            plain = AutoModelForCausalLM.from_pretrained(
+                place(base), revision=base.revision or "main", trust_remote_code=base.trust_remote_code,
+                dtype=like.dtype, attn_implementation=like.base.config._attn_implementation,
+            )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of them is compared
         return PeftModel.from_pretrained(plain, str(folder)).eval()

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftmix.config import ModelConfig
@@ -21,6 +25,8 @@ from sftmix.progress import say
 
 DEQUANTISED = ("mxfp4", "fp8")
 BITS = "bitsandbytes"
+TORCHAO = "torchao"
+FROZEN = (BITS, TORCHAO)  # kept as they are, with adapters beside them
 
 
 def quantisation(config: Any) -> dict[str, Any]:
@@ -46,25 +52,43 @@ def check_quantised(model: ModelConfig, tuning: str) -> None:
 
     Needs no weights: whoever prepares data calls it first.
     """
-    if model.gguf_file is None:
-        _check(model, kind_of(quantisation(read_configuration(model))), tuning)
+    check_kind(model, None if model.gguf_file else read_configuration(model), tuning)
 
 
-def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
+def check_kind(model: ModelConfig, config: Any, tuning: str) -> str | None:
+    """The kind of a model's quantisation, by its transformers configuration (unread of a GGUF file); checked."""
+    kind = None if model.gguf_file else kind_of(quantisation(config))
+    _check(model, config, kind, tuning)
+    return kind
+
+
+def _torchao_type(config: Any) -> str:
+    """The name of the only way in which torchao quantised a model's layers; of several, all their settings."""
+    told = quantisation(config).get("quant_type")
+    default = told.get("default") if isinstance(told, dict) and len(told) == 1 else None
+    return str(default.get("_type") if isinstance(default, dict) else told)
+
+
+def _check(model: ModelConfig, config: Any, kind: str | None, tuning: str) -> None:
     if kind is None or kind in DEQUANTISED:
         return
     start = f"model.name: {model.name} is quantised with {kind}, "
-    if kind != BITS:
+    if kind not in FROZEN:
         raise ValueError(
             f"{start}which cannot be trained here: expected a model without quantisation, or with one of "
-            f"{', '.join((*DEQUANTISED, BITS))}"
+            f"{', '.join((*DEQUANTISED, *FROZEN))}"
+        )
+    if kind == TORCHAO and (found := _torchao_type(config)) != "Int8WeightOnlyConfig":
+        raise ValueError(
+            f"{start}as {found}: expected its Int8WeightOnlyConfig, whose numbers can be had back, or a model without "
+            "quantisation"
         )
     if tuning != "lora":
         raise ValueError(
             f"{start}whose weights stay frozen: expected train.tuning=lora, or a model without quantisation, got "
             f"train.tuning={tuning}"
         )
-    if importlib.util.find_spec(BITS) is None:
+    if importlib.util.find_spec(kind) is None:
         raise ValueError(f"{start}which is not installed: install it, or take a model without quantisation")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -72,29 +96,32 @@ def _check(model: ModelConfig, kind: str | None, tuning: str) -> None:
         )
 
 
-def settled(model: ModelConfig, config: Any, tuning: str, dtype: torch.dtype) -> tuple[Any, str | None]:
-    """A checked configuration to load with, and the kind of quantisation; products of 4-bit weights take ``dtype``."""
-    if model.gguf_file is not None:
-        return config, None
-    settings = quantisation(config)
-    kind = kind_of(settings)
-    _check(model, kind, tuning)
-    if kind is None:
-        return config, None
+def say_kind(model: ModelConfig, kind: str | None, dtype: torch.dtype, *, merged: bool) -> None:
+    """One line for a quantised model: what becomes of it; ``merged`` where an adapter is added to its weights."""
     name = str(dtype).removeprefix("torch.")
-    if kind == BITS:
-        settings["bnb_4bit_compute_dtype"] = name
-        bits = 4 if settings.get("load_in_4bit") else 8
+    if kind in FROZEN and not merged:
+        bits = 4 if quantisation(read_configuration(model)).get("load_in_4bit") else 8
         say(
             f"{model.name}: quantised with {kind}, {bits} bits: kept so and frozen, its adapters are trained; merged, "
             f"it is exported in {name}"
-            + ("" if bits == 4 else "; products round activations to float16 and 8 bits")
+            + ("" if bits == 4 or kind == TORCHAO else "; products round activations to float16 and 8 bits")
         )
-    else:
-        settings["dequantize"] = True
+    elif kind is not None:
         say(
             f"{model.name}: quantised with {kind}: dequantised to {name}, trained and exported without quantisation"
         )
+
+
+def settled(config: Any, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """A configuration to load with, and the kind of quantisation; products of 4-bit weights take ``dtype``."""
+    settings = quantisation(config)
+    kind = kind_of(settings)
+    if kind is None:
+        return config, None
+    if kind == BITS:
+        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    elif kind in DEQUANTISED:
+        settings["dequantize"] = True
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             part.quantization_config = settings
@@ -110,10 +137,34 @@ def drop_quantisation(causal_lm: Any) -> None:
     causal_lm.is_quantized = False
 
 
+def drop_conversions(causal_lm: Any) -> None:
+    """Forget how quantised files became parameters: undone while saving, it would pack the numbers or fail.
+
+    What is saved then has the names that the class gives its files.
+    """
+    if getattr(causal_lm, "_weight_conversions", None) is not None:
+        del causal_lm._weight_conversions
+
+
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weight is held as the bits of bitsandbytes."""
-    weight = getattr(module, "weight", None)
-    return type(weight).__name__ in ("Params4bit", "Int8Params")
+    """Whether a module's own weight is held as bits of bitsandbytes or torchao; a layer of peft around it has none."""
+    return is_bits(module._parameters.get("weight"))
+
+
+def is_bits(weight: Tensor | None) -> bool:
+    """Whether a parameter is bits of bitsandbytes or torchao."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params", "Int8Tensor")
+
+
+def has_8_bits(module: nn.Module) -> bool:
+    """Whether a module's own weight is 8 bits of bitsandbytes: its products round what they are given."""
+    return is_quantised(module) and type(module.weight).__name__ == "Int8Params"  # type: ignore[union-attr]
+
+
+def numbers(weight: Tensor) -> int:
+    """How many numbers a parameter stands for; two of them share a byte where they have 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -121,9 +172,43 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
     from peft.utils.integrations import dequantize_bnb_weight
 
     if not is_quantised(module):
-        raise ValueError(f"module: expected a weight of bitsandbytes, got {type(module).__name__}")
+        raise ValueError(f"module: expected a quantised weight, got {type(module).__name__}")
+    if type(module.weight).__name__ == "Int8Tensor":
+        return cast(Any, module.weight).dequantize().detach().to(dtype)  # type: ignore[no-any-return]
     found: Tensor = dequantize_bnb_weight(cast(Any, module.weight), state=getattr(module, "state", None))
     return found.detach().to(dtype)
+
+
+def make_plain(causal_lm: Any, dtype: torch.dtype) -> None:
+    """Put linear layers of numbers in ``dtype`` in the place of those of bitsandbytes, if there are any."""
+    names = [name for name, module in causal_lm.named_modules() if is_quantised(module)]
+    for name in names:
+        module = causal_lm.get_submodule(name)
+        with torch.device("meta"):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        linear.weight = nn.Parameter(dequantised(module, dtype))
+        if module.bias is not None:
+            linear.bias = module.bias
+        causal_lm.set_submodule(name, linear.train(module.training))
+    if names:
+        drop_quantisation(causal_lm)
+
+
+@contextmanager
+def exact_products(causal_lm: nn.Module) -> Iterator[None]:
+    """Inside the block 8-bit layers multiply with their numbers and do not round what they are given."""
+
+    def exact(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.linear(args[0], dequantised(module, args[0].dtype), cast(Tensor | None, module.bias)).to(
+            output.dtype
+        )
+
+    handles = [module.register_forward_hook(exact) for module in causal_lm.modules() if has_8_bits(module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _not_said(record: logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sftmix.config import ModelConfig
+from sftmix.model.quantised import is_bits
 from sftmix.model.source import place
 from sftmix.progress import say
 
@@ -158,7 +159,7 @@ def shortened(names: Iterable[str]) -> str:
 def check_finite(model: ModelConfig, module: nn.Module) -> None:
     """Raise ``ValueError`` naming the first parameter with NaN or infinite values; each is read once."""
     for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2 or is_bits(parameter):
             continue
         # A sum needs no memory; finite weights may overflow it, so a second look decides.
         if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):

@@ -106,7 +106,6 @@ def test_fp8_and_mxfp4_become_the_numbers_they_stand_for(
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq"}, "awq"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
-        ({"quant_method": "torchao"}, "torchao"),
         ({"bits": 3}, "unnamed"),
     ],
 )
@@ -121,7 +120,7 @@ def test_other_kinds_are_refused_by_name_before_weights_are_read(
             call(named(tmp_path), tuning)
         line = str(caught.value)
         assert f"is quantised with {kind}, which cannot be trained here: expected a model without" in line
-        assert line.startswith("model.name: ") and line.endswith("one of mxfp4, fp8, bitsandbytes")
+        assert line.startswith("model.name: ") and line.endswith("one of mxfp4, fp8, bitsandbytes, torchao")
 
 
 def test_settings_in_a_nested_configuration_are_found() -> None:
@@ -216,5 +215,5 @@ def test_bits_of_a_head_are_refused(tmp_path: Path) -> None:
 
 
 def test_only_bits_are_dequantised() -> None:
-    with pytest.raises(ValueError, match="module: expected a weight of bitsandbytes, got Linear"):
+    with pytest.raises(ValueError, match="module: expected a quantised weight, got Linear"):
         dequantised(torch.nn.Linear(2, 2), torch.float32)
