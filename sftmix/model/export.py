@@ -25,6 +25,7 @@ from sftmix.model import proof
 from sftmix.model.adapter import save_adapter
 from sftmix.model.companions import copy_companions, keep_names
 from sftmix.model.merge import merged_state
+from sftmix.model.quantised import forget_settings, plain_conversions
 from sftmix.progress import say
 from sftmix.rank import is_main
 
@@ -172,13 +173,12 @@ def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]
             part.eos_token_id = named
         if generation is not None:
             generation.eos_token_id = named
-    if hasattr(config, "quantization_config"):  # left by a GGUF file; it would refuse to be saved
-        del config.quantization_config
+    forget_settings(config)  # of the bits that have become numbers; those of a GGUF file could not be saved
     with torch.device("meta"):
         fresh = type(model.base)(config)
     fresh.load_state_dict(state, strict=True, assign=True)
     fresh.tie_weights()
-    conversions = getattr(model.base, "_weight_conversions", None)
+    conversions = plain_conversions(model.base)
     if conversions is not None:  # the names in the base model's files, which are not always those in memory
         fresh._weight_conversions = conversions
     return fresh, generation

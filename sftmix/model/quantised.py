@@ -102,12 +102,36 @@ def settled(model: ModelConfig, config: Any, tuning: str, dtype: torch.dtype) ->
 
 
 def drop_quantisation(causal_lm: Any) -> None:
-    """Forget the settings of a quantisation that the weights no longer have."""
-    for part in (causal_lm.config, causal_lm.config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    """Forget the settings of a quantisation that the weights no longer have, and how its files are written."""
+    forget_settings(causal_lm.config)
+    conversions = plain_conversions(causal_lm)
     causal_lm.hf_quantizer = None
     causal_lm.is_quantized = False
+    if conversions is not None:
+        causal_lm._weight_conversions = conversions
+
+
+def forget_settings(config: Any) -> None:
+    """Take the settings of a quantisation out of a transformers configuration, in place."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def plain_conversions(causal_lm: Any) -> list[Any] | None:
+    """What saving has to reverse of a model's loading, without a quantisation's part; None where nothing is known.
+
+    That part would write scales beside the numbers that the weights have become.
+    """
+    used: list[Any] | None = getattr(causal_lm, "_weight_conversions", None)
+    if used is None or getattr(causal_lm, "hf_quantizer", None) is None:
+        return used
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    # Whether the files' names have the model's prefix shows in the ones that were used; all else is the class's own.
+    kept = [one for one in used if type(one).__name__ == "PrefixChange"]
+    own = get_model_conversion_mapping(causal_lm, add_legacy=False)
+    return [*kept, *(one for one in own if type(one).__name__ != "PrefixChange")]
 
 
 def is_quantised(module: nn.Module) -> bool:
