@@ -178,7 +178,9 @@ def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]
         fresh = type(model.base)(config)
     fresh.load_state_dict(state, strict=True, assign=True)
     fresh.tie_weights()
-    conversions = plain_conversions(model.base)
+    conversions = getattr(model.base, "_weight_conversions", None)
+    if getattr(model.base, "is_quantized", False):
+        conversions = plain_conversions(model.base)
     if conversions is not None:  # the names in the base model's files, which are not always those in memory
         fresh._weight_conversions = conversions
     return fresh, generation

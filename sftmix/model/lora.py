@@ -60,7 +60,7 @@ def apply_lora(model: SFTMixModel, lora: LoraConfig, *, seed: int = 0, export: s
     """
     targets = find_targets(model, lora)
     whole = find_whole(model, lora, targets)
-    names = set(model.base.state_dict())
+    names = set(merge_plan(model.base).sources)
     mode = model.training
     _inject(model, lora, targets)
     _check_made(model, targets, names)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sftmix.model.lora import is_lora
 from sftmix.model.probe import probe_ids
+from sftmix.model.quantised import exact_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,11 +53,12 @@ def trained_logits(model: SFTMixModel, texts: Sequence[Sequence[int]]) -> Logits
     training = model.training
     model.eval()
     try:
-        trained = tuple(_logits(model, text) for text in ids)
         base: tuple[Tensor, ...] = ()
-        if is_lora(model):
-            with _without_adapters(model):
-                base = tuple(_logits(model, text) for text in ids)
+        with exact_products(model):
+            trained = tuple(_logits(model, text) for text in ids)
+            if is_lora(model):
+                with _without_adapters(model):
+                    base = tuple(_logits(model, text) for text in ids)
     finally:
         model.train(training)
     return Logits(ids, trained, base)

@@ -10,9 +10,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftmix.config import ModelConfig
@@ -124,8 +128,8 @@ def plain_conversions(causal_lm: Any) -> list[Any] | None:
     That part would write scales beside the numbers that the weights have become.
     """
     used: list[Any] | None = getattr(causal_lm, "_weight_conversions", None)
-    if used is None or getattr(causal_lm, "hf_quantizer", None) is None:
-        return used
+    if used is None:
+        return None
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     # Whether the files' names have the model's prefix shows in the ones that were used; all else is the class's own.
@@ -135,7 +139,9 @@ def plain_conversions(causal_lm: Any) -> list[Any] | None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weight is held as the bits of bitsandbytes."""
+    """Whether a module holds its weight as the bits of bitsandbytes; peft's layer around one does not."""
+    if hasattr(module, "get_base_layer"):
+        return False
     weight = getattr(module, "weight", None)
     return type(weight).__name__ in ("Params4bit", "Int8Params")
 
@@ -148,6 +154,31 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"module: expected a weight of bitsandbytes, got {type(module).__name__}")
     found: Tensor = dequantize_bnb_weight(cast(Any, module.weight), state=getattr(module, "state", None))
     return found.detach().to(dtype)
+
+
+@contextmanager
+def exact_products(model: nn.Module) -> Iterator[None]:
+    """Inside the block, 8-bit layers multiply with the numbers of their weights, without rounding the activations.
+
+    So the model is the one that an export holds; in training it rounds them.
+    """
+    held = [module for module in model.modules() if is_quantised(module)]
+    held = [module for module in held if type(module.weight).__name__ == "Int8Params"]
+    before = [module.__dict__.get("forward") for module in held]
+    try:
+        for module in held:
+            module.forward = partial(_exact, module)
+        yield
+    finally:
+        for module, forward in zip(held, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _exact(module: Any, hidden: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.to(hidden.dtype)
+    return F.linear(hidden, dequantised(module, hidden.dtype), bias)
 
 
 def _not_said(record: logging.LogRecord) -> bool:

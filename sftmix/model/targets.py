@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sftmix.config import LoraConfig
 from sftmix.model.bypass import bypassed
+from sftmix.model.quantised import is_quantised
 
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
@@ -173,6 +174,8 @@ def _candidates(model: SFTMixModel, lora: LoraConfig) -> tuple[list[str], list[s
 def _is_linear(module: nn.Linear | Conv1D) -> bool:
     """Whether a linear layer is no more than that: a router may be one that also chooses the experts."""
     if type(module).forward in (nn.Linear.forward, Conv1D.forward) or not isinstance(module, nn.Linear):
+        return True
+    if is_quantised(module):  # a linear layer of bits, whose forward is that of its package
         return True
     probe = torch.linspace(-1, 1, module.in_features).unsqueeze(0).to(module.weight)  # [1, in]
     try:
