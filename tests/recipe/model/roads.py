@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,6 +60,14 @@ def logits(model: Any) -> Tensor:
     """Logits [2, 9, V] in float32."""
     found: Tensor = model.eval()(IDS).logits.float()
     return found
+
+
+def forget_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers read code of models as a new process does."""
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).name != "modules"])
+    importlib.invalidate_caches()
 
 
 @dataclass

@@ -316,10 +316,3 @@ def test_weights_that_are_read_are_not_said_to_be_left_out(
     """Found beside the reports: attn.bias of GPT-2, passed over on loading, is the end of c_attn.bias as well."""
     load_model(ModelConfig(name=str(architectures.build(name, tmp_path)), dtype="float32"))
     assert "not part of" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["bart", "blenderbot-small", "xlm"])
-def test_a_decoders_loss_of_rounded_logits_is_its_own_loss(name: str, tmp_path: Path) -> None:
-    """Found beside the reports: a bfloat16 loss at the labels' own place was taken for another objective."""
-    model, _ = load_model(ModelConfig(name=str(architectures.build(name, tmp_path)), dtype="bfloat16"))
-    assert model.extra.aux_weight == model.extra.z_loss == 0
