@@ -189,9 +189,8 @@ def test_modules_trained_whole_are_read_by_every_loader(names: str, tmp_path: Pa
         small("llama", tmp_path / "b"), tmp_path, *LORA, f"lora.modules_to_save={names}", "export=adapter"
     )
     found.with_peft()
-    # The first report is of transformers' own loader, which older versions have wrong.
-    whole = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-    for loader in (AutoPeftModelForCausalLM, *([AutoModelForCausalLM] if whole else [])):
+    mended = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)  # transformers' own loader
+    for loader in (AutoPeftModelForCausalLM, *([AutoModelForCausalLM] if mended else [])):
         torch.testing.assert_close(
             logits(loader.from_pretrained(found.adapter)), logits(found.live.base), rtol=1e-5, atol=1e-5
         )
