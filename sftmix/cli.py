@@ -6,6 +6,7 @@ over the run folder's config.yaml. Bad input ends with one line on stderr and ex
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -253,7 +254,10 @@ def show_results(run_dir: str) -> None:
 
 
 def main() -> None:
-    """Entry point: a ``ValueError`` becomes one line, or a line a fault, and exit code 2, Ctrl-C exit code 130."""
+    """Entry point: bad input becomes one line, or a line a fault, and exit code 2, Ctrl-C exit code 130.
+
+    So does what the machine refuses: a full disk, a file that may not be read or written, a package that is missing.
+    """
     _prepare_process()
     try:
         app()
@@ -266,6 +270,34 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # `sftmix knobs | head` has read enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        advice = _advice(error)
+        if advice is None:  # a fault of ours: its traceback is wanted
+            raise
+        print(f"sftmix: {advice}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _advice(error: Exception) -> str | None:
+    """One line for what the machine refuses: a full disk, a file that may not be written, a package; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return f"expected the packages of `pip install '.[recipe]'`, got {text}: install it"
+    # Writers of weights have error classes of their own, whose text holds the system's.
+    writer = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
+    if not isinstance(error, OSError) and not writer:
+        return None
+    number = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in text or writer else 0)
+    what = {
+        errno.ENOSPC: "free some space; the same command then goes on",
+        errno.EDQUOT: "free some space; the same command then goes on",
+        errno.EACCES: "change its permissions, or take another folder",
+        errno.EPERM: "change its permissions, or take another folder",
+        errno.EROFS: "take a folder that can be written",
+        errno.ENOENT: "bring it back, or begin its stage anew with --restart",
+    }.get(number, "the same command goes on once that is mended")
+    named = getattr(error, "filename", None) or "a file"
+    return f"{named}: expected to read or write it, got {getattr(error, 'strerror', None) or text}: {what}"
 
 
 def _prepare_process() -> None:

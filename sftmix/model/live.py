@@ -8,6 +8,7 @@ from torch import Tensor
 from sftmix.config import LoraConfig, ModelConfig
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import apply_lora, is_lora
+from sftmix.progress import say
 
 
 class Live:
@@ -15,6 +16,7 @@ class Live:
 
     def __init__(self, source: ModelConfig, model: SFTMixModel) -> None:
         self.source, self.model = source, model
+        self._told = False
         self._first: dict[str, Tensor] | None = None  # trainable weights as they were, on the CPU
 
     def fresh(
@@ -41,4 +43,9 @@ class Live:
                 self._first = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()}
         for parameter in weights.values():
             parameter.grad = None
+        if trainable and lora is None and not self._told:
+            self._told = True
+            every = dict(self.model.named_parameters())
+            share = sum(p.numel() for p in weights.values()), sum(p.numel() for p in every.values())
+            say(f"full: {share[0]:,} of {share[1]:,} parameters train")
         return self.model

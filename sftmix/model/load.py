@@ -49,18 +49,19 @@ def load_model(
     """
     check_folder(config)
     adapter, own = None, config
+    found = read_configuration(config)
     if (base := underlying(config)) is not config:
         adapter, config = place(config), base
         say(f"model.name: {adapter} is an adapter, merged into its base {base.name}")
         check_folder(config)
     dtype = torch_dtype(config.dtype, device)
-    configuration, kind = settled(config, read_configuration(config), tuning, dtype)
+    configuration, kind = settled(config, found, tuning, dtype)
     weights_in_files(config)  # refuses a file that is cut short or missing before any is read
     tokenizer, new = extended_tokenizer(own)
     with _quiet():
-        causal_lm, found = _read(config, configuration, dtype, device if kind == BITS else None)
-        check_complete(config, found["missing_keys"], found["mismatched_keys"])
-        say_left_out(causal_lm, found["unexpected_keys"], weights_in_files(config))
+        causal_lm, told = _read(config, configuration, dtype, device if kind == BITS else None)
+        check_complete(config, told["missing_keys"], told["mismatched_keys"])
+        say_left_out(causal_lm, told["unexpected_keys"], weights_in_files(config))
         if kind == BITS:
             keep_layout(causal_lm, config)
         elif kind is not None or config.gguf_file:

@@ -93,6 +93,11 @@ class RunFolder:
         """The trained adapter as peft loads it."""
         return self.train(method) / "adapter"
 
+    def exports(self, method: str, export: str) -> list[Path]:
+        """What a finished training run holds with the knob ``export``."""
+        kept = {"merged": [self.model], "adapter": [self.adapter], "both": [self.model, self.adapter]}
+        return [path(method) for path in kept[export]]
+
     def exported(self, method: str) -> Path | None:
         """What the training run left to evaluate: the model, else the adapter; None where it is not finished."""
         return next((path for path in (self.model(method), self.adapter(method)) if path.exists()), None)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from sftmix.run.session import Session
 
 # A section's name stands for all of its knobs. Not here: train.micro_batch_size, gradient_checkpointing and impl and
-# model.attn_implementation (the same sums in another order), train.log_every, all of evaluate (evaluation.json says
-# itself what it is about), and all of data, which acts through the examples.
+# model.attn_implementation (the same sums in another order; where micro-batches decide an auxiliary loss, checkpoints
+# know it), train.log_every, export (the files there are looked at), all of evaluate (evaluation.json says itself what
+# it is about), and all of data, which acts through the examples.
 _ALWAYS = (
     "seed",
     "model.dtype",
@@ -39,8 +40,8 @@ _ALWAYS = (
 KNOBS = {
     "reference": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
     "score": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
-    "train-ntp": (*_ALWAYS, "train.epochs", "export"),
-    "train-sftmix": (*_ALWAYS, "train.epochs", "export", "mixup"),
+    "train-ntp": (*_ALWAYS, "train.epochs"),
+    "train-sftmix": (*_ALWAYS, "train.epochs", "mixup"),
 }
 # Settings whose value is a hash, and how a difference is told.
 _HASHES = {

@@ -169,7 +169,8 @@ def train(session: Session, method: str) -> Any:
     config, folder = session.config, session.folder
     halves = read_split(folder.split)
     check_ids(session, halves.confident + halves.unconfident, str(folder.split))
-    if passed(session, f"train-{method}", whole=folder.exported(method) is not None):
+    missing = [path for path in folder.exports(method, config.export) if not path.exists()]
+    if passed(session, f"train-{method}", whole=not missing):
         say(f"train {method}: done before")
         return None
     model = session.models.load(session.models.source, trainable=True)
@@ -180,13 +181,13 @@ def train(session: Session, method: str) -> Any:
             identity=_identity(session.train_id, session.models.identity(session.models.source)),
         )  # fmt: skip
     plain = None
-    if config.export in ("merged", "both"):
+    if folder.model(method) in missing:
         with activity("writing the trained model, and reading it back"):
             plain = merge_and_export(
                 model, session.tokenizer, folder.model(method), stop_ids=session.stop_ids,
                 texts=session.proof_texts(), source=session.models.source, card=card(session, method, {}),
             )  # fmt: skip
-    if config.export in ("adapter", "both"):
+    if folder.adapter(method) in missing:
         with activity("writing the adapter, and reading it back"):
             export_adapter(
                 model, session.tokenizer, folder.adapter(method), base=session.models.source,

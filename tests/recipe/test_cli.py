@@ -153,3 +153,44 @@ def test_threads_do_not_spin_for_long_unless_the_user_says_so() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
     assert done.stdout.split() == [b"2000"]
+
+
+RAISED = """
+import sys
+from sftmix import cli
+def fail():
+    {statement}
+cli.app = fail
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "statement, code, message",
+    [
+        ("raise OSError(28, 'No space left on device', '/x/y')", 2,
+         "sftmix: /x/y: expected to read or write it, got No space left on device: free some space; the same command"),
+        ("raise PermissionError(13, 'Permission denied', '/x/y')", 2,
+         "sftmix: /x/y: expected to read or write it, got Permission denied: change its permissions, or take another"),
+        ("raise ModuleNotFoundError(\"No module named 'peft'\")", 2,
+         "sftmix: expected the packages of `pip install '.[recipe]'`, got No module named 'peft': install it"),
+        ("import safetensors; raise safetensors.SafetensorError('I/O error: No space left on device')", 2,
+         "got I/O error: No space left on device: free some space"),
+        ("raise RuntimeError('[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file')", 2,
+         "PytorchStreamWriter failed writing file: free some space"),
+        ("raise RuntimeError('of ours')", 1, "Traceback"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_one_line(statement: str, code: int, message: str) -> None:
+    done = python("-c", RAISED.format(statement=statement))
+    error = done.stderr.decode()
+    assert done.returncode == code and message in error
+    assert len(error.splitlines()) == 1 or code == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    arguments = ["demo", "--run-dir", str(tmp_path / "r")]
+    done = python("-m", "sftmix", *arguments)
+    assert done.returncode == 2 and str(tmp_path) in done.stderr.decode().splitlines()[-1]

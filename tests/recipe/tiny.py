@@ -117,3 +117,14 @@ def config(*flags: str) -> Config:
 def weights(found: SFTMixModel) -> dict[str, torch.Tensor]:
     """Copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+
+
+def assert_gradients(ours: Any, own: Any, *, rtol: float, atol: float) -> None:
+    """The parameters of two models of one class have the same gradients; one without has zeros."""
+    found = dict(ours.named_parameters())
+    for name, parameter in own.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        got = torch.zeros_like(parameter) if found[name].grad is None else found[name].grad
+        torch.testing.assert_close(
+            got, expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )

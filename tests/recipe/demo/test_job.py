@@ -66,8 +66,8 @@ def test_demo_ends_with_its_time_the_table_and_three_sentences(finished: tuple[P
 @needs_smollm2
 def test_every_stage_of_the_demo_is_told_in_order(finished: tuple[Path, list[str]]) -> None:
     lines = finished[1]
-    names = ["reference", *(f"score point {i}/3" for i in (1, 2, 3)), "train ntp", "train sftmix"]
-    names += [f"evaluate {label}" for label in ("base", "ntp", "sftmix")]
+    names = ["evaluate base", "reference", *(f"score point {i}/3" for i in (1, 2, 3))]
+    names += ["train ntp", "evaluate ntp", "train sftmix", "evaluate sftmix"]
     told = [line for line in lines if line.endswith(": started") or ": done in " in line]
     assert [line.split(":")[0] for line in told] == [name for name in names for _ in range(2)]
     first = lines[lines.index("train sftmix: started") + 1 :]

@@ -219,6 +219,12 @@ def test_the_page_names_the_architectures_and_the_refusals() -> None:
                 assert cell == "—", name
 
 
+@pytest.mark.parametrize("page", ["README.md", "sftmix/README.md", "CHANGELOG.md"])
+def test_the_number_of_architectures_is_the_tables(page: str) -> None:
+    text = " ".join((PAGE.parents[2] / page).read_text(encoding="utf-8").split())
+    assert re.search(rf"\b{len(ROWS)} (architectures of transformers are taken|that are taken)", text)
+
+
 def test_the_page_takes_one_line_of_one_version_for_every_case(tmp_path: Path) -> None:
     lines = [json.dumps({"name": name, "tuning": tuning, "transformers": "5"}) for name, tuning in CASES]
     (tmp_path / "1.jsonl").write_text("\n".join(lines[1:]), encoding="utf-8")

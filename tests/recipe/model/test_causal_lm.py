@@ -49,13 +49,7 @@ def test_head_gives_the_models_own_loss_and_gradients(kind: str) -> None:
     nll = F.cross_entropy(logits.float(), data["target"], reduction="none")
     nll.mean().backward()
     torch.testing.assert_close(loss.nll, nll.detach(), rtol=1e-5, atol=1e-5)
-    found = dict(ours.base.named_parameters())
-    for name, parameter in own.named_parameters():
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        got = torch.zeros_like(parameter) if found[name].grad is None else found[name].grad
-        torch.testing.assert_close(
-            got, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    tiny.assert_gradients(ours.base, own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)

@@ -168,7 +168,7 @@ def test_the_share_of_a_mixture_says_what_all_linear_leaves_out(capsys: pytest.C
     assert "leaves out" not in capsys.readouterr().out
     apply_lora(built("jamba"), LoraConfig(rank=2))
     assert (
-        "all-linear leaves out dt_proj, whose weight the model reads past the layer"
+        "all-linear leaves out dt_proj, out_proj, x_proj, whose weight the model reads past the layer"
         in capsys.readouterr().out
     )
 

@@ -81,13 +81,7 @@ def test_loss_and_gradients_are_the_models_own(kind: str) -> None:
     expected = own(data["input_ids"], attention_mask=data["attention_mask"], labels=data["input_ids"])
     expected.loss.backward()
     torch.testing.assert_close(loss.loss, expected.loss.float(), rtol=1e-5, atol=1e-5)
-    found = dict(ours.base.named_parameters())
-    for name, parameter in own.named_parameters():
-        want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        got = torch.zeros_like(parameter) if found[name].grad is None else found[name].grad
-        torch.testing.assert_close(
-            got, want, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    tiny.assert_gradients(ours.base, own, rtol=1e-3, atol=1e-5)
 
 
 def test_an_auxiliary_loss_counts_by_the_batchs_share() -> None:

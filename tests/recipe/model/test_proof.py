@@ -93,6 +93,16 @@ def test_an_export_without_the_adapters_is_found_however_little_they_do(
         merge_and_export(lora(size=size), tiny.tokenizer(), tmp_path / "out", texts=IDS)
 
 
+def test_a_change_that_rounding_takes_away_fails_with_the_way_out() -> None:
+    """A change of the logits that the merged weights, rounded to bfloat16, have none of."""
+    base = proof.trained_logits(tiny.model("llama", dtype=torch.bfloat16), IDS)
+    moved = tuple(logits + 0.2 * logits.std() for logits in base.trained)
+    with pytest.raises(
+        ValueError, match=r"100% of what the adapters change is lost .*--export adapter keeps it"
+    ):
+        proof.check_logits(tiny.causal_lm("llama").bfloat16(), proof.Logits(base.ids, moved, base.trained))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral", "ernie4_5_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapted", [False, True])

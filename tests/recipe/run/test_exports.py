@@ -61,6 +61,20 @@ def test_a_failed_export_keeps_the_checkpoint_and_is_repeated_alone(
     )
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_share_that_trains_is_said_once_before_the_first_step(
+    tuning: str, material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(material, tmp_path / "r", *(LORA if tuning == "lora" else SHORT))
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = [
+        i for i, line in enumerate(lines) if line.startswith(f"{tuning}: ") and " parameters train" in line
+    ]
+    assert told < next(i for i, line in enumerate(lines) if "step 1 of" in line)
+    total = sum(p.numel() for p in tiny.causal_lm().parameters())
+    assert f"full: {total:,} of {total:,} parameters train" in lines or tuning == "lora"
+
+
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen3_next", "mixtral"])
 def test_adapters_on_experts_are_in_the_exported_model(
     name: str, material: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -103,6 +117,23 @@ def test_an_adapter_is_exported_and_evaluated(
     torch.testing.assert_close(logits(plain), logits(other), rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder.adapter("sftmix")).chat_template == tiny.CHATML
     assert not list(folder.train("sftmix").glob(".*"))
+
+
+def test_another_export_of_a_finished_run_trains_nothing_again(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(material, tmp_path / "r", *LORA)
+    folder = RunFolder(tmp_path / "r")
+    before = (folder.train("sftmix") / "metrics.jsonl").read_bytes()
+    weights = trained(tmp_path / "r")
+    run(material, tmp_path / "r", *LORA, "--export=both")
+    assert (folder.train("sftmix") / "metrics.jsonl").read_bytes() == before
+    assert same(trained(tmp_path / "r"), weights)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(material[0]), folder.adapter("sftmix")
+    )
+    merged = AutoModelForCausalLM.from_pretrained(folder.model("sftmix"))
+    torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_adapter_is_a_base_model_too(
