@@ -21,6 +21,7 @@ from sftmix.data.tokens import TokenOptions
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
 from sftmix.model.vocabulary import safe_pad_id
+from sftmix.progress import say
 from sftmix.scores.dynamics import accumulate
 from sftmix.training.batch import check_batch, collate_plain
 from sftmix_kernels import TokenStats
@@ -99,9 +100,12 @@ def sample_answers(
     arguments of ``options``; of a text or of ready tokens, what comes before the first that bears loss. An answer
     ends before the first of ``stop_ids``, or of the model's own stop tokens; ``stopped`` is False where none came
     within ``max_new_tokens``. The model's mode is restored. A model sharded by FSDP cannot generate: load its
-    exported form.
+    exported form. None are given, and a line is said, of a class that has no ``generate``.
     """
-    answers = []
+    answers: list[dict[str, Any]] = []
+    if not hasattr(model.base, "generate"):
+        say(f"samples: left out, {type(model.base).__name__} has no generate")
+        return answers
     ends = stops(model.base, stop_ids)
     pad_id = safe_pad_id(tokenizer, model.vocab_size)
     with evaluating(model):

@@ -6,22 +6,30 @@ and a licence has to stay with the weights.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sftmix.config import ModelConfig
+from sftmix.model.source import underlying
 
 PROCESSOR = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "image_processor_config.json", "audio_tokenizer_config.json", "chat_template.json",
 )  # fmt: skip
 VOCABULARY = ("tokenizer.model", "spiece.model", "tekken.json")  # what other runtimes read
+_ROTARY = re.compile(r"rope|rotary")
 _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def home(source: ModelConfig) -> Path | None:
-    """The folder with the model's files: its own, or the snapshot of a loaded hub id; None where there is none."""
+    """The folder with the model's files: its own, or the snapshot of a loaded hub id; None where there is none.
+
+    Of an adapter it is its base's.
+    """
+    source = underlying(source)
     folder = Path(source.name).expanduser()
     if folder.is_dir():
         return folder
@@ -52,7 +60,8 @@ def copy_companions(source: ModelConfig, folder: Path, *, code: bool) -> list[st
     wanted = [place / name for name in (*PROCESSOR, *VOCABULARY)]
     wanted += [path for pattern in _TEXTS for path in sorted(place.glob(pattern))]
     if code:
-        wanted += sorted(place.rglob("*.py"))
+        found = sorted(place.rglob("*.py"))
+        wanted += [path for path in found if not any(p[0] == "." for p in path.relative_to(place).parts)]
     copied = []
     for path in wanted:
         target = folder / path.relative_to(place)
@@ -61,3 +70,47 @@ def copy_companions(source: ModelConfig, folder: Path, *, code: bool) -> list[st
             shutil.copyfile(path, target)
             copied.append(str(target.relative_to(folder)))
     return copied
+
+
+def keep_names(source: ModelConfig, folder: Path) -> None:
+    """Give settings in ``folder`` the names, too, that the files of ``source`` have for them.
+
+    transformers 5 moved some. Programs with an older one read the base model, and then this one, as it was trained:
+    they take rotary frequencies from ``rope_theta``, and know neither a class ``TokenizersBackend`` nor a list of
+    ``extra_special_tokens``.
+    """
+    place = home(source)
+    if place is None or source.gguf_file is not None:
+        return
+    for name, keep in (("config.json", _rotary), ("tokenizer_config.json", _tokenizer)):
+        theirs, ours = _object(place / name), _object(folder / name)
+        if ours and keep(theirs, ours):
+            text = json.dumps(ours, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _rotary(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Add what the base's configuration says of rotary positions and this one does not; in its parts too."""
+    found = {name: value for name, value in theirs.items() if _ROTARY.search(name) and name not in ours}
+    ours.update(found)
+    parts = [name for name in theirs if isinstance(theirs[name], dict) and isinstance(ours.get(name), dict)]
+    return bool([name for name in parts if _rotary(theirs[name], ours[name])] or found)
+
+
+def _tokenizer(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    before = dict(ours)
+    named = theirs.get("tokenizer_class")
+    if ours.get("tokenizer_class") == "TokenizersBackend" and isinstance(named, str):
+        ours["tokenizer_class"] = named
+    if isinstance(ours.get("extra_special_tokens"), list) and "extra_special_tokens" not in theirs:
+        ours["additional_special_tokens"] = ours.pop("extra_special_tokens")
+    return ours != before
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none, as in the folder of an adapter."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

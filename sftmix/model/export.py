@@ -23,8 +23,9 @@ from transformers import GenerationConfig
 from sftmix.config import ModelConfig
 from sftmix.model import proof
 from sftmix.model.adapter import save_adapter
-from sftmix.model.companions import copy_companions
+from sftmix.model.companions import copy_companions, keep_names
 from sftmix.model.merge import merged_state
+from sftmix.model.quantised import forget_settings, plain_conversions
 from sftmix.progress import say
 from sftmix.rank import is_main
 
@@ -86,6 +87,7 @@ def export_adapter(
     problem = None
     if is_main():
         tokenizer.save_pretrained(temporary)
+        keep_names(base, temporary)
         if card is not None:
             (temporary / CARD).write_text(card, encoding="utf-8")
         try:
@@ -119,7 +121,7 @@ def stops(model: Any, stop_ids: Sequence[int]) -> list[int]:
     """The trained stop tokens, then those that generation and configuration of a transformers model name."""
     text = model.config.get_text_config()
     found = [int(token) for token in stop_ids]
-    for source in (model.generation_config, model.config, text):
+    for source in (getattr(model, "generation_config", None), model.config, text):
         named = getattr(source, "eos_token_id", None)
         found += [named] if isinstance(named, int) else [int(token) for token in named or ()]
     return list(dict.fromkeys(found))
@@ -133,12 +135,14 @@ def _write(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     kept = _sound(generation)
-    fresh.generation_config = generation if kept else GenerationConfig()
+    if generation is not None:
+        fresh.generation_config = generation if kept else GenerationConfig()
     fresh.save_pretrained(temporary, max_shard_size=MAX_SHARD)
     if generation is not None and not kept:
         (temporary / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
     tokenizer.save_pretrained(temporary)
     if source is not None:
+        keep_names(source, temporary)
         copied = copy_companions(source, temporary, code=source.trust_remote_code)
         if copied:
             say(f"export: with {', '.join(copied)} of the base model")
@@ -161,7 +165,7 @@ def _write(
 def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]) -> tuple[Any, Any]:
     """A plain model that holds ``state``, and its settings of generation."""
     config = copy.deepcopy(model.base.config)
-    generation = copy.deepcopy(model.base.generation_config)
+    generation = copy.deepcopy(getattr(model.base, "generation_config", None))  # a class may have none
     if stop_ids:
         union = stops(model.base, stop_ids)
         named = union if len(union) > 1 else union[0]
@@ -169,14 +173,14 @@ def _fresh(model: SFTMixModel, state: dict[str, Tensor], stop_ids: Sequence[int]
             part.eos_token_id = named
         if generation is not None:
             generation.eos_token_id = named
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):  # left by bits or a GGUF file: what is saved has neither
-            del part.quantization_config
+    forget_settings(config)  # of the bits that have become numbers; those of a GGUF file could not be saved
     with torch.device("meta"):
         fresh = type(model.base)(config)
     fresh.load_state_dict(state, strict=True, assign=True)
     fresh.tie_weights()
     conversions = getattr(model.base, "_weight_conversions", None)
+    if getattr(model.base, "is_quantized", False):
+        conversions = plain_conversions(model.base)
     if conversions is not None:  # the names in the base model's files, which are not always those in memory
         fresh._weight_conversions = conversions
     return fresh, generation

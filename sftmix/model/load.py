@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sftmix.config import ModelConfig
 from sftmix.model.adapter import merge_adapter
+from sftmix.model.buffers import check_buffers
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.model.dtype import torch_dtype
 from sftmix.model.quantised import (
@@ -75,6 +76,7 @@ def load_model(
             make_plain(causal_lm, dtype)
             causal_lm = merge_adapter(causal_lm, adapter)
         check_finite(own, causal_lm)
+        check_buffers(causal_lm, config.name)
         if config.added_tokens is not None:
             extend_model(causal_lm, tokenizer, new)
     with reading(config, "weights"):

@@ -116,7 +116,8 @@ def _inject(model: SFTMixModel, lora: LoraConfig, targets: Targets) -> None:
         target_modules=list(targets.modules),
         target_parameters=list(targets.parameters) or None,
         bias="none",
-        task_type="CAUSAL_LM",
+        # peft's class for it takes a model's way of generating, which code of its own may not have.
+        task_type="CAUSAL_LM" if hasattr(model.base, "prepare_inputs_for_generation") else None,
         # Conv1D (GPT-2) keeps its weight transposed.
         fan_in_fan_out=any(isinstance(model.base.get_submodule(name), Conv1D) for name in targets.modules),
     )

@@ -129,21 +129,41 @@ def settled(config: Any, dtype: torch.dtype) -> tuple[Any, str | None]:
 
 
 def drop_quantisation(causal_lm: Any) -> None:
-    """Forget the settings of a quantisation that the weights no longer have."""
-    for part in (causal_lm.config, causal_lm.config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    """Forget the settings of a quantisation that the weights no longer have, and how its files are written."""
+    forget_settings(causal_lm.config)
+    drop_conversions(causal_lm)
     causal_lm.hf_quantizer = None
     causal_lm.is_quantized = False
 
 
-def drop_conversions(causal_lm: Any) -> None:
-    """Forget how quantised files became parameters: undone while saving, it would pack the numbers or fail.
+def forget_settings(config: Any) -> None:
+    """Take the settings of a quantisation out of a transformers configuration, in place."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
-    What is saved then has the names that the class gives its files.
+
+def plain_conversions(causal_lm: Any) -> list[Any] | None:
+    """What saving has to reverse of a model's loading, without a quantisation's part; None where nothing is known.
+
+    That part would write scales beside the numbers that the weights have become.
     """
-    if getattr(causal_lm, "_weight_conversions", None) is not None:
-        del causal_lm._weight_conversions
+    used: list[Any] | None = getattr(causal_lm, "_weight_conversions", None)
+    if used is None:
+        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    # Whether the files' names have the model's prefix shows in the ones that were used; all else is the class's own.
+    kept = [one for one in used if type(one).__name__ == "PrefixChange"]
+    own = get_model_conversion_mapping(causal_lm, add_legacy=False)
+    return [*kept, *(one for one in own if type(one).__name__ != "PrefixChange")]
+
+
+def drop_conversions(causal_lm: Any) -> None:
+    """Forget how quantised files became parameters: undone while saving, it would pack the numbers or fail."""
+    conversions = plain_conversions(causal_lm)
+    if conversions is not None:
+        causal_lm._weight_conversions = conversions
 
 
 def is_quantised(module: nn.Module) -> bool:

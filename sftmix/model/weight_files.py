@@ -127,10 +127,13 @@ def check_complete(model: ModelConfig, missing: Iterable[str], mismatched: Itera
 def say_left_out(causal_lm: Any, unexpected: Iterable[str], files: dict[str, Any]) -> None:
     """One line on weights in the files that the model's class has no place for, those it passes over included."""
     patterns = [re.compile(found) for found in causal_lm._keys_to_ignore_on_load_unexpected or ()]
+    prefix = f"{causal_lm.base_model_prefix}."
+    # Files of the model without its head leave the prefix out.
+    own = {part for name in causal_lm.state_dict() for part in (name, name.removeprefix(prefix))}
     ignored = {
         name
         for name, entry in files.items()
-        if any(pattern.search(name) for pattern in patterns) and _is_weight(name, entry)
+        if name not in own and any(pattern.search(name) for pattern in patterns) and _is_weight(name, entry)
     }
     found = sorted({*unexpected, *ignored})
     if found:

@@ -18,6 +18,7 @@ from sftmix.model.load import load_model
 from sftmix.model.lora import apply_lora
 from sftmix_kernels import LossHead
 from tests.recipe import tiny
+from tests.recipe.model import architectures
 
 TIED = {"llama": False, "gpt2": True, "gpt_neox": False, "gemma2": True, "cohere": True, "granite": False,
         "phi": False, "opt": True, "mixtral": False, "qwen3": True, "ernie4_5_moe": True}  # fmt: skip
@@ -145,3 +146,10 @@ def test_a_gguf_model_exports(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model.base(ids).logits)
     assert plain.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bart", "blenderbot-small", "xlm"])
+def test_a_decoders_loss_of_rounded_logits_is_its_own_loss(name: str, tmp_path: Path) -> None:
+    """The halves of encoder-decoder models take it at the labels' own place, rounded to bfloat16."""
+    model, _ = load_model(ModelConfig(name=str(architectures.build(name, tmp_path)), dtype="bfloat16"))
+    assert model.extra.aux_weight == model.extra.z_loss == 0

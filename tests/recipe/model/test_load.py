@@ -18,6 +18,7 @@ from sftmix.model import load, source, weight_files
 from sftmix.model.load import load_model
 from sftmix.model.tokenizer import load_tokenizer
 from tests.recipe import tiny
+from tests.recipe.model.roads import forget_code
 
 ERNIE = {
     **tiny.GATED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_layer_start_index": 1,
@@ -332,6 +333,7 @@ class TinyModel(PreTrainedModel):
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model whose code stands beside it."""
+    forget_code(monkeypatch)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "remote"
     tiny.tokenizer().save_pretrained(folder)
