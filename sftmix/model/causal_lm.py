@@ -26,6 +26,7 @@ from sftmix.model.probe import (
     measure_extra,
     own_loss,
     probe_ids,
+    rounding,
     run,
 )
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
@@ -176,7 +177,7 @@ def install_head(causal_lm: Any) -> SFTMixModel:
     causal_lm.eval()
     around = measure(causal_lm)
     linear = causal_lm.get_submodule(around.head)
-    extra = measure_extra(causal_lm, linear.weight.shape[0], linear.weight.device)
+    extra = measure_extra(causal_lm, linear.weight)
     head = LossHead.from_linear(linear, softcap=around.softcap, logit_scale=around.logit_scale)
     causal_lm.set_submodule(around.head, head)
     return SFTMixModel(causal_lm.train(training), around, extra)
@@ -206,7 +207,7 @@ def _compare(model: SFTMixModel, input_ids: Tensor) -> float:
     own = F.cross_entropy(logits, target, reduction="none")
     # The model rounds its logits to its dtype, we do not: a few of its roundings are allowed.
     largest = float(logits.abs().max())
-    tolerance = 1e-4 + 4 * torch.finfo(output.logits.dtype).eps * largest
+    tolerance = 1e-4 + 4 * rounding(output.logits, model.head.weight) * largest
     error = float((ours.nll - own).abs().max())
     if not error <= tolerance:
         raise ValueError(

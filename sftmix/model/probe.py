@@ -79,7 +79,7 @@ def measure(causal_lm: Any) -> Surroundings:
         raise ValueError(
             f"model: expected {name} to call its output embedding {head} once, got {ran.count(head)} times"
         )
-    _check_causal(causal_lm, ids, logits)
+    _check_causal(causal_lm, ids, logits, rounding(logits, linear.weight))
     softcap, scale = _fit(causal_lm, linear, ids)
     return Surroundings(head, softcap, scale, _blocks(causal_lm, set(ran)), tuple(ran))
 
@@ -95,13 +95,18 @@ def output_embedding(causal_lm: Any) -> str:
     return next(name for name, module in causal_lm.named_modules() if module is linear)
 
 
-def _check_causal(causal_lm: Any, ids: Tensor, logits: Tensor) -> None:
+def rounding(logits: Tensor, weight: Tensor) -> float:
+    """The relative rounding of a model's logits: many are widened to float32 after a 16-bit head's product."""
+    return max(torch.finfo(logits.dtype).eps, torch.finfo(weight.dtype).eps)
+
+
+def _check_causal(causal_lm: Any, ids: Tensor, logits: Tensor, eps: float) -> None:
     """Another last token must leave the logits before it: a model that looks ahead would be given the answers."""
     other = ids.clone()
     other[:, -1] = (ids[:, -1] + 1) % int(logits.shape[-1])
     ours, theirs = (x[:, :-1].float() for x in (logits, run(causal_lm, other).logits))
     moved = float((ours - theirs).abs().max())
-    if not moved <= 8 * torch.finfo(logits.dtype).eps * max(1.0, float(ours.abs().max())):
+    if not moved <= 8 * eps * max(1.0, float(ours.abs().max())):
         raise ValueError(
             f"model: expected {type(causal_lm).__name__} to be causal, got logits that move by {moved:.3g} when a "
             "later token changes (a model that was trained to fill in masked words?)"
@@ -190,17 +195,17 @@ class Extra:
 
 
 @torch.no_grad()
-def measure_extra(causal_lm: Any, rows: int, device: torch.device) -> Extra:
-    """The auxiliary loss and z-loss that the model adds where it is given labels.
+def measure_extra(causal_lm: Any, head_weight: Tensor) -> Extra:
+    """The auxiliary loss and z-loss that a model with the head ``head_weight`` [V, D] adds where it is given labels.
 
     Raises ``ValueError`` for anything else that it adds.
     """
-    ids = probe_ids(rows, device)
+    ids = probe_ids(head_weight.shape[0], head_weight.device)
     output = run(causal_lm, ids, labels=ids)
     logits = output.logits[:, :-1].flatten(0, 1).float()
     extra = float(output.loss) - own_loss(output, ids)
     aux = getattr(output, "aux_loss", None)
-    tolerance = 1e-4 + 4 * torch.finfo(output.logits.dtype).eps * float(logits.abs().max())
+    tolerance = 1e-4 + 4 * rounding(output.logits, head_weight) * float(logits.abs().max())
     if aux is not None and float(aux) != 0:
         weight = extra / float(aux)
         error = tolerance / abs(float(aux))

@@ -95,7 +95,11 @@ def test_dropout_auxiliary_loss_and_float32_parameters_are_those_of_one_process(
     out: Path, tmp_path: Path, kind: str
 ) -> None:
     """Also the exported data types: a router stays float32 on both roads."""
-    model, trainer = two_processes.train(kind, "sftmix", "bfloat16", tmp_path, **two_processes.OTHERS[kind])
+    flags, options = two_processes.STEPS.get(kind, ()), two_processes.OTHERS[kind]
+    model, trainer = two_processes.train(kind, "sftmix", "bfloat16", tmp_path, *flags, **options)
+    start = dict(tiny.model(kind, dtype=torch.bfloat16, **options).named_parameters())
+    moved = [(weight - start[name].float()).abs().max() for name, weight in trainer.weights.masters.items()]
+    assert max(moved) > 1e-3
     assert_same(out / f"other-{kind}", {name: w.detach() for name, w in trainer.weights.masters.items()})
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, out / f"other-{kind}"))
     for key in ("loss", "ntp_loss", "aux_loss", "grad_norm"):
