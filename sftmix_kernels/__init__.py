@@ -7,8 +7,8 @@ import sys
 
 # `python -m sftmix_kernels` says its first line before torch's import, which takes seconds and may fail: __main__.py.
 if sys.orig_argv[1:3] != ["-m", __name__]:
-    from .doctor import examine
-    from .findings import Finding
+    from .doctor.examine import examine
+    from .doctor.findings import Finding
     from .functional import linear_cross_entropy, sftmix_loss, token_stats
     from .hardware import ProductSupport, product_factor, product_support, time_product
     from .head import LossHead, adapt_head

@@ -9,7 +9,7 @@ import warnings
 
 def main(arguments: list[str]) -> int:
     """Say a line at once, import torch, which takes seconds or fails, then examine. One process of many prints."""
-    from .findings import TITLE, WRONG, Finding, first_line, show
+    from .doctor.findings import TITLE, WRONG, Finding, first_line, show
 
     if arguments not in ([], ["--json"]):
         print(f"usage: python -m sftmix_kernels [--json], got {' '.join(arguments)}", file=sys.stderr)
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     print(TITLE, file=sys.stderr if as_json else sys.stdout, flush=True)
     warnings.filterwarnings("ignore", message=".*Failed to initialize NumPy")  # which torch can do without
     try:
-        from .doctor import examine
+        from .doctor.examine import examine
     except (ImportError, OSError) as problem:
         advice = "install torch anew: pytorch.org/get-started"
         return show(

@@ -1,49 +1,175 @@
-"""What the public functions make of their arguments: coefficients with weights and denominators in them, options."""
+"""From the arguments of the public functions to one checked :class:`Call`, and how it runs."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .scratch import DEFAULT_SCRATCH_BYTES
-
-
-def coefficients(weights: Tensor | None, valid: Tensor, denominator: float | Tensor | None) -> Tensor:
-    """weights / denominator at valid places and 0 elsewhere, whatever the denominator is where none is valid.
-
-    float64, because rounding 1/denominator to float32 would shift every term of the loss the same way.
-    """
-    count = valid.sum().clamp(min=1) if denominator is None else denominator
-    coef = (torch.ones_like(valid, dtype=torch.float64) if weights is None else weights.double()) / count
-    return torch.where(valid, coef, torch.zeros_like(coef))
-
-
-def scratch_of(scratch_bytes: int | None, impl: str) -> int:
-    if scratch_bytes is None:
-        return DEFAULT_SCRATCH_BYTES if impl == "chunked" else 0
-    if type(scratch_bytes) is not int or scratch_bytes < 1:
-        raise ValueError(f"scratch_bytes: expected an int > 0 or None, got {scratch_bytes!r}")
-    return scratch_bytes
+from .call import Call, Needs, Options, Plan
+from .choice import Choice, choose
+from .lora_head import LoRA, low_rank
+from .reference import sum_dtype
+from .vocab_parallel import Shard, check_target, reference_shard, resolve_shard
 
 
 class HeadOptions(NamedTuple):
     """Numbers that belong to the head and the next-token terms; the reference's keywords."""
 
-    softcap: float | None
-    logit_scale: float
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    softcap: Any = None
+    logit_scale: Any = 1.0
+    label_smoothing: Any = 0.0
+    z_loss: Any = 0.0
 
-    def check(self) -> None:
-        checks.check_number("logit_scale", self.logit_scale)
-        if self.softcap is not None:
-            checks.check_number("softcap", self.softcap)
-        checks.check_share("label_smoothing", self.label_smoothing)
-        checks.check_scalar("z_loss", self.z_loss, positive=False, tensors=False)
+    def checked(self) -> HeadOptions:
+        """As Python numbers."""
+        return HeadOptions(
+            None if self.softcap is None else checks.number("softcap", self.softcap),
+            checks.number("logit_scale", self.logit_scale),
+            checks.number("label_smoothing", self.label_smoothing, positive=False, most=1.0),
+            checks.number("z_loss", self.z_loss, positive=False),
+        )
 
-    def as_list(self) -> list[float]:
-        """As the operators take them."""
-        return [float(value or 0.0) for value in self]
+
+class Rows(NamedTuple):
+    """What stands beside the rows."""
+
+    lam: Any = None  # (M,)
+    row_weight: Any = None  # (N,)
+    pair_weight: Any = None  # (M,)
+    class_weight: Any = None  # (V,)
+    mixup_weight: Any = 0.0
+    ntp_denominator: Any = None
+    mixup_denominator: Any = None
+    tokens: Any = None  # (N, K)
+    ignore_index: Any = -100
+    token_scaling: Any = False
+
+
+class Ways(NamedTuple):
+    """What else a call is to give, and how it is to run."""
+
+    lora: LoRA | None = None
+    vocab_parallel: Any = None
+    main_grad: Any = None
+    impl: str | None = None
+    schedule: str | None = None
+    scratch_bytes: int | None = None
+    rows: bool = False  # each row's term may have an upstream of its own
+    detached: bool = False
+    entropy: bool = False
+    predicted: bool = False
+
+
+def make_call(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
+    ways: Ways,
+) -> tuple[Call, Choice]:  # fmt: skip
+    """Check everything, once; with ``vocab_parallel`` a collective call.
+
+    Raises ValueError naming the argument.
+    """
+    shard: Shard | None = None
+    if ways.vocab_parallel is None:
+        checks.check_head(hidden, weight, bias)
+        checks.check_target(target, hidden.shape[0], weight.shape[0], rows.ignore_index)
+        checks.check_devices(hidden.device, target=target)
+    else:
+        shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
+        weight, bias = shard.weight, shard.bias
+        check_target(target, hidden.shape[0], rows.ignore_index, shard)
+    numbers = options.checked()
+    low, up = (None, None) if ways.lora is None else low_rank(hidden, weight, target != rows.ignore_index, ways.lora)
+    if ways.detached:
+        hidden, weight, bias, low, up = (None if t is None else t.detach() for t in (hidden, weight, bias, low, up))
+    needs = _needs(hidden, weight, bias, low, up)
+    choice = choose(
+        hidden, weight, needs, impl=ways.impl, schedule=ways.schedule, scratch_bytes=ways.scratch_bytes,
+        rows=ways.rows, vocab_parallel=shard is not None, main_grad=ways.main_grad is not None,
+    )  # fmt: skip
+    side, scalars = _side_inputs(hidden, target, rows, None if shard else weight.shape[0])
+    checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
+    plan = Plan(*map(int, needs), int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
+    call = Call(
+        hidden, weight, bias, low, up, ways.main_grad, target, **side, place=None if shard is None else shard.place,
+        numbers=list(Options(*(float(number or 0.0) for number in numbers), *scalars)), plan=list(plan),
+        engine=choice.impl, group_name="" if shard is None else shard.group_name,
+    )  # fmt: skip
+    return call, choice
+
+
+def _needs(*tensors: Tensor | None) -> Needs:
+    """Which of hidden, weight, bias, low and up get a gradient from this call."""
+    grad = torch.is_grad_enabled()
+    return Needs(*(grad and t is not None and t.requires_grad for t in tensors))
+
+
+def _side_inputs(
+    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | None
+) -> tuple[dict[str, Tensor | None], tuple[float, ...]]:
+    """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
+    device, num_rows = hidden.device, hidden.shape[0]
+    lam = torch.empty(0, dtype=torch.float32, device=device) if rows.lam is None else rows.lam
+    checks.check_lam(lam, num_rows)
+    num_pairs = lam.shape[0]
+    checks.check_weights("row_weight", rows.row_weight, {"N": num_rows})
+    checks.check_weights("pair_weight", rows.pair_weight, {"M": num_pairs})
+    checks.check_class_weight(rows.class_weight, vocab_size)
+    checks.check_flag("token_scaling", rows.token_scaling)
+    tokens = checks.check_tokens(rows.tokens, num_rows, vocab_size, rows.ignore_index)
+    checks.check_devices(
+        device, lam=lam, row_weight=rows.row_weight, pair_weight=rows.pair_weight, class_weight=rows.class_weight,
+        tokens=tokens,
+    )  # fmt: skip
+    names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
+    found = [checks.scalar(name, getattr(rows, name), device) for name in names]
+    valid = target != rows.ignore_index
+    checks.check_denominator("ntp_denominator", found[1], valid)
+    checks.check_denominator("mixup_denominator", found[2], valid[:num_pairs] & valid[num_pairs : 2 * num_pairs])
+    if rows.mixup_weight is not None and found[0][0] is None and found[0][1] == 0:
+        lam, pair_weight = lam[:0], None
+    else:
+        pair_weight = rows.pair_weight
+    tensors = {
+        "lam": lam.to(sum_dtype(hidden.dtype)),
+        "row_weight": rows.row_weight,
+        "pair_weight": pair_weight,
+        "class_weight": rows.class_weight,
+        **{name: tensor for name, (tensor, _) in zip(names, found, strict=True)},
+        "tokens": tokens,
+    }
+    return tensors, (float(rows.token_scaling), *(number for _, number in found))
+
+
+class _AddTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.main_grad.add_(grads[0])
+        return None, None
+
+
+def for_reference(call: Call) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """hidden, weight and target, and the keywords for what else is of the layer; main_grad gets weight's gradient."""
+    hidden, weight, low = call.hidden, call.weight, call.low
+    if call.main_grad is not None:
+        weight = _AddTo.apply(weight, call.main_grad)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    join: Callable[[Tensor], Tensor] | None = None
+    if call.place is not None:
+        hidden, low, join = reference_shard(hidden, low, call.group_name)
+    layer = {"bias": call.bias, "low": low, "up": call.up, "join": join}
+    return (hidden, weight, call.target), layer
+
+
+def number_or_tensor(call: Call, name: str) -> float | Tensor | None:
+    """A coefficient of the call as the reference takes it; None where it is a count."""
+    tensor, number = getattr(call, name), getattr(call.options, name)
+    return tensor if tensor is not None else None if number != number else number
+

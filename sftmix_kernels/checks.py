@@ -90,10 +90,19 @@ def check_target(target: object, num_rows: int, vocab_size: int, ignore_index: i
     )
 
 
+ROUNDED = (
+    "; 16 bits round it: pass float32 (under FSDP with a 16-bit policy set cast_forward_inputs=False, or pass Python "
+    "numbers and integer counts)"
+)
+COUNT_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SIDE_DTYPES = (torch.float32, torch.float64, *COUNT_DTYPES)
+
+
 def check_lam(lam: object, num_rows: int) -> None:
-    """lam [M] float32 with values in [0, 1] and 2M at most N."""
-    if not isinstance(lam, Tensor) or lam.ndim != 1 or lam.dtype != torch.float32:
-        _fail("lam", "float32 [M]", lam)
+    """lam [M] float32 or float64 with values in [0, 1] and 2M at most N."""
+    if not isinstance(lam, Tensor) or lam.ndim != 1 or lam.dtype not in (torch.float32, torch.float64):
+        is_half = isinstance(lam, Tensor) and lam.dtype in (torch.float16, torch.bfloat16)
+        _fail("lam", "float32 or float64 [M]" + (ROUNDED if is_half else ""), lam)
     assert isinstance(lam, Tensor)
     if 2 * lam.shape[0] > num_rows:
         _fail("lam", f"[M] with 2M at most N={num_rows}, M confident rows and M partners", lam)
@@ -111,24 +120,78 @@ def check_no_grad(**values: object) -> None:
             _fail(name, "a tensor that requires no gradient (the loss gives it none)", value)
 
 
+def check_side_dtype(name: str, value: Tensor, expected: str) -> None:
+    """A tensor beside the rows: float32, float64, bool or integers, never 16-bit floats."""
+    if value.dtype in (torch.float16, torch.bfloat16):
+        _fail(name, expected + ROUNDED, value)
+    if value.dtype not in SIDE_DTYPES:
+        _fail(name, expected, value)
+
+
 def check_weights(name: str, value: object, shape: dict[str, int]) -> None:
-    """row_weight [N] or pair_weight [M]: None or a floating tensor, finite."""
+    """row_weight [N] or pair_weight [M]: None or a tensor of numbers, finite."""
     if value is None:
         return
-    check_tensor(name, value, shape, FLOAT_DTYPES)
+    if isinstance(value, Tensor):
+        ((size_name, _),) = shape.items()
+        check_side_dtype(name, value, f"float32, float64, bool or integers [{size_name}]")
+    check_tensor(name, value, shape, SIDE_DTYPES)
     assert isinstance(value, Tensor)
-    ok = value.detach().isfinite()
-    _check_values(name, ok, "finite values", lambda: f"{value[~ok][0].item()}")
+    if value.is_floating_point():
+        ok = value.detach().isfinite()
+        _check_values(name, ok, "finite values", lambda: f"{value[~ok][0].item()}")
     check_no_grad(**{name: value})
 
 
-def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype, **absent: object) -> None:
-    """main_grad [V, D] of the dtype of sums, its own memory, for a weight that is trained; nothing of ``absent``."""
+def check_class_weight(value: object, vocab_size: int | None) -> None:
+    """class_weight: None or float32 or float64 [V], finite and at least 0; V of the whole vocabulary."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        _fail("class_weight", "a float32 or float64 tensor [V]", value)
+    assert isinstance(value, Tensor)
+    check_side_dtype("class_weight", value, "float32 or float64 [V]")
+    size = value.shape[0] if vocab_size is None else vocab_size
+    check_tensor("class_weight", value, {"V": size}, (torch.float32, torch.float64))
+    ok = (value.detach() >= 0) & value.detach().isfinite()
+    _check_values("class_weight", ok, "finite values >= 0", lambda: f"{value[~ok][0].item()}")
+    check_no_grad(class_weight=value)
+
+
+def check_tokens(
+    value: object, num_rows: int, vocab_size: int | None, ignore_index: int
+) -> Tensor | None:
+    """tokens: None or int64 [N, K], each in [0, V) or ``ignore_index``; as columns, -1 where there is none."""
+    if value is None:
+        return None
+    count = value.shape[1] if isinstance(value, Tensor) and value.ndim == 2 else 1
+    check_tensor("tokens", value, {"N": num_rows, "K": count}, (torch.int64,))
+    assert isinstance(value, Tensor)
+    ok = (value >= 0) | (value == ignore_index)
+    if vocab_size is not None:
+        ok = ok & (value < vocab_size)
+    _check_values("tokens", ok, f"class indices or ignore_index={ignore_index}", lambda: f"{value[~ok][0].item()}")
+    return torch.where(value == ignore_index, -1, value)
+
+
+def check_shift(shift: object, target: Tensor) -> int:
+    """shift: False, True or an int from 0 to T, the size of target's last dimension; as an int."""
+    size = target.shape[-1] if target.ndim else 0
+    if not isinstance(shift, int) or not 0 <= shift <= size:
+        _fail("shift", f"an int from 0 to T={size}", shift)
+    assert isinstance(shift, int)
+    return int(shift)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _fail(name, "True or False", value)
+
+
+def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype) -> None:
+    """main_grad [V, D] of the dtype of sums, its own memory, for a weight that is trained."""
     if main_grad is None:
         return
-    for name, value in absent.items():
-        if value is not None:
-            _fail("main_grad", f"None beside {name}", main_grad)
     if type(main_grad).__name__ == "DTensor":
         _fail("main_grad", "a local tensor; FSDP2 owns its gradients", "a DTensor")
     check_tensor("main_grad", main_grad, {"V": weight.shape[0], "D": weight.shape[1]}, (dtype,))
@@ -143,34 +206,68 @@ def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype, **abs
         _fail("main_grad", "None beside a weight that requires no gradient", main_grad)
 
 
-def check_share(name: str, value: object) -> None:
-    """label_smoothing: a Python number in [0, 1)."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        _fail(name, "a number in [0, 1)", value)
-
-
-def check_scalar(name: str, value: object, *, positive: bool, tensors: bool = True) -> None:
-    """A finite number or (``tensors``) a 0-d tensor; it must be > 0 (``positive``) or ≥ 0."""
-    bound = "> 0" if positive else ">= 0"
-    if isinstance(value, Tensor) and not tensors:
-        _fail(name, f"a finite number {bound}", value)
+def plain_number(value: object) -> object:
+    """A numpy scalar, or a 0-d tensor on a CPU, as the Python number that it is; anything else as it came."""
     if isinstance(value, Tensor):
-        if value.ndim != 0 or value.dtype == torch.bool or value.dtype.is_complex:
-            _fail(name, f"a number {bound} or a 0-d tensor", value)
-        check_no_grad(**{name: value})
-        ok = value.detach() > 0 if positive else value.detach() >= 0
-        _check_values(name, ok & value.isfinite(), f"a finite value {bound}", lambda: f"{value.item()}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        _fail(name, f"a number {bound} or a 0-d tensor", value)
-    elif not (value > 0 if positive else value >= 0) or value == float("inf"):
-        _fail(name, f"a finite number {bound}", value)
+        reads = value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad
+        return value.item() if reads and not torch.compiler.is_compiling() else value
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
-def check_number(name: str, value: object) -> None:
-    """softcap, logit_scale: a finite Python number > 0."""
-    if (
-        isinstance(value, (bool, Tensor))
-        or not isinstance(value, (int, float))
-        or not 0 < value < float("inf")
-    ):
-        _fail(name, "a finite number > 0", value)
+def number(name: str, value: object, *, positive: bool = True, most: float = float("inf")) -> float:
+    """softcap, logit_scale, label_smoothing, z_loss: a finite number > 0, or at least 0, and at most ``most``."""
+    value = plain_number(value)
+    bound = "a finite number > 0" if positive else "a finite number >= 0"
+    expected = bound if most == float("inf") else f"a number in [0, {most:g}]"
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        _fail(name, expected, value)
+    assert isinstance(value, (int, float))
+    if not (0 < value if positive else 0 <= value) or not value <= most or value == float("inf"):
+        _fail(name, expected, value)
+    return value
+
+
+Scalar = tuple[Tensor | None, float]  # one of the two: 0-d on the rows' device, or a number; (None, NaN): not given
+
+
+def scalar(name: str, value: object, device: torch.device) -> Scalar:
+    """mixup_weight or a denominator: None, a finite number at least 0, or a 0-d tensor of one, moved to ``device``.
+
+    A tensor of a CPU beside rows of a GPU would be frozen into a CUDA graph at its present value: refused there.
+    """
+    if value is None:
+        return None, float("nan")
+    if not isinstance(value, Tensor):
+        value = plain_number(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat)) or (
+            torch.compiler.is_compiling() and isinstance(value, (int, float)) and not isinstance(value, bool)
+        ):
+            return None, value  # type: ignore[return-value]  # a traced number, not looked at
+        return None, number(name, value, positive=False)
+    if value.ndim != 0 or value.dtype.is_complex:
+        _fail(name, "a number >= 0 or a 0-d tensor", value)
+    if value.dtype in (torch.float16, torch.bfloat16):
+        _fail(name, "a number, or a 0-d tensor of float32, float64 or integers" + ROUNDED, value)
+    check_no_grad(**{name: value})
+    tensor = value.detach()
+    ok = tensor >= 0
+    _check_values(
+        name, ok & tensor.isfinite() if tensor.is_floating_point() else ok, "a finite value >= 0",
+        lambda: f"{tensor.item()}",
+    )  # fmt: skip
+    if tensor.device != device:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _fail(name, f"a number or a 0-d tensor on {device} while a CUDA graph is captured", value)
+        tensor = tensor.to(device, non_blocking=True)
+    return tensor, float("nan")
+
+
+def check_denominator(name: str, value: Scalar, valid: Tensor) -> None:
+    """A denominator of 0 may stand under a sum of nothing: 0 / 0 is 0 here."""
+    tensor, given = value
+    if tensor is None and given != 0:
+        return
+    ok = ~valid.any() if tensor is None else (tensor != 0) | ~valid.any()
+    _check_values(name, ok, "a value > 0 where there is something to divide", lambda: "0")

@@ -1,24 +1,47 @@
-"""Which implementation serves a call, and why not another."""
+"""Which implementation and schedule serve a call, and why not another.
+
+An implementation is chosen by device, a schedule of ``fused`` by the cost model of fused/schedule.py; what is named is
+taken or refused. :data:`REFUSED` is the one table of what does not go together.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TypeVar
+from operator import index
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .call import Needs
+
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked``
+DEFAULT_ROWS = 4096  # of a chunk of ``stored``: the products' full speed, in one reused buffer of logits
+MEMORY_SHARE = 64  # ``stored`` takes at most this part of a GPU's memory where no bound is named
 _HAS_TRITON = find_spec("triton") is not None
 # Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
+# (modifier, with what): why. A test walks it, and tries every other pair.
+REFUSED = {
+    ("vocab_parallel", "stored"): "it makes gradients in the forward, before the log-sum-exp of all shards is known",
+    ("rows", "stored"): "it makes gradients in the forward, before each row's upstream is known",
+}
 
 Function = TypeVar("Function", bound=Callable[..., object])
+
+
+class Choice(NamedTuple):
+    """How a call runs."""
+
+    impl: str
+    made: bool  # gradients in the forward
+    scratch_bytes: int  # 0: the engine's default
 
 
 def constant(function: Function) -> Function:
@@ -26,19 +49,6 @@ def constant(function: Function) -> Function:
     # The attribute by which dynamo knows it; functions have none declared.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def choose(impl: str | None, hidden: Tensor, fused_reason: str | None) -> str:
-    """The implementation to run: by device where ``impl`` is None; a named one that cannot serve raises."""
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
-    if impl is None:
-        return "chunked" if hidden.device.type == "cpu" or fused_reason else "fused"
-    if impl == "fused" and fused_reason:
-        raise ValueError(
-            f"impl: expected one that can serve this input ('chunked' can), got 'fused': {fused_reason}"
-        )
-    return impl
 
 
 def why_not_fused(hidden: Tensor) -> str | None:
@@ -49,11 +59,113 @@ def why_not_fused(hidden: Tensor) -> str | None:
         return f"its kernels have no {str(hidden.dtype).removeprefix('torch.')}"
     if hidden.device.type == "cpu" and not _INTERPRETING:
         return "a CPU tensor needs TRITON_INTERPRET=1 set before the import"
-    return None
+    if hidden.device.type not in ("cpu", "cuda"):
+        return f"its kernels do not run on {hidden.device.type}"
+    return why_not_chip(hidden.device) if hidden.device.type == "cuda" else None
 
 
-def check_schedule(schedule: str | None, impl: str) -> None:
+@constant
+def why_not_chip(device: torch.device) -> str | None:
+    """Why the kernels have no tiles for a GPU; None where they have."""
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} has too little shared memory for its tiles"
+
+
+def choose_impl(impl: str | None, hidden: Tensor) -> str:
+    """The implementation to run: by device where ``impl`` is None; a named one that cannot serve raises."""
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
+    reason = why_not_fused(hidden)
+    if impl is None:
+        return "chunked" if hidden.device.type == "cpu" or reason else "fused"
+    if impl == "fused" and reason:
+        raise ValueError(
+            f"impl: expected one that can serve this input ('chunked' can), got 'fused': {reason}"
+        )
+    return impl
+
+
+def choose(
+    hidden: Tensor, weight: Tensor, needs: Needs, *, impl: str | None, schedule: str | None,
+    scratch_bytes: int | None, rows: bool, vocab_parallel: bool, main_grad: bool,
+) -> Choice:  # fmt: skip
+    """How a call runs. ``rows``: each row's term may have an upstream of its own.
+
+    Raises ValueError naming the argument.
+    """
+    impl = choose_impl(impl, hidden)
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)} or None, got {schedule!r}")
     if schedule is not None and impl != "fused":
         raise ValueError(f"schedule: expected None where impl {impl!r} runs, got {schedule!r}")
+    if scratch_bytes is not None and (type(scratch_bytes) is not int or scratch_bytes < 1):
+        raise ValueError(f"scratch_bytes: expected an int > 0 or None, got {scratch_bytes!r}")
+    for name, given in (("vocab_parallel", vocab_parallel), ("rows", rows)):
+        if given and (name, schedule) in REFUSED:
+            what = "an upstream for each row (reduction='none')" if name == "rows" else name
+            raise ValueError(
+                f"schedule: expected 'recompute' or None with {what}, got {schedule!r}: {REFUSED[name, schedule]}"
+            )
+    again = rows or vocab_parallel or main_grad or not any(needs)
+    if impl == "chunked":
+        return Choice(impl, not again, scratch_bytes or DEFAULT_SCRATCH_BYTES)
+    if impl == "reference" or not any(needs) or (again and schedule is None):
+        return Choice(impl, False, scratch_bytes or 0)
+    if schedule is not None:
+        return Choice(impl, schedule == "stored", scratch_bytes or 0)
+    return Choice(impl, *default_schedule(hidden, weight, needs, scratch_bytes or 0))
+
+
+@constant
+def architecture(device: torch.device) -> str:
+    """``sm_90``, ... as the tile tables name it; ``interpreter`` or ``cpu`` where there is no GPU."""
+    from .fused.configs import current_arch
+
+    return current_arch(device)
+
+
+@constant
+def stored_from(
+    vocab_size: int, hidden_size: int, dtype: torch.dtype, arch: str, needs: tuple[bool, ...],
+    scratch_bytes: int | None,
+) -> int:  # fmt: skip
+    """From how many rows on ``stored`` is the faster schedule; -1: from none.
+
+    A constant under compile, so that what is traced has one comparison with N and nothing of the cost model.
+    """
+    from .fused.schedule import Sizes, stored_from
+
+    sizes = Sizes(
+        vocab_size, hidden_size, dtype, arch, need_dhidden=needs[0], need_dweight=needs[1],
+        scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+    least = stored_from(sizes)
+    return -1 if least is None else least
+
+
+@constant
+def default_bound(device: torch.device) -> int:
+    """Bytes that ``stored`` may take where none are named: of the whole memory, since what is free changes from run to
+    run, and with the schedule the rounding of the loss would."""
+    return torch.cuda.get_device_properties(device).total_memory // MEMORY_SHARE
+
+
+def default_schedule(hidden: Tensor, weight: Tensor, needs: Needs, scratch: int) -> tuple[bool, int]:
+    """(whether ``stored`` runs, its bytes of scratch) of a call of ``fused`` that names no schedule.
+
+    Where ``stored`` is chosen, what dweight's float32 sum takes has come off the bound.
+    """
+    arch = architecture(hidden.device)
+    if arch in ("interpreter", "cpu"):
+        return False, scratch
+    bound = scratch or default_bound(hidden.device)
+    # index makes traced sizes constants: a weight keeps its shape from step to step, and N alone is compared.
+    vocab_size, hidden_size = index(weight.shape[0]), index(weight.shape[1])
+    least = stored_from(vocab_size, hidden_size, weight.dtype, arch, tuple(needs), bound)
+    if least < 0 or hidden.shape[0] < least:
+        return False, scratch
+    rest = bound - (4 * vocab_size * hidden_size if needs.dweight else 0)
+    usual = DEFAULT_ROWS * (vocab_size + -vocab_size % 16) * weight.dtype.itemsize
+    return True, rest if scratch else min(rest, usual)

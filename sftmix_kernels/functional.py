@@ -1,40 +1,35 @@
-"""The public functions: check the arguments, choose the implementation, reduce."""
+"""The public functions: make a call, run it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, fused_ops, ops, reference, row_ops
-from . import main_grad as main_grads
-from .arguments import HeadOptions, coefficients, scratch_of
+from . import checks, reference
+from .arguments import HeadOptions, Rows, Ways, for_reference, make_call, number_or_tensor
 from .autocast import follows_autocast
-from .choice import check_schedule, choose, why_not_fused
-from .default_schedule import resolve_schedule
-from .inputs import Inputs, check_inputs
+from .call import Call
+from .choice import Choice
 from .lora_head import LoRA
+from .operators import made_fwd, terms_fwd
 from .reference import SFTMixLoss, TokenStats
-from .vocab_parallel import vocab_parallel_fwd, vocab_parallel_rows_fwd, vocab_parallel_stats
-from .vocab_shard import check_vocab_schedule
+from .terms import Terms
 
 
-def _choose(
-    inputs: Inputs, impl: str | None, schedule: str | None, scratch_bytes: int | None
-) -> tuple[str, int]:
-    """The implementation, and the operators' ``scratch_bytes``; a named one that cannot serve raises."""
-    impl = choose(impl, inputs.hidden, why_not_fused(inputs.hidden))
-    check_schedule(schedule, impl)
-    if inputs.shard is not None:
-        check_vocab_schedule(schedule)
-    return impl, scratch_of(scratch_bytes, impl)
+def _run(call: Call, choice: Choice) -> Terms:
+    found = (made_fwd if choice.made else terms_fwd)(*call)
+    return Terms(*found[: len(Terms._fields)])
 
 
-def _operator(impl: str, schedule: str | None) -> Any:
-    if impl == "chunked":
-        return ops.chunked_fwd
-    return ops.stored_fwd if schedule == "stored" else fused_ops.fused_fwd
+def _reference_options(call: Call, *names: str) -> dict[str, Any]:
+    """The reference's keywords for the call's numbers."""
+    options = call.options
+    found: dict[str, Any] = {"softcap": options.softcap or None, "logit_scale": options.logit_scale}
+    found |= {name: getattr(options, name) for name in names}
+    return {**found, "ignore_index": call.wanted.ignore_index}
 
 
 @follows_autocast
@@ -48,6 +43,7 @@ def sftmix_loss(
     mixup_weight: float | Tensor = 0.2,
     row_weight: Tensor | None = None,  # (N,)
     pair_weight: Tensor | None = None,  # (M,)
+    class_weight: Tensor | None = None,  # (V,)
     ntp_denominator: float | Tensor | None = None,
     mixup_denominator: float | Tensor | None = None,
     ignore_index: int = -100,
@@ -55,6 +51,8 @@ def sftmix_loss(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    token_scaling: bool = False,
+    want_predicted: bool = False,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
     main_grad: Tensor | None = None,  # (V, D) float32
@@ -123,63 +121,35 @@ def sftmix_loss(
 
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
-    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
-    inputs = check_inputs(
-        hidden, weight, target, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
-        vocab_parallel=vocab_parallel,
+    checks.check_lam(lam, hidden.shape[0] if isinstance(hidden, Tensor) and hidden.ndim else 0)
+    rows = Rows(
+        lam, row_weight, pair_weight, class_weight, mixup_weight, ntp_denominator, mixup_denominator, None,
+        ignore_index, token_scaling,
     )  # fmt: skip
-    checks.check_lam(lam, hidden.shape[0])
-    num_pairs = lam.shape[0]
-    checks.check_weights("row_weight", row_weight, {"N": hidden.shape[0]})
-    checks.check_weights("pair_weight", pair_weight, {"M": num_pairs})
-    checks.check_devices(hidden.device, lam=lam, row_weight=row_weight, pair_weight=pair_weight)
-    checks.check_scalar("mixup_weight", mixup_weight, positive=False)
-    for name, value in (("ntp_denominator", ntp_denominator), ("mixup_denominator", mixup_denominator)):
-        if value is not None:
-            checks.check_scalar(name, value, positive=True)
-    checks.check_main_grad(
-        main_grad, weight, reference.sum_dtype(hidden.dtype), lora=lora, vocab_parallel=vocab_parallel
+    ways = Ways(
+        lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, predicted=want_predicted
     )
-    impl, scratch = _choose(inputs, impl, schedule, scratch_bytes)
-    plain = not isinstance(mixup_weight, Tensor) and mixup_weight == 0
-    if plain:
-        lam, pair_weight = lam[:0], None
-    if impl == "reference":
-        rows, weight, layer = inputs.for_reference(main_grad)
+    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    call, choice = make_call(hidden, weight, target, bias, options, rows, ways)
+    if choice.impl == "reference":
+        arguments, layer = for_reference(call)
+        coefficients = ("mixup_weight", "ntp_denominator", "mixup_denominator")
         result = reference.sftmix_loss(
-            rows, weight, target, lam, mixup_weight=mixup_weight, row_weight=row_weight,
-            pair_weight=pair_weight, ntp_denominator=ntp_denominator, mixup_denominator=mixup_denominator,
-            ignore_index=ignore_index, **layer, **options._asdict(),
+            *arguments, call.lam, row_weight=call.row_weight, pair_weight=call.pair_weight,
+            class_weight=call.class_weight, token_scaling=token_scaling, want_predicted=want_predicted, **layer,
+            **{name: number_or_tensor(call, name) for name in coefficients},
+            **_reference_options(call, "label_smoothing", "z_loss"),
         )  # fmt: skip
     else:
-        size = lam.shape[0]
-        valid = target != ignore_index
-        row_coef = coefficients(row_weight, valid, ntp_denominator)
-        pair_valid = valid[:size] & valid[size : 2 * size]
-        pair_coef = mixup_weight * coefficients(pair_weight, pair_valid, mixup_denominator)
-        needs = inputs.needs()
-        if impl == "fused" and inputs.shard is None:
-            preferred = schedule if schedule or main_grad is None else "recompute"
-            schedule, scratch = resolve_schedule(preferred, *inputs.head[:2], needs=needs, scratch=scratch)
-        arguments = (*inputs.head, torch.where(valid, target, -1), lam, row_coef, pair_coef)
-        numbers = (options.as_list(), needs, scratch)
-        if main_grad is not None:
-            found = main_grads.main_grad_loss(
-                *arguments, main_grad, options=options.as_list(), needs=needs[:3], scratch_bytes=scratch,
-                fused=impl == "fused", stored=schedule == "stored",
-            )  # fmt: skip
-        elif inputs.shard is None:
-            found = _operator(impl, schedule)(*arguments, *numbers, *inputs.low_rank)
-        else:
-            place, group = inputs.shard.place, inputs.shard.group_name
-            found = vocab_parallel_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)
-        loss, *statistics = found[:5]
-        result = SFTMixLoss(loss, *(statistic.detach() for statistic in statistics))
-    if plain:
-        return result._replace(
-            mixup_nll=torch.full((num_pairs,), float("nan"), device=hidden.device, dtype=result.nll.dtype)
-        )
-    return result
+        found = _run(call, choice)
+        result = SFTMixLoss(
+            found.loss, found.nll.detach(), found.lse.detach(), found.is_top1, found.mixup_nll.detach(),
+            found.z_loss.detach(), found.predicted if want_predicted else None,
+        )  # fmt: skip
+    if call.lam.shape[0] == lam.shape[0]:
+        return result
+    nothing = torch.full((lam.shape[0],), float("nan"), device=hidden.device, dtype=result.nll.dtype)
+    return result._replace(mixup_nll=nothing)
 
 
 @follows_autocast
@@ -189,12 +159,15 @@ def linear_cross_entropy(
     target: Tensor,  # (...) int64
     *,
     bias: Tensor | None = None,  # (V,)
+    class_weight: Tensor | None = None,  # (V,)
     reduction: str = "mean",
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    token_scaling: bool = False,
+    shift: int = 0,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
     main_grad: Tensor | None = None,  # (V, D) float32
@@ -220,56 +193,35 @@ def linear_cross_entropy(
     checks.check_tensor(
         "target", target, {f"N{i}": n for i, n in enumerate(hidden.shape[:-1])}, (torch.int64,)
     )
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    shift = checks.check_shift(shift, target)
+    if shift:  # targets move, not rows: a slice of rows would have to be copied
+        target = F.pad(target[..., shift:], (0, shift), value=ignore_index)
+    rows = Rows(
+        class_weight=class_weight, ntp_denominator=1 if reduction == "sum" else None, ignore_index=ignore_index,
+        token_scaling=token_scaling,
+    )  # fmt: skip
+    ways = Ways(lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, rows=reduction == "none")
     options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
-    if reduction == "none":
-        if schedule == "stored":
-            raise ValueError("schedule: expected 'recompute' or None with reduction='none', got 'stored'")
-        inputs = check_inputs(
-            rows, weight, targets, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
-            vocab_parallel=vocab_parallel,
-        )  # fmt: skip
-        checks.check_main_grad(
-            main_grad, weight, reference.sum_dtype(hidden.dtype), lora=lora, vocab_parallel=vocab_parallel
-        )
-        impl, scratch = _choose(inputs, impl, schedule, scratch_bytes)
-        terms = _row_losses(
-            inputs, targets, ignore_index, options, main_grad=main_grad, impl=impl, scratch=scratch
-        )
-        return terms.reshape(target.shape)
-    lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
-    return sftmix_loss(
-        rows, weight, targets, lam, bias=bias, ntp_denominator=1 if reduction == "sum" else None,
-        mixup_weight=0.0, ignore_index=ignore_index, lora=lora, vocab_parallel=vocab_parallel, main_grad=main_grad,
-        impl=impl, schedule=schedule, scratch_bytes=scratch_bytes, **options._asdict(),
-    ).loss  # fmt: skip
-
-
-def _row_losses(
-    inputs: Inputs, target: Tensor, ignore_index: int, options: HeadOptions, *, main_grad: Tensor | None, impl: str,
-    scratch: int,
-) -> Tensor:  # fmt: skip
-    """Each row's next-token term [N], 0 at ignored rows."""
-    if impl == "reference":
-        hidden, weight, layer = inputs.for_reference(main_grad)
-        return reference.row_losses(
-            hidden, weight, target, ignore_index=ignore_index, **layer, **options._asdict()
-        )
-    target, needs = torch.where(target != ignore_index, target, -1), inputs.needs()
-    if main_grad is not None:
-        none = torch.empty(0, dtype=torch.float32, device=target.device)
-        rows = (target, none, (target >= 0).double(), none.double(), main_grad)
-        return main_grads.main_grad_loss(
-            *inputs.head, *rows, options=options.as_list(), needs=needs[:3], scratch_bytes=scratch,
-            fused=impl == "fused", stored=False,
-        )[-1]  # fmt: skip
-    arguments, numbers = (*inputs.head, target), (options.as_list(), needs, scratch)
-    if inputs.shard is not None:
-        place, group = inputs.shard.place, inputs.shard.group_name
-        found = vocab_parallel_rows_fwd(*arguments, place, *numbers, impl == "fused", group, *inputs.low_rank)
-        return found[0]
-    op = row_ops.chunked_rows_fwd if impl == "chunked" else fused_ops.fused_rows_fwd
-    return op(*arguments, *numbers, *inputs.low_rank)[0]
+    call, choice = make_call(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, options, rows, ways
+    )
+    if choice.impl != "reference":
+        found = _run(call, choice)
+        if reduction != "none":
+            return found.loss
+        terms = found.term
+    else:
+        arguments, layer = for_reference(call)
+        layer |= _reference_options(call, "label_smoothing", "z_loss")
+        layer |= {"class_weight": call.class_weight, "token_scaling": token_scaling}
+        if reduction != "none":
+            denominator = number_or_tensor(call, "ntp_denominator")
+            return reference.sftmix_loss(
+                *arguments, call.lam, mixup_weight=0.0, ntp_denominator=denominator, **layer
+            ).loss
+        terms = reference.row_losses(*arguments, **layer)
+    terms = terms.reshape(target.shape)
+    return terms[..., : target.shape[-1] - shift] if shift else terms
 
 
 @follows_autocast
@@ -279,6 +231,9 @@ def token_stats(
     target: Tensor,  # (N,) int64
     *,
     bias: Tensor | None = None,  # (V,)
+    tokens: Tensor | None = None,  # (N, K) int64
+    differentiable: bool = False,
+    want_predicted: bool = False,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -296,25 +251,21 @@ def token_stats(
     Raises: ValueError as :func:`sftmix_loss` does.
     Memory: O(N) by "fused"; by "chunked" ``scratch_bytes``, on a CPU at most 8 MiB of it, the entropy's tile included.
     """
-    options = HeadOptions(softcap, logit_scale)
-    inputs = check_inputs(
-        hidden, weight, target, bias=bias, ignore_index=ignore_index, options=options, lora=lora,
-        vocab_parallel=vocab_parallel,
-    ).detach()  # fmt: skip
-    impl, scratch = _choose(inputs, impl, None, scratch_bytes)
-    if impl == "reference":
-        rows, weight, layer = inputs.for_reference()
-        return reference.token_stats(
-            rows, weight, target, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, **layer
-        )  # fmt: skip
-    arguments = (*inputs.head, torch.where(target != ignore_index, target, -1))
-    if inputs.shard is None:
-        op = row_ops.chunked_stats if impl == "chunked" else fused_ops.fused_stats
-        found = op(*arguments, options.as_list(), scratch, *inputs.low_rank)
-    else:
-        place, group = inputs.shard.place, inputs.shard.group_name
-        found = vocab_parallel_stats(
-            *arguments, place, options.as_list(), scratch, impl == "fused", group, *inputs.low_rank
+    checks.check_flag("differentiable", differentiable)
+    rows = Rows(ignore_index=ignore_index, tokens=tokens)
+    ways = Ways(
+        lora, vocab_parallel, None, impl, None, scratch_bytes, rows=True, detached=not differentiable, entropy=True,
+        predicted=want_predicted,
+    )  # fmt: skip
+    call, choice = make_call(hidden, weight, target, bias, HeadOptions(softcap, logit_scale), rows, ways)
+    if choice.impl == "reference":
+        arguments, layer = for_reference(call)
+        found = reference.token_stats(
+            *arguments, tokens=tokens, want_predicted=want_predicted, **layer, **_reference_options(call)
         )
-    nll, lse, entropy, is_top1 = found
-    return TokenStats(-nll, lse, entropy, is_top1)
+        return found if differentiable else TokenStats(*(None if t is None else t.detach() for t in found))
+    terms = _run(call, choice)
+    return TokenStats(
+        -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,
+        None if tokens is None else terms.token_logprob,
+    )  # fmt: skip

@@ -42,13 +42,17 @@ def check_lora(lora: object, hidden: Tensor, weight: Tensor) -> None:
         raise ValueError(f"lora scaling: expected a finite number, got {scaling!r}")
 
 
-def low_rank(hidden: Tensor, weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
-    """low = s A h of shape [N, r] and up = B [V, r], in hidden's dtype; differentiable in hidden and both factors."""
+def low_rank(hidden: Tensor, weight: Tensor, valid: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
+    """low = s A h of shape [N, r] and up = B [V, r], in hidden's dtype; differentiable in hidden and both factors.
+
+    What is not finite in rows that are not ``valid`` [N] is taken as 0: it must not reach a factor's gradient.
+    """
     check_lora(lora, hidden, weight)
     down, up, scaling = lora
     # In the wider of the two dtypes, as peft does: float32 adapters beside a 16-bit model.
     dtype = torch.promote_types(hidden.dtype, down.dtype)
-    reduced = F.linear(hidden.to(dtype), down.to(dtype)) * scaling
+    rows = torch.where(valid[:, None] | hidden.isfinite(), hidden, 0.0).to(dtype)
+    reduced = F.linear(rows, down.to(dtype)) * scaling
     return reduced.to(hidden.dtype), up.to(hidden.dtype)
 
 

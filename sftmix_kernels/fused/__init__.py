@@ -5,10 +5,11 @@ forward's two kernels · recompute.py: the backward · stored.py: the other sche
 """
 
 from .configs import Tile, choose_tile, current_arch
+from .engine import gradients, statistics
 from .forward import fused_forward
 from .recompute import fused_backward
 from .stats import FusedStats
-from .stored import stored_loss
+from .stored import statistics_with_gradients
 
 __all__ = [
     "FusedStats",
@@ -17,5 +18,7 @@ __all__ = [
     "current_arch",
     "fused_backward",
     "fused_forward",
-    "stored_loss",
+    "gradients",
+    "statistics",
+    "statistics_with_gradients",
 ]

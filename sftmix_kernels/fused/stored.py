@@ -22,16 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import ChunkedResult
-from ..rows import Head, Needs, affine, gather_rows, unit_scale
-from ..scratch import chunk_size
+from ..call import Call, Coefficients, Gradients, Statistics, empty_gradients
+from ..choice import DEFAULT_ROWS
+from ..chunked.rows import affine, gather_rows, head_of, unit_scale
+from ..chunked.scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
 from .stats import fold, no_columns, settled
 from .tiles import Problem, capped, on_device
-
-# Without a bound: enough rows for the products' full speed, while the logits' traffic stays in one reused buffer.
-DEFAULT_ROWS = 4096
 
 
 @triton.jit
@@ -87,15 +85,15 @@ def _store_row_stats(row_stats, row, num_rows, stats, z, has_target, vocab_size,
 
 
 @triton.jit
-def _store_pair_stats(pair_stats, pair, num_pairs, stats, z_c, z_u, here_c, here_u, share):
-    """Planes of pair_stats: mixed nll, lse_x, X at both targets; and log p of X at both targets, (1,)."""
+def _store_pair_stats(pair_stats, pair, num_pairs, stats, z_c, z_u, here_c, here_u):
+    """Planes of pair_stats: lse_x, 0, nll and X at both targets; and log p of X at both targets, (1,)."""
     top, total, _ = stats
     log_c, log_u = (z_c - top) - tl.log(total), (z_u - top) - tl.log(total)
-    nll = tl.where(here_c & here_u, -(share * log_c + (1.0 - share) * log_u), 0.0)
-    tl.store(pair_stats + pair, nll)
-    tl.store(pair_stats + num_pairs + pair, top + tl.log(total))
-    tl.store(pair_stats + 2 * num_pairs + pair, tl.where(here_c, z_c, 0.0))
-    tl.store(pair_stats + 3 * num_pairs + pair, tl.where(here_u, z_u, 0.0))
+    tl.store(pair_stats + pair, top + tl.log(total))
+    tl.store(pair_stats + 2 * num_pairs + pair, tl.where(here_c, -log_c, 0.0))
+    tl.store(pair_stats + 3 * num_pairs + pair, tl.where(here_u, -log_u, 0.0))
+    tl.store(pair_stats + 4 * num_pairs + pair, tl.where(here_c, z_c, 0.0))
+    tl.store(pair_stats + 5 * num_pairs + pair, tl.where(here_u, z_u, 0.0))
     return log_c, log_u
 
 
@@ -129,7 +127,7 @@ def _sftmix_stored_kernel(
     row_coef,  # (N,) float32, with the logit scale
     pair_coef,  # (M,)
     row_stats,  # (5, N) nll, lse, maximum, target logit, entropy or mean logit
-    pair_stats,  # (4, M) mixed nll, lse_x, X at y_c, X at y_u
+    pair_stats,  # (6, M) lse_x, 0, nll of X at y_c and y_u, X at both
     first_row,
     num_rows,  # N
     num_pairs,  # M
@@ -188,7 +186,7 @@ def _sftmix_stored_kernel(
         x_at_c, slope_xc = capped(share * c_at_c + (1.0 - share) * u_at_c, SOFTCAP, LOGIT_SCALE, EXACT)
         x_at_u, slope_xu = capped(share * c_at_u + (1.0 - share) * u_at_u, SOFTCAP, LOGIT_SCALE, EXACT)
         log_xc, log_xu = _store_pair_stats(
-            pair_stats, row_c, num_pairs, stats_x, x_at_c, x_at_u, here_c, here_u, share
+            pair_stats, row_c, num_pairs, stats_x, x_at_c, x_at_u, here_c, here_u
         )
 
     if WANT_GRADIENT:
@@ -271,83 +269,77 @@ def _chunks(num_rows: int, num_pairs: int, row_bytes: int, scratch_bytes: int) -
 class _Loop:
     """The results, filled chunk by chunk, and the buffer of logits that every chunk reuses."""
 
-    def __init__(
-        self, head: Head, problem: Problem, needs: Needs, num_pairs: int, chunks: list[_Rows], *,
-        low: Tensor | None,
-    ) -> None:  # fmt: skip
-        hidden, weight = problem.hidden, problem.weight
-        self.head, self.problem, self.needs, self.num_pairs = head, problem, needs, num_pairs
+    def __init__(self, call: Call, coef: Coefficients, chunks: list[_Rows]) -> None:
+        num_rows, vocab_size, num_pairs = call.sizes
+        self.call, self.head = call, head_of(call)
+        self.problem = Problem.prepare(
+            call.hidden, call.weight, coef.column, bias=call.bias, softcap=call.options.softcap,
+            logit_scale=call.options.logit_scale,
+        )  # fmt: skip
 
         def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+            return torch.zeros(shape, dtype=torch.float32, device=call.hidden.device)
 
-        self.row_stats, self.pair_stats = floats(5, hidden.shape[0]), floats(4, num_pairs)
-        self.dhidden = hidden.new_empty(hidden.shape if needs.dhidden else (0,))
-        self.dweight = self.row_stats.new_empty(weight.shape if needs.dweight else (0,))
+        self.row_stats, self.pair_stats = floats(5, num_rows), floats(6, num_pairs)
+        self.predicted = call.hidden.new_empty(num_rows if call.wanted.predicted else 0, dtype=torch.int64)
+        self.gradients = empty_gradients(call, torch.float32)
+        self.gradients.dbias.zero_(), self.gradients.dup.zero_()
         self.is_written = False
-        self.dbias = floats(weight.shape[0] if needs.dbias else 0)
-        self.low, rank = low, 0 if low is None else low.shape[1]
-        self.dlow = hidden.new_empty((hidden.shape[0], rank) if needs.dlow else (0,))
-        self.dup = floats(*((weight.shape[0], rank) if needs.dup else (0,)))
         rows = max((chunk.size * (2 if chunk.paired else 1) for chunk in chunks), default=0)
         # Rows of whole 32 bytes, so that loads and stores are 16 bytes a thread whatever V is.
-        self.buffer = hidden.new_empty(rows, triton.cdiv(weight.shape[0], 16) * 16)
+        self.buffer = call.hidden.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)
 
-    @property
-    def moment(self) -> int:
-        return 1 if self.needs.entropy else 2 if self.head.label_smoothing else 0
-
-    def run(self, chunk: _Rows, lam: Tensor, row_coef: Tensor, pair_coef: Tensor) -> None:
+    def run(self, chunk: _Rows, row_coef: Tensor, pair_coef: Tensor) -> None:
         """Logits of a chunk, their gradients in place, and the products with them."""
-        runs = chunk.slices(self.num_pairs)
-        parts = [self.problem.hidden[rows] for rows in runs]
-        hidden = torch.cat(parts) if chunk.paired else parts[0]
-        weight, vocab_size = self.problem.weight, self.problem.weight.shape[0]
+        call, needs = self.call, self.call.needs
+        runs, vocab_size = chunk.slices(call.sizes[2]), call.sizes[1]
+        hidden = gather_rows(self.problem.hidden, runs)
         stored = self.buffer[: hidden.shape[0]]
         logits = stored[:, :vocab_size]
-        up = self.head.up
-        low = None if self.low is None else gather_rows(self.low, runs)
-        affine(Head(weight, self.problem.bias, up=up), hidden, low, logits)
+        low = None if call.low is None else gather_rows(call.low, runs)
+        affine(self.head, hidden, low, logits)
+        if self.predicted.numel():
+            self._predict(runs, logits)
         num_warps = 8
         _sftmix_stored_kernel[(chunk.size,)](
-            logits=stored, target=self.problem.target, lam=lam, row_coef=row_coef, pair_coef=pair_coef,
-            row_stats=self.row_stats, pair_stats=self.pair_stats, first_row=chunk.start,
-            num_rows=self.problem.hidden.shape[0], num_pairs=self.num_pairs, chunk_rows=chunk.size,
-            vocab_size=vocab_size, width=stored.stride(0), smoothing=self.head.label_smoothing,
-            z_loss=self.head.z_loss, SOFTCAP=self.problem.softcap, LOGIT_SCALE=self.problem.logit_scale,
-            SMOOTHED=self.head.label_smoothing != 0, MOMENT=self.moment, PAIRED=chunk.paired,
-            WANT_GRADIENT=self.needs.gradient, EXACT=hidden.dtype == torch.float32,
-            BLOCK_V=choose_row_block(vocab_size), num_warps=num_warps,
+            logits=stored, target=self.problem.target, lam=call.lam, row_coef=row_coef, pair_coef=pair_coef,
+            row_stats=self.row_stats, pair_stats=self.pair_stats, first_row=chunk.start, num_rows=call.sizes[0],
+            num_pairs=call.sizes[2], chunk_rows=chunk.size, vocab_size=vocab_size, width=stored.stride(0),
+            smoothing=self.head.label_smoothing, z_loss=self.head.z_loss, SOFTCAP=self.problem.softcap,
+            LOGIT_SCALE=self.problem.logit_scale, SMOOTHED=self.head.label_smoothing != 0,
+            MOMENT=2 if self.head.label_smoothing else 0, PAIRED=chunk.paired, WANT_GRADIENT=True,
+            EXACT=hidden.dtype == torch.float32, BLOCK_V=choose_row_block(vocab_size), num_warps=num_warps,
         )  # fmt: skip
-        if self.needs.dhidden:
-            for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
-                write_product(self.dhidden[rows], gradient, weight, None)
-        if self.needs.dweight:
+        of_rows = ((needs.dhidden, self.gradients.dhidden, call.weight), (needs.dlow, self.gradients.dlow, call.up))
+        for needed, into, factor in of_rows:
+            if needed and factor is not None:
+                for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
+                    write_product(into[rows], gradient, factor, None)
+        if needs.dweight:
             # The first chunk writes: zeros would cost a pass over [V, D] to make and another to read.
-            (add_product if self.is_written else write_product)(self.dweight, logits.t(), hidden)
+            (add_product if self.is_written else write_product)(self.gradients.dweight, logits.t(), hidden)
             self.is_written = True
-        if self.needs.dbias:
-            self.dbias += logits.sum(dim=0, dtype=torch.float32)
-        if self.needs.dlow and up is not None:
-            for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
-                write_product(self.dlow[rows], gradient, up, None)
-        if self.needs.dup and low is not None:
-            add_product(self.dup, logits.t(), low)
+        if needs.dbias:
+            self.gradients.dbias.add_(logits.sum(dim=0, dtype=torch.float32))
+        if needs.dup and low is not None:
+            add_product(self.gradients.dup, logits.t(), low)
+
+    def _predict(self, runs: list[slice], logits: Tensor) -> None:
+        for rows, each in zip(runs, logits.split(logits.shape[0] // len(runs)), strict=True):
+            self.predicted[rows] = each.argmax(dim=1)
+
+    def statistics(self) -> Statistics:
+        nll, lse, max_logit, target_logit, moment = self.row_stats
+        empty = nll.new_empty(0)
+        return Statistics(
+            max_logit, target_logit, moment if self.head.label_smoothing else empty, empty, self.predicted,
+            nll.new_empty(0, 0), self.pair_stats[4:], torch.stack([lse, torch.zeros_like(lse), nll]),
+            self.pair_stats[:4],
+        )  # fmt: skip
 
 
-def stored_loss(
-    hidden: Tensor,  # (N, D)
-    head: Head,
-    target: Tensor,  # (N,) int64, -1 where the row is ignored
-    lam: Tensor,  # (M,) float32
-    *,
-    row_coef: Tensor,  # (N,) 0 at ignored rows
-    pair_coef: Tensor,  # (M,) 0 at pairs with an ignored member
-    needs: Needs,
-    scratch_bytes: int,
-    low: Tensor | None = None,  # (N, r), with head.up
-) -> ChunkedResult:
-    """:func:`chunked.chunked_loss` by one kernel a chunk; no host synchronisation.
+def statistics_with_gradients(call: Call, coef: Coefficients) -> tuple[Statistics, Tensor, Gradients]:
+    """Statistics of every row and pair; ``scale``; and the gradients of the loss divided by it. No host synchronisation.
 
     The buffer of logits, in hidden's dtype, takes at most ``scratch_bytes`` (0: that of 4096 rows), at most half of
     all pairs or unpaired rows, and at least one pair or row.
@@ -357,36 +349,22 @@ def stored_loss(
     handed over where the upstream gradient is 1 (CPU), and others written beside. Off GPUs of capability 8.0 16-bit
     products copy their operands: at most 4 (n V + n D + V D).
 
-    Raises ValueError on CPU tensors outside the interpreter, on a ``head`` that is a shard, and where both the entropy
-    and label smoothing are asked for.
+    Raises ValueError on CPU tensors outside the interpreter.
     """
-    if head.total_vocab is not None:
-        raise ValueError("total_vocab: expected None with the stored schedule, which has no shards")
-    if needs.entropy and head.label_smoothing:
-        raise ValueError("needs: expected no entropy beside label_smoothing, got both")
-    problem = Problem.prepare(
-        hidden, head.weight, target, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
-    )
-    row_coef, pair_coef = row_coef.float(), pair_coef.float()
-    scale = torch.ones((), dtype=torch.float32, device=hidden.device)
-    if hidden.dtype != torch.float32:
+    row_coef, pair_coef = coef.row.float(), coef.pair.float()
+    scale = torch.ones((), dtype=torch.float32, device=call.hidden.device)
+    if call.hidden.dtype != torch.float32:
         scale = unit_scale(row_coef, pair_coef)
         row_coef, pair_coef = row_coef / scale, pair_coef / scale
-    row_coef, pair_coef = row_coef * problem.logit_scale, pair_coef * problem.logit_scale
-    row_bytes = triton.cdiv(head.weight.shape[0], 16) * 16 * hidden.element_size()
-    chunks = _chunks(hidden.shape[0], lam.shape[0], row_bytes, scratch_bytes)
-    loop = _Loop(head, problem, needs, lam.shape[0], chunks, low=low)
-    with on_device(hidden):
+    logit_scale = call.options.logit_scale
+    num_rows, vocab_size, num_pairs = call.sizes
+    row_bytes = triton.cdiv(vocab_size, 16) * 16 * call.hidden.element_size()
+    chunks = _chunks(num_rows, num_pairs, row_bytes, call.wanted.scratch_bytes)
+    call = call._replace(lam=call.lam.contiguous())
+    loop = _Loop(call, coef, chunks)
+    with on_device(call.hidden):
         for chunk in chunks:
-            loop.run(chunk, lam.contiguous(), row_coef, pair_coef)
+            loop.run(chunk, row_coef * logit_scale, pair_coef * logit_scale)
     if not chunks:
-        loop.dweight.zero_()
-    nll, lse, max_logit, target_logit, moment = loop.row_stats
-    mixup_nll, lse_x, at_xc, at_xu = loop.pair_stats
-    none = nll.new_empty(0)
-    is_top1 = (target >= 0) & (target_logit >= max_logit)
-    return ChunkedResult(
-        nll, lse, is_top1, mixup_nll, moment if loop.moment == 1 else none, scale, loop.dhidden, loop.dweight,
-        loop.dbias, max_logit, target_logit, moment if loop.moment == 2 else none, none, lse_x, none, at_xc,
-        at_xu, loop.dlow, loop.dup,
-    )  # fmt: skip
+        loop.gradients.dweight.zero_()
+    return loop.statistics(), scale, loop.gradients

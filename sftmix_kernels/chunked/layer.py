@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .hardware import product_support
-from .reference import sum_dtype
+from ..hardware import product_support
+from ..reference import sum_dtype
 from .rows import Head
 from .scratch import blocks
 

@@ -1,10 +1,13 @@
 """Rows of logits to rows of gradients, in torch: the arithmetic that a chunk of rows needs.
 
-    g   = (1 + 2 z lse) p - (1 - e) 1[y] - e / V        a row's next-token term, p = softmax of its final logits
+    m   = (1 - e) c[y],  s = e / V sum_v c_v            c class weights, 1 without them
+    g_v = (m + s + 2 z lse) p_v - m 1[v = y] - e c_v / V    a row's next-token term, p = softmax of its final logits
+    h_v = t p_v - q p_v (z_v - lse + H) + sum_k u_k 1[v = y_k]     of its lse, entropy H and tokens' log-probabilities,
+                                                        t = upstream of lse - sum_k u_k, q that of H, u_k of log p[y_k]
     g_x = p_x - lam 1[y_c] - (1 - lam) 1[y_u]           a pair's mixture
 
 with label smoothing e and z-loss z. At label columns p - 1 is expm1(log p), so that it is right where p is near 1.
-Names that end in an underscore work in place.
+A coefficient of 0 selects: what it stands before may be anything. Names that end in an underscore work in place.
 """
 
 from __future__ import annotations
@@ -14,42 +17,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import Call
+from ..terms import class_weights, times
+
 
 class Head(NamedTuple):
-    """What turns hidden states into row terms."""
+    """What turns hidden states into row terms; the numbers are those of the module's equations."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     softcap: float = 0.0  # 0: none
     logit_scale: float = 1.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    total_vocab: int | Tensor | None = None  # columns of all shards; None: this weight's
     up: Tensor | None = None  # (V, r): each row adds low (r,) times it to its logits
+    label_smoothing: float = 0.0  # e
+    z_loss: float = 0.0  # z
+    uniform: float | Tensor = 0.0  # e / V, V the whole vocabulary's
+    class_weight: Tensor | None = None  # (V,) c of these columns
+    spread: float | Tensor = 0.0  # e / V sum of c over the whole vocabulary
+    token_scaling: bool = False
+
+    def weight_at(self, target: Tensor) -> Tensor | float:
+        """c at each target, 1 without class weights."""
+        return 1.0 if self.class_weight is None else self.class_weight[target.clamp(min=0)]
+
+    def uniform_at(self, target: Tensor) -> Tensor | float:
+        """e c / V at each target."""
+        return self.uniform if self.class_weight is None else self.uniform * self.weight_at(target)
 
 
-class Needs(NamedTuple):
-    """What a call must produce beside the statistics."""
-
-    dhidden: bool = False
-    dweight: bool = False
-    dbias: bool = False
-    dlow: bool = False
-    dup: bool = False
-    entropy: bool = False
-
-    @property
-    def gradient(self) -> bool:
-        return self.dhidden or self.dweight or self.dbias or self.dlow or self.dup
-
-
-def head_of(
-    weight: Tensor, bias: Tensor | None, options: list[float], total_vocab: int | Tensor | None = None,
-    up: Tensor | None = None,
-) -> Head:  # fmt: skip
-    """A Head from the operators' ``options``: softcap, logit_scale, label_smoothing, z_loss."""
-    softcap, logit_scale, label_smoothing, z_loss = options
-    return Head(weight, bias, softcap, logit_scale, label_smoothing, z_loss, total_vocab, up)
+def head_of(call: Call) -> Head:
+    options, e = call.options, call.options.label_smoothing
+    total = call.weight.shape[0] if call.place is None else call.place[1].to(call.dtype)
+    mean = 1.0 if call.class_weight is None else call.class_weight.double().mean().to(call.dtype)
+    return Head(
+        call.weight, call.bias, options.softcap, options.logit_scale, call.up, e, options.z_loss,
+        e / total, class_weights(call), e * mean, bool(options.token_scaling),
+    )  # fmt: skip
 
 
 def unit_scale(row_coef: Tensor, pair_coef: Tensor) -> Tensor:
@@ -61,14 +64,6 @@ def unit_scale(row_coef: Tensor, pair_coef: Tensor) -> Tensor:
 def label_residual(logprob: Tensor, mass: Tensor) -> Tensor:
     """p - mass at a column whose label mass is ``mass``, without cancellation where both are near 1."""
     return torch.where(mass >= 0.5, torch.expm1(logprob) + (1 - mass), torch.exp(logprob) - mass)
-
-
-def row_term(head: Head, nll: Tensor, lse: Tensor, mean_logit: Tensor) -> Tensor:
-    """A row's next-token term from its statistics: smoothed, with z-loss."""
-    term = nll
-    if head.label_smoothing:
-        term = (1 - head.label_smoothing) * nll + head.label_smoothing * (lse - mean_logit)
-    return term + head.z_loss * lse.square() if head.z_loss else term
 
 
 def gather_rows(tensor: Tensor, parts: list[slice]) -> Tensor:
@@ -134,13 +129,22 @@ class RowSums(NamedTuple):
         return (logit - self.shift) - self.log_total
 
 
-class Given(NamedTuple):
-    """Log-sum-exps of all columns from an earlier pass, as float32 has them and what rounding took."""
+def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infinities: bool) -> None:
+    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side, and inf - inf is not formed."""
+    if not has_infinities:
+        torch.lerp(partner, confident, lam[:, None], out=out)
+        return
+    torch.mul(confident, lam[:, None], out=out)
+    out.addcmul_(partner, (1 - lam)[:, None])
+    for side, edge in ((confident, lam == 1), (partner, lam == 0)):
+        torch.where(edge[:, None], side, out, out=out)
 
-    lse: Tensor  # (N,)
-    low: Tensor  # (N,)
-    lse_x: Tensor  # (M,)
-    low_x: Tensor  # (M,)
+
+def may_be_infinite(head: Head) -> bool:
+    """Whether logits of valid rows may be infinite: a bias masks columns by -inf. Elsewhere than on a CPU: if there is one."""
+    if head.bias is None:
+        return False
+    return head.bias.device.type != "cpu" or not bool(head.bias.isfinite().all())
 
 
 def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSums]:
@@ -149,7 +153,8 @@ def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSum
     Not torch.softmax: on a CPU it sums a row in sequence, which at V = 49152 loses 6e-6 of the total on real text.
     """
     row_max = logits.amax(dim=-1)
-    shift = row_max if given is None else given.shift
+    # A row of -inf alone has a finite shift, so that its exponentials are 0 and not NaN.
+    shift = row_max.clamp(min=torch.finfo(row_max.dtype).min) if given is None else given.shift
     logits.sub_(shift[..., None]).exp_()
     return row_max, RowSums(shift, logits.sum(dim=-1).log()) if given is None else given
 
@@ -161,33 +166,45 @@ def write_label_(gradient: Tensor, target: Tensor, value: Tensor) -> None:
     gradient.scatter_(-1, column, torch.where(target >= 0, value, kept)[..., None])
 
 
-def next_token_gradient_(head: Head, exponentials: Tensor, coef: Tensor, sums: RowSums) -> None:
-    """a (1 + 2 z lse) p - a e / V in place of exp(z - shift): a row's gradient away from its label."""
-    factor = coef * (1 + 2 * head.z_loss * sums.lse) if head.z_loss else coef
+def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
+    """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN: where ``suspects`` [...] are not
+    finite, which only a CPU looks at first."""
+    if rows.device.type != "cpu" or bool((dead & ~suspects.isfinite()).any()):
+        rows.masked_fill_(dead[..., None], 0)
+
+
+def next_token_gradient_(
+    head: Head, exponentials: Tensor, coef: Tensor, sums: RowSums, weight: Tensor | float
+) -> None:
+    """a (m + s + 2 z lse) p - a e c / V in place of exp(z - shift): a row's gradient away from its label."""
+    factor = coef
+    if head.class_weight is not None:
+        factor = coef * ((1 - head.label_smoothing) * weight + head.spread)
+    if head.z_loss:
+        factor = factor + times(coef, 2 * head.z_loss * sums.lse)
     exponentials.mul_((factor * torch.exp(-sums.log_total))[..., None])
     if head.label_smoothing:
-        exponentials.sub_((coef * uniform_share(head))[..., None])
+        share = coef[..., None] * head.uniform
+        exponentials.sub_(share if head.class_weight is None else share * head.class_weight)
+    clear_(exponentials, coef == 0, sums.lse)
 
 
-def uniform_share(head: Head) -> float | Tensor:
-    return head.label_smoothing / (head.weight.shape[0] if head.total_vocab is None else head.total_vocab)
-
-
-def own_label(head: Head, logprob: Tensor, sums: RowSums) -> Tensor:
+def own_label(head: Head, target: Tensor, logprob: Tensor, sums: RowSums, weight: Tensor | float) -> Tensor:
     """The row's gradient at its own label, divided by a: p - 1 is expm1(log p)."""
-    residual = torch.expm1(logprob)
+    residual = torch.expm1(logprob) * weight
     if head.label_smoothing:  # (p - 1) + e would keep the digits of 1, not those of 1 - e
         e = head.label_smoothing
-        residual = (1 - e) * residual + (e * logprob.exp() - uniform_share(head))
+        residual = (1 - e) * residual + (head.spread * logprob.exp() - head.uniform_at(target))
     return residual + 2 * head.z_loss * sums.lse * logprob.exp() if head.z_loss else residual
 
 
-def other_label(head: Head, logprob: Tensor, sums: RowSums) -> Tensor:
-    """The row's gradient at its partner's label, divided by a."""
-    value = logprob.exp()
+def other_label(head: Head, target: Tensor, logprob: Tensor, sums: RowSums, weight: Tensor | float) -> Tensor:
+    """The row's gradient at its partner's label ``target``, divided by a; ``weight`` is that of its own."""
+    factor: Tensor | float = (1 - head.label_smoothing) * weight + head.spread
     if head.z_loss:
-        value = value * (1 + 2 * head.z_loss * sums.lse)
-    return value - uniform_share(head) if head.label_smoothing else value
+        factor = factor + 2 * head.z_loss * sums.lse
+    value = logprob.exp() * factor
+    return value - head.uniform_at(target) if head.label_smoothing else value
 
 
 class Pairs(NamedTuple):
@@ -198,6 +215,7 @@ class Pairs(NamedTuple):
 
     target: Tensor  # (2, b) -1 where it is not one of these columns
     share: Tensor  # (2, b) lam and 1 - lam
+    weight: Tensor | float  # (2, b) class weights at the targets
     own_logit: Tensor  # (2, b)
     other_logit: Tensor  # (2, b)
     logit_x: Tensor  # (2, b)
@@ -222,15 +240,19 @@ def add_mixture_gradient_(
 
     The two label columns are computed from log-probabilities on [b] values and written over the bulk result.
     """
-    same = block.target[0] == block.target[1]
+    target, sums, weight = block.target, block.sums, block.weight
+    same = target[0] == target[1]
     residual_x = label_residual(block.logprob_x, torch.where(same, 1.0, block.share))
     row_coef, mixed_coef = coefs[0], block.share * coefs[1]
-    gradient.addcmul_(exponentials_x, (mixed_coef * torch.exp(-block.sums_x.log_total))[..., None])
-    other = row_coef * other_label(head, block.sums.logprob(block.other_logit), block.sums)
-    own = row_coef * own_label(head, block.sums.logprob(block.own_logit), block.sums)
+    factor = times(mixed_coef, torch.exp(-block.sums_x.log_total))
+    clear_(exponentials_x, coefs[1] == 0, block.sums_x.lse)
+    gradient.addcmul_(exponentials_x, factor[..., None])
+    other = other_label(head, target.flip(0), sums.logprob(block.other_logit), sums, weight)
+    own = own_label(head, target, sums.logprob(block.own_logit), sums, weight)
+    own, other = times(row_coef, own), times(row_coef, other)
     if block.slopes is not None:
         slope_own, slope_other, slope_x = block.slopes
         own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x
     # The row's own label is written last: when both labels are one column, its residual holds both parts.
-    write_label_(gradient, block.target.flip(0), other + mixed_coef * residual_x.flip(0))
-    write_label_(gradient, block.target, own + mixed_coef * residual_x)
+    write_label_(gradient, target.flip(0), other + times(mixed_coef, residual_x.flip(0)))
+    write_label_(gradient, target, own + times(mixed_coef, residual_x))

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ..choice import architecture, choose_impl, default_bound, stored_from, why_not_fused
+from ..hardware import time_product
 from . import limits, self_check
-from .choice import choose, why_not_fused
-from .default_schedule import architecture, stored_from
 from .devices import current_device, device_findings, name_of, version_findings
 from .findings import NOTE, TITLE, WRONG, Finding, first_line, show
-from .hardware import time_product
 from .self_check import Check, Way
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +59,7 @@ def implementations(device: torch.device) -> dict[torch.dtype, tuple[str, str | 
     for dtype in DTYPES:
         hidden = torch.empty(0, 1, dtype=dtype, device=device)
         reason = why_not_fused(hidden)
-        found[dtype] = choose(None, hidden, reason), reason
+        found[dtype] = choose_impl(None, hidden), reason
     return found
 
 
@@ -89,14 +88,14 @@ def path_findings(device: torch.device) -> Iterator[Finding]:
 
 
 def _schedule_finding(device: torch.device) -> Finding:
-    from .fused.configs import table_arch
-    from .fused.schedule import CHIPS
+    from ..fused.configs import table_arch
+    from ..fused.schedule import CHIPS
 
     arch = architecture(device)
     if arch in ("interpreter", "cpu"):
         return Finding("schedule", "recompute, as always in the interpreter")
     chip = CHIPS[table_arch(arch)].name
-    least = stored_from(*HEAD, torch.bfloat16, arch, (True, True, False), None)
+    least = stored_from(*HEAD, torch.bfloat16, arch, (True, True, False), default_bound(device))
     taken = "recompute for any N" if least < 0 else f"recompute below N = {least} rows, stored from there on"
     return Finding("schedule", f"{taken}, at V, D = {HEAD[0]}, {HEAD[1]} in bfloat16 (cost model of {chip})")
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import sftmix_loss, token_stats
 from .findings import first_line
-from .functional import sftmix_loss, token_stats
 
 PAIRS, ROWS, VOCAB, WIDTH = 40, 101, 1003, 96
 DRAWS = 3

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
-from . import checks
-from .reference import sum_dtype
+from .. import checks
+from ..reference import sum_dtype
 
 
 class Shard(NamedTuple):
@@ -102,20 +102,19 @@ def check_target(target: object, num_rows: int, ignore_index: int, shard: Shard)
     checks._check_values("target", ok, expected, lambda: f"{target[~ok][0].item()} with V={shard.place[1]}")
 
 
-def check_vocab_schedule(schedule: str | None) -> None:
-    """Not ``stored``: it makes gradients while it has a chunk's logits, before the other shards' sums are known."""
-    if schedule == "stored":
-        raise ValueError(
-            "schedule: expected 'recompute' or None with vocab_parallel, got 'stored', which makes gradients in the "
-            "forward, before the log-sum-exp of all shards is known"
-        )
-
-
 def gather(local: Tensor, group: ProcessGroup) -> Tensor:
     """The group's tensors [...] of one shape as [R, ...], by rank."""
     gathered = local.new_empty(dist.get_world_size(group), *local.shape)
     dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
     return gathered
+
+
+def sum_over_shards(gradient: Tensor, dtype: torch.dtype, group_name: str) -> Tensor:
+    """The ranks' gradients of rows summed in the dtype of sums, then rounded to ``dtype``; an empty one is not needed."""
+    total = gradient.to(sum_dtype(dtype))
+    if total.numel():
+        dist.all_reduce(total, group=group_named(group_name))
+    return total.to(dtype)
 
 
 class _JoinColumns(torch.autograd.Function):

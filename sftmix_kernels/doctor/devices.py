@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..hardware import product_support, time_product
 from .findings import NOTE, WRONG, Finding, first_line, upgrade
-from .hardware import product_support, time_product
 from .limits import GIB, LEAST_MEMORY
 
 LEAST = {"Python": "3.10", "torch": "2.11", "triton": "3.6"}  # pyproject.toml's; a test compares
