@@ -112,8 +112,11 @@ def _side_inputs(
 ) -> tuple[dict[str, Tensor | None], tuple[float, ...]]:
     """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
     device, num_rows = hidden.device, hidden.shape[0]
-    lam = torch.empty(0, dtype=torch.float32, device=device) if rows.lam is None else rows.lam
-    checks.check_lam(lam, num_rows)
+    if rows.lam is None:
+        lam = torch.empty(0, dtype=sum_dtype(hidden.dtype), device=device)
+    else:
+        lam = rows.lam
+        checks.check_lam(lam, num_rows)
     num_pairs = lam.shape[0]
     checks.check_weights("row_weight", rows.row_weight, {"N": num_rows})
     checks.check_weights("pair_weight", rows.pair_weight, {"M": num_pairs})
@@ -126,13 +129,10 @@ def _side_inputs(
     )  # fmt: skip
     names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
     found = [checks.scalar(name, getattr(rows, name), device) for name in names]
-    valid = target != rows.ignore_index
-    checks.check_denominator("ntp_denominator", found[1], valid)
-    checks.check_denominator("mixup_denominator", found[2], valid[:num_pairs] & valid[num_pairs : 2 * num_pairs])
-    if rows.mixup_weight is not None and found[0][0] is None and found[0][1] == 0:
+    checks.check_denominators(found[1], found[2], target, num_pairs, rows.ignore_index)
+    pair_weight = rows.pair_weight
+    if num_pairs and found[0][0] is None and found[0][1] == 0:
         lam, pair_weight = lam[:0], None
-    else:
-        pair_weight = rows.pair_weight
     tensors = {
         "lam": lam.to(sum_dtype(hidden.dtype)),
         "row_weight": rows.row_weight,

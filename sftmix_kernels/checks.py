@@ -271,10 +271,15 @@ def scalar(name: str, value: object, device: torch.device) -> Scalar:
     return tensor, float("nan")
 
 
-def check_denominator(name: str, value: Scalar, valid: Tensor) -> None:
+def check_denominators(
+    ntp: Scalar, mixup: Scalar, target: Tensor, num_pairs: int, ignore_index: int
+) -> None:
     """A denominator of 0 may stand under a sum of nothing: 0 / 0 is 0 here."""
-    tensor, given = value
-    if tensor is None and given != 0:
-        return
-    ok = ~valid.any() if tensor is None else (tensor != 0) | ~valid.any()
-    _check_values(name, ok, "a value > 0 where there is something to divide", lambda: "0")
+    for name, (tensor, given) in (("ntp_denominator", ntp), ("mixup_denominator", mixup)):
+        if tensor is None and given != 0:
+            continue
+        valid = target != ignore_index
+        if name == "mixup_denominator":
+            valid = valid[:num_pairs] & valid[num_pairs : 2 * num_pairs]
+        ok = ~valid.any() if tensor is None else (tensor != 0) | ~valid.any()
+        _check_values(name, ok, "a value > 0 where there is something to divide", lambda: "0")

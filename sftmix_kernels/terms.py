@@ -42,30 +42,36 @@ def at_target(call: Call, column: Tensor) -> Tensor | None:
     return None if call.class_weight is None else call.class_weight.double()[column.clamp(min=0)]
 
 
-def _over(weights: Tensor | None, valid: Tensor, denominator: Tensor | float) -> Tensor:
-    coef = torch.ones_like(valid, dtype=torch.float64) if weights is None else weights.double()
-    coef = coef / denominator
-    return torch.where(valid & coef.isfinite(), coef, torch.zeros_like(coef))
+def _over(weights: Tensor | None, valid: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """weights / denominator at valid places, in float64. Over 0 stands nothing (checks.py), or classes of no weight."""
+    share: Tensor | float
+    if denominator is None:
+        share = valid.sum(dtype=torch.float64).clamp_(min=1).reciprocal_()
+    elif isinstance(denominator, Tensor):
+        share = torch.where(denominator != 0, 1.0 / denominator.double(), 0.0)
+    else:
+        share = 1.0 / denominator if denominator else 0.0
+    if weights is not None:
+        return torch.where(valid, weights.double() * share, 0.0)
+    if not isinstance(share, Tensor):
+        share = torch.full((), share, dtype=torch.float64, device=valid.device)
+    return torch.where(valid, share, 0.0)
 
 
 def coefficients(call: Call) -> Coefficients:
-    """float64, because rounding 1 / denominator to float32 would shift every term of the loss the same way.
-
-    A denominator of 0 stands over nothing (checks.py), and gives 0.
-    """
+    """float64, because rounding 1 / denominator to float32 would shift every term of the loss the same way."""
     options, (_, _, size) = call.options, call.sizes
     valid = call.target != call.wanted.ignore_index
     column = torch.where(valid, call.target, -1)
     denominator = given(call.ntp_denominator, options.ntp_denominator)
-    if denominator is None:
-        mass = at_target(call, column)
-        denominator = valid.sum() if mass is None else (mass * valid).sum()
-    row = _over(call.row_weight, valid, denominator)
+    mass = at_target(call, column) if denominator is None else None
+    row = _over(call.row_weight, valid, denominator if mass is None else (mass * valid).sum())
+    if size == 0:
+        return Coefficients(column, row, row[:0].clone())
     pair_valid = valid[:size] & valid[size : 2 * size]
-    denominator = given(call.mixup_denominator, options.mixup_denominator)
-    pair = _over(call.pair_weight, pair_valid, pair_valid.sum() if denominator is None else denominator)
+    pair = _over(call.pair_weight, pair_valid, given(call.mixup_denominator, options.mixup_denominator))
     share = given(call.mixup_weight, options.mixup_weight)
-    return Coefficients(column, row, pair if share is None else pair * share)
+    return Coefficients(column, row, pair if share is None else pair.mul_(share))
 
 
 class Terms(NamedTuple):
@@ -99,39 +105,48 @@ def smoothed_term(call: Call, column: Tensor, found: Statistics) -> tuple[Tensor
 
 def finish(call: Call, coef: Coefficients, found: Statistics) -> Terms:
     """The loss and what is said of each row and mixture."""
-    column, (_, _, size) = coef.column, call.sizes
-    valid, nll = column >= 0, found.nll
-    zero = torch.zeros_like(nll)
+    column, nll = coef.column, found.nll
+    valid = column >= 0
     term, z_loss = smoothed_term(call, column, found)
     if call.options.token_scaling:
         scaling = torch.exp(-nll)
         term = times(scaling, term)
         z_loss = None if z_loss is None else times(scaling, z_loss)
-    term = torch.where(valid, term, zero)
-    share = call.lam.to(nll.dtype)
-    mixup_nll = times(share, found.pair_carry[2]) + times(1 - share, found.pair_carry[3])
-    mixup_nll = torch.where(valid[:size] & valid[size : 2 * size], mixup_nll, torch.zeros_like(mixup_nll))
-    loss = times(coef.row, term).sum() + times(coef.pair, mixup_nll).sum()
-    z_total = loss.new_zeros(()) if z_loss is None else times(coef.row, z_loss).sum()
+    term = torch.where(valid, term, 0.0)
+    mixup_nll = _mixup_nll(call, valid, found.pair_carry[2:])
+    loss = times(coef.row, term).sum()
+    if call.sizes[2]:
+        loss = loss + times(coef.pair, mixup_nll).sum()
+    z_total = nll.new_zeros(()) if z_loss is None else times(coef.row, z_loss).sum().to(nll.dtype)
     logprob = found.token_logit
     if call.tokens is not None:
         there = valid[:, None] & (call.tokens >= 0)
         logprob = (logprob - found.lse[:, None]) - found.row_carry[1][:, None]
-        logprob = torch.where(there, logprob, torch.zeros_like(logprob))
+        logprob = torch.where(there, logprob, 0.0)
     predicted = found.predicted
     return Terms(
         loss.to(nll.dtype), term, found.lse.clone(), found.entropy.clone(), logprob, nll.clone(),
         valid & (found.target_logit >= found.max_logit),
-        torch.where(valid, predicted, -1) if predicted.numel() else predicted,
-        mixup_nll, z_total.to(nll.dtype),
+        torch.where(valid, predicted, -1) if predicted.numel() else predicted, mixup_nll, z_total,
     )  # fmt: skip
+
+
+def _mixup_nll(call: Call, valid: Tensor, nll: Tensor) -> Tensor:
+    """Cross-entropy of each mixture (M,), from its -log p at both targets (2, M)."""
+    size = call.sizes[2]
+    if size == 0:
+        return nll.new_empty(0)
+    share = call.lam.to(nll.dtype)
+    cross = times(torch.stack([share, 1 - share]), nll).sum(dim=0)
+    return torch.where(valid[:size] & valid[size : 2 * size], cross, 0.0)
 
 
 def upstream_of(call: Call, coef: Coefficients, nll: Tensor, grads: tuple[Tensor | None, ...]) -> Upstream:
     """The upstream of rows and pairs, from that of loss, term, lse, entropy and token_logprob."""
     loss, term, lse, entropy, token = (None if g is None or not g.numel() else g for g in grads)
-    row, pair = torch.zeros_like(coef.row), torch.zeros_like(coef.pair)
-    if loss is not None:
+    if loss is None:
+        row, pair = torch.zeros_like(coef.row), torch.zeros_like(coef.pair)
+    else:
         row, pair = times(coef.row, loss.double()), times(coef.pair, loss.double())
     if term is not None:
         row = row + torch.where(coef.column >= 0, term.double(), 0.0)
@@ -139,5 +154,5 @@ def upstream_of(call: Call, coef: Coefficients, nll: Tensor, grads: tuple[Tensor
         row = times(torch.exp(-nll).double(), row)
     if token is not None and call.tokens is not None:
         there = (coef.column >= 0)[:, None] & (call.tokens >= 0)
-        token = torch.where(there, token, torch.zeros_like(token))
+        token = torch.where(there, token, 0.0)
     return Upstream(row, pair, lse, entropy, token)

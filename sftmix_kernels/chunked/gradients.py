@@ -36,6 +36,7 @@ from .rows import (
     finish_logits_,
     head_of,
     may_be_infinite,
+    may_be_zero,
     mix_,
     next_token_gradient_,
     own_label,
@@ -72,13 +73,14 @@ class _Chunks:
         num_rows, vocab_size, num_pairs = call.sizes
         self.call, self.layer, self.head, self.work, self.dtype = call, layer, layer.head, work, dtype
         self.has_infinities = may_be_infinite(self.head)
+        self.has_dead = may_be_zero(work.row) or (num_pairs > 0 and may_be_zero(work.pair))
         self.sizes: Sizes = choose_sizes(
             num_rows, num_pairs, vocab_size, dtype=layer.dtype, wide_dtype=dtype, device=call.hidden.device.type,
             scratch_bytes=call.wanted.scratch_bytes,
         )  # fmt: skip
         self.stored = call.hidden.new_empty(self.sizes.stored, vocab_size, dtype=layer.dtype)
         self.wide = call.hidden.new_empty(self.sizes.wide, vocab_size, dtype=dtype)
-        self.filled = Filled(call)
+        self.filled = Filled(call, exact=False)
         self.gradients = empty_gradients(call, dtype)
         self.gradients.dup.zero_()
         self.dweight = self.gradients.dweight if call.main_grad is None else call.main_grad
@@ -114,6 +116,8 @@ class _Chunks:
 
     def living(self, group: Group, chunk: slice, rows: Tensor) -> Tensor:
         """Hidden states (n, D) with 0 in rows that bear no loss, which may hold NaN: 0 times it would not be 0."""
+        if not self.has_dead:
+            return rows
         dead = group.of(self.work.row, chunk) == 0
         if group.sides == 2:
             dead = dead & (self.work.pair[chunk] == 0)[None]
@@ -225,8 +229,9 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
     sums, coef = _finish_rows(state, group, rows, logits, own_logit)
     weight, logprob = head.weight_at(target), sums.logprob(own_logit)
     extra = None if state.work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
-    next_token_gradient_(head, logits, coef, sums, weight)
-    write_label_(logits, target, times(coef, own_label(head, target, logprob, sums, weight)))
+    next_token_gradient_(head, logits, coef, sums, weight, state.has_dead)
+    own = own_label(head, target, logprob, sums, weight)
+    write_label_(logits, target, times(coef, own) if state.has_dead else coef * own)
     if extra is not None:
         logits.add_(extra)
     if slope is not None:
@@ -279,13 +284,13 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
     state.filled.write_mixtures(rows, target, logit_x, sums_x)
     weight = head.weight_at(target)
     extra = None if work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
-    next_token_gradient_(head, logits, row_coef, sums, weight)
+    next_token_gradient_(head, logits, row_coef, sums, weight, state.has_dead)
     if slope is not None and slope_x is not None:
         logits.mul_(slope)
         mixed.mul_(slope_x)
     share = torch.stack([lam, 1 - lam])
     pairs = Pairs(target, share, weight, own, other, logit_x, sums, sums_x, slopes)
-    add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, work.pair[rows]))
+    add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, work.pair[rows]), state.has_dead)
     if extra is not None:
         logits.add_(extra if slope is None else extra * slope)
     if slope is None and head.logit_scale != 1.0:

@@ -167,6 +167,11 @@ def write_label_(gradient: Tensor, target: Tensor, value: Tensor) -> None:
     gradient.scatter_(-1, column, torch.where(target >= 0, value, kept)[..., None])
 
 
+def may_be_zero(coef: Tensor) -> bool:
+    """Whether a coefficient is 0, and what it stands before may be NaN: only a CPU looks."""
+    return not readable(coef) or not bool(coef.all())
+
+
 def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
     """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN: where ``suspects`` [...] are not
     finite, which only a CPU looks at first."""
@@ -175,7 +180,7 @@ def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
 
 
 def next_token_gradient_(
-    head: Head, exponentials: Tensor, coef: Tensor, sums: RowSums, weight: Tensor | float
+    head: Head, exponentials: Tensor, coef: Tensor, sums: RowSums, weight: Tensor | float, has_dead: bool
 ) -> None:
     """a (m + s + 2 z lse) p - a e c / V in place of exp(z - shift): a row's gradient away from its label."""
     factor = coef
@@ -187,7 +192,8 @@ def next_token_gradient_(
     if head.label_smoothing:
         share = coef[..., None] * head.uniform
         exponentials.sub_(share if head.class_weight is None else share * head.class_weight)
-    clear_(exponentials, coef == 0, sums.lse)
+    if has_dead:
+        clear_(exponentials, coef == 0, sums.lse)
 
 
 def own_label(head: Head, target: Tensor, logprob: Tensor, sums: RowSums, weight: Tensor | float) -> Tensor:
@@ -236,6 +242,7 @@ def add_mixture_gradient_(
     gradient: Tensor,  # (2, b, V) the next-token gradients
     exponentials_x: Tensor,  # (b, V) of the mixture
     coefs: tuple[Tensor, Tensor],  # of rows (2, b) and of pairs (b,)
+    has_dead: bool,
 ) -> None:
     """Add the mixture's gradient to the next-token ones; a scale without a cap is left to the caller.
 
@@ -245,15 +252,19 @@ def add_mixture_gradient_(
     same = target[0] == target[1]
     residual_x = label_residual(block.logprob_x, torch.where(same, 1.0, block.share))
     row_coef, mixed_coef = coefs[0], block.share * coefs[1]
-    factor = times(mixed_coef, torch.exp(-block.sums_x.log_total))
-    clear_(exponentials_x, coefs[1] == 0, block.sums_x.lse)
+    product = times if has_dead else torch.mul
+    if has_dead:
+        clear_(exponentials_x, coefs[1] == 0, block.sums_x.lse)
+    factor = product(mixed_coef, torch.exp(-block.sums_x.log_total))
     gradient.addcmul_(exponentials_x, factor[..., None])
     other = other_label(head, target.flip(0), sums.logprob(block.other_logit), sums, weight)
     own = own_label(head, target, sums.logprob(block.own_logit), sums, weight)
-    own, other = times(row_coef, own), times(row_coef, other)
+    own, other = product(row_coef, own), product(row_coef, other)
     if block.slopes is not None:
         slope_own, slope_other, slope_x = block.slopes
         own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x
+    mixed = product(mixed_coef, residual_x)
+    crossed = product(mixed_coef, residual_x.flip(0))
     # The row's own label is written last: when both labels are one column, its residual holds both parts.
-    write_label_(gradient, target.flip(0), other + times(mixed_coef, residual_x.flip(0)))
-    write_label_(gradient, target, own + times(mixed_coef, residual_x))
+    write_label_(gradient, target.flip(0), other + crossed)
+    write_label_(gradient, target, own + mixed)

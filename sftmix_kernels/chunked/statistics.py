@@ -51,8 +51,10 @@ def groups_of(num_rows: int, num_pairs: int) -> Iterator[Group]:
 class Filled:
     """What a call says of its rows and mixtures, filled part by part."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, exact: bool) -> None:
+        """``exact``: what rounding took from log-sum-exps will be asked for, otherwise 0 stands for it."""
         num_rows, _, num_pairs = call.sizes
+        self.exact = exact
 
         def new(*size: int, dtype: torch.dtype = call.dtype) -> Tensor:
             return call.hidden.new_empty(size, dtype=dtype)
@@ -64,20 +66,24 @@ class Filled:
         self.predicted = new(num_rows if call.wanted.predicted else 0, dtype=torch.int64)
         self.token_logit = new(*((0, 0) if call.tokens is None else call.tokens.shape))
 
+    def carried(self, sums: RowSums) -> tuple[Tensor, Tensor]:
+        lse = sums.lse
+        return lse, sums.low if self.exact else torch.zeros_like(lse)
+
     def write_rows(
         self, group: Group, part: slice, target: Tensor, own_logit: Tensor, row_max: Tensor, sums: RowSums
     ) -> None:
         """All [sides, n]; a target of -1 has nll and target logit 0."""
         absent = target < 0
         nll = (-sums.logprob(own_logit)).masked_fill_(absent, 0)
-        found = (sums.lse, sums.low, nll, row_max, own_logit.masked_fill(absent, 0))
+        found = (*self.carried(sums), nll, row_max, own_logit.masked_fill(absent, 0))
         torch.stack(found, dim=-1, out=group.of(self.of_rows, part))
 
     def write_mixtures(self, part: slice, target: Tensor, logit_x: Tensor, sums: RowSums) -> None:
         """target and the mixed logits at both targets [2, n]; sums [n]."""
         absent = target < 0
         nll = (-sums.logprob(logit_x)).masked_fill_(absent, 0)
-        found = (sums.lse, sums.low, *nll, *logit_x.masked_fill(absent, 0))
+        found = (*self.carried(sums), *nll, *logit_x.masked_fill(absent, 0))
         torch.stack(found, dim=-1, out=self.of_pairs[part])
 
     def result(self) -> Statistics:
@@ -152,12 +158,17 @@ def _read(into: Tensor | None, logits: Tensor, target: Tensor, columns: slice) -
     return torch.where((column >= 0) & (column < logits.shape[-1]), found, into)
 
 
+def _goes_on(call: Call) -> bool:
+    """Whether something is computed with log-sum-exps after the pass."""
+    return any(call.needs) or call.place is not None or call.tokens is not None
+
+
 class _Pass:
     """One call: the layer, the rows, and the buffers that every tile reuses."""
 
     def __init__(self, call: Call, column: Tensor) -> None:
         self.call, self.target, self.layer = call, column, Layer(head_of(call))
-        self.has_entropy, self.filled = bool(call.wanted.entropy), Filled(call)
+        self.has_entropy, self.filled = bool(call.wanted.entropy), Filled(call, exact=_goes_on(call))
         self.has_infinities = may_be_infinite(self.layer.head)
 
     def run(self, group: Group) -> None:

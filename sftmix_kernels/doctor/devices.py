@@ -61,7 +61,7 @@ def triton(device: torch.device) -> Finding:
         return Finding("triton", "not installed; nothing on a CPU needs it")
     if on_gpu:
         try:
-            from . import fused  # noqa: F401  # imports triton
+            from .. import fused  # noqa: F401  # imports triton
         except Exception as problem:  # a library of another system or Python may raise anything
             return Finding.of_broken("triton", problem, "install the one that torch asks for: pip show torch")
     version = next(filter(None, map(installed, TRITON_NAMES)), None)

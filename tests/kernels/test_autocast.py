@@ -64,7 +64,7 @@ def test_lam_and_weights_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> Non
     found = Call(*seen)
     assert found.hidden.dtype == found.weight.dtype == torch.bfloat16
     assert torch.equal(found.lam, case.lam) and found.row_weight is row_weight
-    assert torch.equal(coefficients(found).row, row_weight.double() / 3001)
+    assert torch.equal(coefficients(found).row, row_weight.double() * (1 / 3001))
 
 
 def test_nothing_inside_is_rounded_again() -> None:
