@@ -250,7 +250,7 @@ def sftmix_loss(
 
     is_top1 = (_target_logit(logits, target, valid) >= logits.amax(dim=1)) & valid
     return SFTMixLoss(
-        loss, found.nll.detach(), found.lse.detach(), is_top1, mixup_nll.detach(), z_part.detach(),
+        loss, found.nll.detach(), found.lse.detach().clone(), is_top1, mixup_nll.detach(), z_part.detach(),
         _predicted(logits, valid) if want_predicted else None,
     )  # fmt: skip
 
