@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._subclasses import fake_tensor
 
-from sftmix_kernels import Finding, devices
-from sftmix_kernels.findings import show
+from sftmix_kernels import Finding
+from sftmix_kernels.doctor import devices
+from sftmix_kernels.doctor.findings import show
 
 
 @pytest.fixture(autouse=True)
