@@ -74,7 +74,7 @@ def run(
     result = {**out._asdict(), "dhidden": hidden.grad, "dweight": weight.grad}
     if bias is not None:
         result["dbias"] = bias.grad
-    return {k: v.detach().cpu() for k, v in result.items()}
+    return {k: v.detach().cpu() for k, v in result.items() if v is not None}
 
 
 Draw = tuple[Tensor, Tensor, Tensor]  # ours, same_dtype, truth
@@ -116,7 +116,7 @@ def reordered(case: Case, seed: int) -> Case:
     inside = (target >= 0) & (target < vocab_size)
     target = torch.where(inside, classes.argsort()[target.clamp(0, vocab_size - 1)], target)
     options = dict(case.options)
-    for name, order in (("row_weight", rows), ("pair_weight", pairs)):
+    for name, order in (("row_weight", rows), ("pair_weight", pairs), ("class_weight", classes)):
         if name in options:
             options[name] = options[name][order]
     hidden, weight = case.hidden[rows][:, columns], case.weight[classes][:, columns]
@@ -149,7 +149,7 @@ def assert_parity(
         ours = run(each, impl=impl, device=device, **extra)
         same_dtype["loss"] = truth["loss"] + expected_loss_error(same_dtype, truth)
         results.append(ours)
-        for name in ours.keys() - {"is_top1"}:
+        for name in ours.keys() - {"is_top1", "predicted"}:
             draws.setdefault(name, []).append((ours[name], same_dtype[name], truth[name]))
     for name, found in draws.items():
         assert_draws_within_contract(name, found)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import sftmix_kernels.functional as functional
 from sftmix_kernels import LossHead, linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels.call import Call
+from sftmix_kernels.terms import coefficients
 from tests.parity import Case, make_case
 
 IMPLS = ("reference", "chunked")
@@ -48,21 +50,21 @@ def test_lam_and_weights_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> Non
     case = make_case(8, 11, 6, num_pairs=2)
     seen: list[Any] = []
     case.lam = torch.tensor([0.123456789, 0.987654321])
-    inner = functional.ops.chunked_fwd
+    inner = functional.terms_fwd
 
     def record(*args: Any) -> Any:
         seen.extend(args)
         return inner(*args)
 
-    monkeypatch.setattr(functional.ops, "chunked_fwd", record)
+    monkeypatch.setattr(functional, "terms_fwd", record)
     row_weight = torch.rand(8)
     options: dict[str, Any] = {"row_weight": row_weight, "ntp_denominator": 3001, "impl": "chunked"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sftmix_loss(case.hidden, case.weight, case.target, case.lam, **options)
-    hidden, weight, _, _, lam, row_coef, _ = seen[:7]
-    assert hidden.dtype == weight.dtype == torch.bfloat16
-    assert torch.equal(lam, case.lam)
-    assert torch.equal(row_coef, row_weight.double() / 3001)
+    found = Call(*seen)
+    assert found.hidden.dtype == found.weight.dtype == torch.bfloat16
+    assert torch.equal(found.lam, case.lam) and found.row_weight is row_weight
+    assert torch.equal(coefficients(found).row, row_weight.double() / 3001)
 
 
 def test_nothing_inside_is_rounded_again() -> None:

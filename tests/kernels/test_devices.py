@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sftmix_kernels import Finding, devices
+from sftmix_kernels import Finding
+from sftmix_kernels.doctor import devices
 from tests.test_install import PYPROJECT, table_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -14,9 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sftmix_kernels.fused  # noqa: F401  # before a test takes TRITON_INTERPRET away
-from sftmix_kernels import Finding, doctor
-from sftmix_kernels.findings import show
-from sftmix_kernels.self_check import Way
+from sftmix_kernels import Finding
+from sftmix_kernels.doctor import examine as doctor
+from sftmix_kernels.doctor.findings import show
+from sftmix_kernels.doctor.self_check import Way
 from tests.test_install import run_blocked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,7 +32,7 @@ def test_it_runs_without_triton_and_the_recipe_on_one_screen() -> None:
     done = run_blocked("""
 import os, runpy
 os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"] = "", "1"
-from sftmix_kernels import limits
+from sftmix_kernels.doctor import limits
 limits.LEAST_MEMORY = limits.LEAST_DISK = limits.LEAST_TEMPORARY = 0
 runpy.run_module("sftmix_kernels", run_name="__main__")
 """)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.measure import peak_bytes
-from sftmix_kernels import hardware, layer, linear_cross_entropy, product_support, sftmix_loss, token_stats
+from sftmix_kernels import hardware, linear_cross_entropy, product_support, sftmix_loss, token_stats
+from sftmix_kernels.chunked import layer
 from sftmix_kernels.hardware import ProductSupport, product_factor
 from tests.kernels.watching import Bodies, LargestTensor, Products
 from tests.parity import Case, assert_draws_within_contract, assert_parity, make_case, run
@@ -211,7 +212,7 @@ def test_nothing_of_the_weights_size_is_copied(
 
 @sixteen_bit
 def test_memory_is_that_of_the_docstring(no_16_bit_products: None, dtype: torch.dtype) -> None:
-    """chunked_loss: scratch, 8 n D, a slice of the weight, statistics, dhidden in 16 bits, dweight in float32."""
+    """Of chunked: scratch, 8 n D, a slice of the weight, statistics, dhidden in 16 bits, dweight in float32."""
     case, scratch = case_of_many_columns(dtype), 2**21
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     vocab_size, width = weight.shape

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sftmix_kernels import limits
+from sftmix_kernels.doctor import limits
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -11,7 +11,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sftmix_kernels import fused_ops, linear_cross_entropy, ops, row_ops, sftmix_loss, token_stats
+from sftmix_kernels import linear_cross_entropy, operators, sftmix_loss, token_stats
+from sftmix_kernels.call import DIFFERENTIABLE
+from tests.kernels.calls import call_of
 from tests.parity import Case, assert_within_contract, expected_loss_error, make_case
 
 SCALING = 0.5
@@ -219,21 +221,12 @@ def test_products_without_a_taker_are_not_made(name: str) -> None:
 @pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False,) * 5], ids=str)
 def test_opcheck_with_factors(needs: tuple[bool, ...]) -> None:
     case = make_case(20, 33, 16, num_pairs=6, bias=True)
-    low, up = torch.randn(20, 5), torch.randn(33, 5)
-    assert case.bias is not None
-    given = (case.hidden, case.weight, case.bias, low, up)
-    *head, low, up = (t.requires_grad_(need) for t, need in zip(given, needs, strict=True))
-    coefs, options = (torch.rand(20).double(), torch.rand(6).double()), [0.0, 1.0, 0.0, 0.0]
-    for op in (ops.chunked_fwd, ops.stored_fwd, fused_ops.fused_fwd):
-        arguments = (*head, case.target, case.lam, *coefs, options, list(needs), 4096, low, up)
-        torch.library.opcheck(op, arguments, atol=1e-3, rtol=1e-3)
-    for op in (row_ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
-        torch.library.opcheck(op, (*head, case.target, options, list(needs), 4096, low, up))
-    *head, low, up = (t.detach() for t in given)
-    for op in (row_ops.chunked_stats, fused_ops.fused_stats):
-        torch.library.opcheck(op, (*head, case.target, options, 4096, low, up))
-    carries = torch.rand(3, 20), torch.rand(4, 6)
-    arguments = (*head, case.target, case.lam, *coefs, *carries, options, list(needs), 4096, low, up)
-    torch.library.opcheck(fused_ops.fused_bwd, (torch.tensor(2.0), *arguments))
-    arguments = (*head, case.target, torch.rand(2, 20), options, list(needs), 4096, low, up)
-    torch.library.opcheck(row_ops.chunked_rows_bwd, (torch.rand(20), *arguments))
+    factors = torch.randn(20, 5), torch.randn(33, 5)
+    for impl in ("chunked", "fused"):
+        call = call_of(case, needs=needs, factors=factors, impl=impl)
+        for op in (operators.terms_fwd, operators.made_fwd):
+            torch.library.opcheck(op, tuple(call), atol=1e-3, rtol=1e-3)
+        with torch.no_grad():
+            kept = operators.terms_fwd(*call)[operators.NUM_TERMS :]
+        plain = call._replace(**{name: getattr(call, name).detach() for name in DIFFERENTIABLE})
+        torch.library.opcheck(operators.terms_bwd, (torch.tensor(2.0), *(None,) * 4, *plain, *kept))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.measure import peak_bytes
-from sftmix_kernels import chunked, layer, linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels.chunked import layer, scratch
 from tests.parity import Case, make_case
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -70,7 +71,7 @@ def statistics_bytes(num_pairs: int) -> int:
 # --- chunked -------------------------------------------------------------------------------------------------------
 
 WIDE = 10_000  # classes: a product of dweight, and a block of it that is scaled, are less than half of them
-COLUMNS = chunked.PRODUCT_COLUMNS
+COLUMNS = scratch.PRODUCT_COLUMNS
 SCRATCH = 24 * WIDE * 4
 
 
@@ -82,7 +83,7 @@ def library_bytes(dtype: torch.dtype, rows: int) -> int:
 
 
 def chunked_bytes(num_pairs: int, itemsize: int) -> int:
-    """chunked.chunked_loss, then ops.scale_into: the larger of what forward and backward hold above the gradients."""
+    """chunked.statistics_with_gradients, then its scaling: the larger of what forward and backward hold above the gradients."""
     rows = SCRATCH // (WIDE * itemsize)  # at most
     forward = SCRATCH + 2 * rows * D * itemsize + statistics_bytes(num_pairs)
     if itemsize == 4:

@@ -9,57 +9,46 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from sftmix_kernels import fused_ops, linear_cross_entropy, ops, row_ops, sftmix_loss, token_stats
+from sftmix_kernels import linear_cross_entropy, operators, sftmix_loss, token_stats
+from tests.kernels.calls import call_of, made_gradients
 from tests.parity import make_case
 
 # Inductor needs a C++ compiler for CPU code; without one the same graph runs through aot_eager.
-OPTIONS = [0.0, 1.0, 0.0, 0.0]  # softcap, logit_scale, label_smoothing, z_loss
 NO_COMPILER = not (shutil.which("g++") or shutil.which("clang++"))
 SKIP = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler: compiled by aot_eager only")
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=SKIP)]
 
 
-def op_arguments(
-    dtype: torch.dtype = torch.float32, needs: tuple[bool, bool, bool] = (True, True, True)
-) -> tuple[Any, ...]:
-    case = make_case(20, 33, 16, num_pairs=6, bias=True, dtype=dtype)
-    assert case.bias is not None
-    tensors = [t.requires_grad_(n) for t, n in zip((case.hidden, case.weight, case.bias), needs, strict=True)]
-    return (
-        *tensors,
-        case.target,
-        case.lam,
-        torch.rand(20).double(),
-        torch.rand(6).double(),
-        OPTIONS,
-        list(needs),
-        4096,
-    )
-
-
-@pytest.mark.parametrize("op", [ops.chunked_fwd, fused_ops.fused_fwd], ids=["chunked", "fused"])
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
-def test_opcheck_of_the_loss(op: Any, needs: tuple[bool, bool, bool]) -> None:
-    torch.library.opcheck(op, op_arguments(needs=needs))
+def test_opcheck_of_the_forwards(impl: str, needs: tuple[bool, bool, bool]) -> None:
+    case = make_case(20, 33, 16, num_pairs=6, bias=True)
+    for op in (operators.terms_fwd, operators.made_fwd):
+        torch.library.opcheck(op, tuple(call_of(case, needs=needs, impl=impl)))
+    torch.library.opcheck(operators.terms_fwd, tuple(call_of(case, needs=needs, impl=impl, entropy=True)))
 
 
-def test_opcheck_of_the_backwards_and_statistics() -> None:
-    *tensors, target, lam, row_coef, pair_coef = op_arguments(needs=(False, False, False))[:7]
-    hidden, weight, bias = tensors
-    made = ops.chunked_fwd(hidden, weight, bias, target, lam, row_coef, pair_coef, OPTIONS, [True] * 3, 4096)
-    torch.library.opcheck(ops.chunked_bwd, (torch.tensor(2.0), *made[5:], torch.float32))
-    carries = torch.rand(3, 20), torch.rand(4, 6)
-    statistics = (lam, row_coef, pair_coef, *carries, OPTIONS, [True] * 3, 4096)
-    torch.library.opcheck(fused_ops.fused_bwd, (torch.tensor(2.0), hidden, weight, bias, target, *statistics))
-    for op in (row_ops.chunked_rows_fwd, fused_ops.fused_rows_fwd):
-        torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, [False] * 3, 4096))
-    row_carry = torch.rand(2, 20)
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_opcheck_of_the_backwards(impl: str) -> None:
+    case = make_case(20, 33, 16, num_pairs=6, bias=True)
+    call = call_of(case, impl=impl)
+    with torch.no_grad():
+        kept = operators.terms_fwd(*call)[operators.NUM_TERMS :]
+    upstream = (torch.tensor(2.0), torch.rand(20), None, None, None)
+    plain = call._replace(**{name: getattr(call, name).detach() for name in ("hidden", "weight", "bias")})
+    torch.library.opcheck(operators.terms_bwd, (*upstream, *plain, *kept))
+    into = plain._replace(main_grad=torch.zeros(33, 16))
+    torch.library.opcheck(operators.terms_bwd_into, (*upstream, *into, *kept))
+    made = made_gradients(call)
+    torch.library.opcheck(operators.made_bwd, (torch.tensor(2.0), *made, torch.float32))
     torch.library.opcheck(
-        row_ops.chunked_rows_bwd,
-        (torch.rand(20), hidden, weight, bias, target, row_carry, OPTIONS, [True] * 3, 4096),
+        operators.made_bwd_into, (torch.tensor(2.0), *made, torch.zeros(33, 16), torch.float32)
     )
-    for op in (row_ops.chunked_stats, fused_ops.fused_stats):
-        torch.library.opcheck(op, (hidden, weight, bias, target, OPTIONS, 4096))
+
+
+def test_there_are_at_most_eight_operators() -> None:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sftmix_kernels::")}
+    assert len(names) <= 8 and "sftmix_kernels::terms_fwd" in names
 
 
 @pytest.mark.parametrize("impl", ["chunked", "fused"])

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-from sftmix_kernels import LossHead, SFTMixLoss, default_schedule, fused, linear_cross_entropy, sftmix_loss
+from sftmix_kernels import LossHead, SFTMixLoss, choice, fused, linear_cross_entropy, sftmix_loss
 from sftmix_kernels.fused import schedule as model
 from sftmix_kernels.fused.schedule import GRID, Sizes, choose_schedule, recompute_s, stored_from, stored_s
+from tests.kernels.calls import Called
 from tests.parity import make_case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,19 +26,6 @@ BF16 = torch.bfloat16
 HEADS = [(128256, 4096), (151936, 3584), (256000, 2304), (49152, 576), (32000, 4096), (50257, 768)]
 ARCHS = ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 llama = Sizes(128256, 4096, BF16, "sm_90")
-
-
-class Called(TorchDispatchMode):
-    """Names of the package's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sftmix_kernels":
-            self.names.append(func.name().removeprefix("sftmix_kernels::"))
-        return func(*args, **(kwargs or {}))
 
 
 def call(num_rows: int = 40, *, grad: str = "hw", **options: Any) -> list[str]:
@@ -54,9 +42,9 @@ def call(num_rows: int = 40, *, grad: str = "hw", **options: Any) -> list[str]:
 
 def test_main_grad_takes_the_schedule_without_a_second_buffer(from_32_rows: list[tuple[Any, ...]]) -> None:
     """Where 40 rows would go to ``stored``; a named schedule is obeyed."""
-    assert call()[0] == "stored_fwd"
-    assert call(main_grad=torch.zeros(33, 16))[0] == "main_grad_fwd"
-    assert call(main_grad=torch.zeros(33, 16), schedule="stored")[0] == "stored_main_grad_fwd"
+    assert call() == ["made_fwd", "made_bwd"]
+    assert call(main_grad=torch.zeros(33, 16)) == ["terms_fwd", "terms_bwd_into"]
+    assert call(main_grad=torch.zeros(33, 16), schedule="stored") == ["made_fwd", "made_bwd_into"]
 
 
 @pytest.fixture
@@ -64,17 +52,18 @@ def from_32_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A chip on which ``stored`` is faster from 32 rows on; what the choice was asked."""
     asked: list[tuple[Any, ...]] = []
 
-    @default_schedule.constant
+    @choice.constant
     def threshold(*arguments: Any) -> int:
         asked.append(arguments)
         return 32
 
-    @default_schedule.constant
+    @choice.constant
     def arch(device: torch.device) -> str:
         return "sm_90"
 
-    monkeypatch.setattr(default_schedule, "stored_from", threshold)
-    monkeypatch.setattr(default_schedule, "architecture", arch)
+    monkeypatch.setattr(choice, "stored_from", threshold)
+    monkeypatch.setattr(choice, "architecture", arch)
+    monkeypatch.setattr(choice, "default_bound", choice.constant(lambda device: 2**40))
     return asked
 
 
@@ -222,7 +211,7 @@ def test_export_keeps_n_dynamic_on_its_side(strict: bool, from_32_rows: list[tup
         strict=strict,
     )
     names = [str(node.target) for node in program.graph.nodes]
-    assert sum("sftmix_kernels.stored_fwd" in name for name in names) == 1
+    assert sum("sftmix_kernels.made_fwd" in name for name in names) == 1
     for num_rows in (32, 57):
         case = make_case(num_rows, 33, 16, num_pairs=9)
         program.module()(case.hidden, case.target, case.lam)

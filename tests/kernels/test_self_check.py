@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sftmix_kernels import doctor, self_check
-from sftmix_kernels.self_check import FULL, PLAIN, Way
+from sftmix_kernels.doctor import examine as doctor
+from sftmix_kernels.doctor import self_check
+from sftmix_kernels.doctor.self_check import FULL, PLAIN, Way
 from tests.parity import assert_draws_within_contract
 
 CPU = torch.device("cpu")
