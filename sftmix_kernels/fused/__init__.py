@@ -1,8 +1,8 @@
 """Triton kernels of the loss: a forward that stores no logits and a backward that recomputes them slice by slice.
 
 tiles.py: the one main loop and what every kernel shares · configs.py: tile table · forward.py and stats.py: the
-forward's two kernels · recompute.py: the backward · row_terms.py: its numbers of rows · stored.py, stored_kernel.py: the
-other schedule · tokens.py: logits of given columns · products.py: library products
+forward's two kernels · recompute.py: the backward · row_terms.py: its numbers of rows · stored.py and stored_kernel.py:
+the other schedule · tokens.py: logits of given columns · products.py: library products
 """
 
 from .configs import Tile, choose_tile, current_arch

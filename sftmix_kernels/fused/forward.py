@@ -5,9 +5,9 @@
     target logits: A[y_c], B[y_u], X[y_c], X[y_u]
 
 A program owns BLOCK_N pairs and one split of the vocabulary: it walks the split's tiles, keeps (m, l) of A, B and X in
-registers (and t, for the entropy, or sum_j c_j z_j, for the mean logit, and the first column of the maximum, when asked)
-and writes them once; stats.py folds the splits. Target logits come from the accumulator that m and l come from, so that
-a target at the top is at the top exactly.
+registers (when asked also t, for the entropy, or sum_j c_j z_j, for the mean logit, and the maximum's first column) and
+writes them once; stats.py folds the splits. Target logits come from the accumulator that m and l come from, so that a
+target at the top is at the top exactly.
 """
 
 from __future__ import annotations

@@ -290,7 +290,9 @@ class Problem(NamedTuple):
 
     def columns(self, columns: slice) -> Problem:
         """The same with a slice of the vocabulary; targets still count from the vocabulary's start."""
-        layer = {name: getattr(self, name) for name in ("weight", "bias", "up", "class_weight")}
+        layer: dict[str, Any] = {
+            name: getattr(self, name) for name in ("weight", "bias", "up", "class_weight")
+        }
         return self._replace(**{name: None if t is None else t[columns] for name, t in layer.items()})
 
     def choose_tile(self, operation: str, part: RowPart) -> Tile:

@@ -1,6 +1,8 @@
 """Logits of a few given columns of each row, made beside the tiles, and their gradients' way into a slice of dlogits.
 
-    z_nk = f(W[y_nk] h_n + up[y_nk] low_n + b[y_nk])            float32, products of gathered rows
+    z_nk = f(W[y_nk] h_n + up[y_nk] low_n + b[y_nk])
+
+Products of gathered rows, in float32, a bounded number of them at a time.
 """
 
 from __future__ import annotations
