@@ -42,10 +42,16 @@ def check_tensor(name: str, value: object, shape: dict[str, int], dtypes: tuple[
         _fail(name, f"{kind}{' or '.join(map(_name, dtypes))} [{sizes}]", value)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at values: of a CPU, and neither traced nor fake."""
+    is_here = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return is_here and not torch.compiler.is_compiling()
+
+
 def _check_values(name: str, ok: Tensor, expected: str, got: Callable[[], str]) -> None:
     """``ok``: a bool tensor, true where the value is allowed. The message is built only when something is wrong."""
     holds = ok.all()
-    if ok.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(ok, FakeTensor):
+    if readable(ok):
         if not holds:
             _fail(name, expected, got())
     else:
@@ -209,8 +215,7 @@ def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype) -> No
 def plain_number(value: object) -> object:
     """A numpy scalar, or a 0-d tensor on a CPU, as the Python number that it is; anything else as it came."""
     if isinstance(value, Tensor):
-        reads = value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad
-        return value.item() if reads and not torch.compiler.is_compiling() else value
+        return value.item() if value.ndim == 0 and not value.requires_grad and readable(value) else value
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 and hasattr(value, "item"):
         return value.item()
     return value
@@ -245,6 +250,8 @@ def scalar(name: str, value: object, device: torch.device) -> Scalar:
             torch.compiler.is_compiling() and isinstance(value, (int, float)) and not isinstance(value, bool)
         ):
             return None, value  # type: ignore[return-value]  # a traced number, not looked at
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            _fail(name, "a number >= 0 or a 0-d tensor", value)
         return None, number(name, value, positive=False)
     if value.ndim != 0 or value.dtype.is_complex:
         _fail(name, "a number >= 0 or a 0-d tensor", value)

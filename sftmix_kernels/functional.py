@@ -121,7 +121,6 @@ def sftmix_loss(
 
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
-    checks.check_lam(lam, hidden.shape[0] if isinstance(hidden, Tensor) and hidden.ndim else 0)
     rows = Rows(
         lam, row_weight, pair_weight, class_weight, mixup_weight, ntp_denominator, mixup_denominator, None,
         ignore_index, token_scaling,

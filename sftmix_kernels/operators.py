@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .call import DIFFERENTIABLE, SCHEMA, TENSORS, Call, Coefficients, Gradients, Kept, Statistics, empty_gradients
+from .checks import readable
 from .terms import Terms, coefficients, finish, upstream_of
 
 Tensors = tuple[Tensor, ...]
@@ -271,13 +272,10 @@ def _may_hand_over(grad_loss: Tensor, dtype: torch.dtype, weight_dtype: torch.dt
     """Whether the saved gradients themselves may be given away: float32 on a CPU, an upstream of 1, and a graph that
     is not kept, so that nobody reads them again. It saves a second [V, D]."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    if keeps is None or torch.compiler.is_compiling() or type(grad_loss) is not Tensor:
+    if keeps is None or not readable(grad_loss) or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss):
         return False
-    if grad_loss.device.type != "cpu" or dtype != weight_dtype or torch._C._functorch.is_functorch_wrapped_tensor(grad_loss):
-        return False
-    if keeps() or torch.is_grad_enabled():
-        return False
-    return bool(grad_loss == 1)
+    is_final = dtype == weight_dtype and not keeps() and not torch.is_grad_enabled()
+    return is_final and type(grad_loss) is Tensor and bool(grad_loss == 1)
 
 
 def _made_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:

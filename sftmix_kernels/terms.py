@@ -129,7 +129,7 @@ def finish(call: Call, coef: Coefficients, found: Statistics) -> Terms:
 
 def upstream_of(call: Call, coef: Coefficients, nll: Tensor, grads: tuple[Tensor | None, ...]) -> Upstream:
     """The upstream of rows and pairs, from that of loss, term, lse, entropy and token_logprob."""
-    loss, term, lse, entropy, token = grads
+    loss, term, lse, entropy, token = (None if g is None or not g.numel() else g for g in grads)
     row, pair = torch.zeros_like(coef.row), torch.zeros_like(coef.pair)
     if loss is not None:
         row, pair = times(coef.row, loss.double()), times(coef.pair, loss.double())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Coefficients, Gradients, Kept, Statistics, Upstream, empty_gradients
+from ..checks import readable
 from ..terms import times
 from .layer import Layer
 from .rows import (
@@ -120,7 +121,7 @@ class _Chunks:
             if each is not None:
                 dead = dead & (group.of(each, chunk) == 0).view(*dead.shape, -1).all(dim=-1)
         dead = dead.flatten()
-        if rows.device.type == "cpu" and bool(rows[dead].isfinite().all()):
+        if readable(rows) and bool(rows[dead].isfinite().all()):
             return rows
         return rows.masked_fill(dead[:, None], 0)
 
@@ -159,6 +160,11 @@ class _Chunks:
                 self.dweight[columns] += product
             else:
                 self.dweight[columns] += product.to(self.dtype).mul_(self.product_scale)
+
+    def kept_logits(self, logits: Tensor) -> Tensor | None:
+        """A copy of final logits where the entropy's gradient will need them beside their exponentials."""
+        upstream = self.work.upstream
+        return None if upstream is None or upstream.entropy is None else logits.clone()
 
     def open_block(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """A block's logits [sides, b, V] in the dtype of sums, itself or a copy, and room for the mixture [b, V]."""
@@ -215,10 +221,10 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
     head, target = state.head, group.of(state.work.column, rows)
     logits, slope = finish_logits_(head, block, True)
     own_logit = at_column(logits, target)
-    kept = logits.clone() if state.work.upstream is not None and state.work.upstream.entropy is not None else None
+    copy = state.kept_logits(logits)
     sums, coef = _finish_rows(state, group, rows, logits, own_logit)
     weight, logprob = head.weight_at(target), sums.logprob(own_logit)
-    extra = None if state.work.upstream is None else _extra_(state, group, rows, logits, kept, sums)
+    extra = None if state.work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, coef, sums, weight)
     write_label_(logits, target, times(coef, own_label(head, target, logprob, sums, weight)))
     if extra is not None:
@@ -266,11 +272,13 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
         return at_column(of, target), at_column(of, target.flip(0)), at_column(both, target)
 
     own, other, logit_x = at_labels(logits, mixed)
+    copy = state.kept_logits(logits)
     slopes = None if slope is None or slope_x is None else at_labels(slope, slope_x)
     sums, row_coef = _finish_rows(state, group, rows, logits, own)
     _, sums_x = exponentials_(mixed, None if work.sums is None else RowSums(*(t[rows] for t in work.sums[1])))
     state.filled.write_mixtures(rows, target, logit_x, sums_x)
     weight = head.weight_at(target)
+    extra = None if work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, row_coef, sums, weight)
     if slope is not None and slope_x is not None:
         logits.mul_(slope)
@@ -278,6 +286,8 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
     share = torch.stack([lam, 1 - lam])
     pairs = Pairs(target, share, weight, own, other, logit_x, sums, sums_x, slopes)
     add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, work.pair[rows]))
+    if extra is not None:
+        logits.add_(extra if slope is None else extra * slope)
     if slope is None and head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
+from ..checks import readable
 from ..terms import class_weights, times
 
 
@@ -144,7 +145,7 @@ def may_be_infinite(head: Head) -> bool:
     """Whether logits of valid rows may be infinite: a bias masks columns by -inf. Elsewhere than on a CPU: if there is one."""
     if head.bias is None:
         return False
-    return head.bias.device.type != "cpu" or not bool(head.bias.isfinite().all())
+    return not readable(head.bias) or not bool(head.bias.isfinite().all())
 
 
 def exponentials_(logits: Tensor, given: RowSums | None) -> tuple[Tensor, RowSums]:
@@ -169,7 +170,7 @@ def write_label_(gradient: Tensor, target: Tensor, value: Tensor) -> None:
 def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
     """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN: where ``suspects`` [...] are not
     finite, which only a CPU looks at first."""
-    if rows.device.type != "cpu" or bool((dead & ~suspects.isfinite()).any()):
+    if not readable(rows) or bool((dead & ~suspects.isfinite()).any()):
         rows.masked_fill_(dead[..., None], 0)
 
 

@@ -50,7 +50,7 @@ def whole(local: Statistics, call: Call, column: Tensor) -> Statistics:
     parts += [t.double() for t in (local.logit_x, local.row_carry[:2], local.pair_carry[:2])]
     packed = gather(torch.cat([part.flatten() for part in parts]), group_named(call.group_name))
     split = packed.split([part.numel() for part in parts], dim=1)
-    of = [t.view(-1, *part.shape) for t, part in zip(split, parts, strict=True)]
+    of = [t.view(packed.shape[0], *part.shape) for t, part in zip(split, parts, strict=True)]
     top, target_logit, total, entropy, predicted, token_logit, logit_x, row, pair = of
 
     lse, row_lse = _log_sum(row, call.dtype)

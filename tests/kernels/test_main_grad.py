@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from sftmix_kernels import LossHead, linear_cross_entropy, main_grad, sftmix_loss
-from tests.kernels.test_ops import BACKENDS, OPTIONS, op_arguments
+from sftmix_kernels import LossHead, linear_cross_entropy, operators, sftmix_loss
+from tests.kernels.calls import call_of
+from tests.kernels.test_ops import BACKENDS
 from tests.kernels.watching import LargestTensor
 from tests.parity import Case, assert_within_contract, make_case, run
 
@@ -149,29 +150,13 @@ def test_compiled_is_one_graph_and_adds_the_same(way: tuple[Any, ...], backend: 
         assert torch.equal(eager, compiled)
 
 
-def test_opcheck() -> None:
-    arguments = op_arguments()
-    tensors, options, needs, scratch = arguments[:7], arguments[7], arguments[8], arguments[9]
-    for fused in (False, True):
-        torch.library.opcheck(
-            main_grad.main_grad_fwd, (*tensors, torch.zeros(33, 16), options, needs, scratch, fused)
-        )
-    torch.library.opcheck(
-        main_grad.stored_main_grad_fwd, (*tensors, torch.zeros(33, 16), options, needs, scratch)
-    )
-    hidden, weight, bias, target, lam, row_coef, pair_coef = (t.detach() for t in tensors)
-    made = main_grad.main_grad_fwd(*tensors, torch.zeros(33, 16), OPTIONS, needs, scratch, False)
-    carries = [t.detach() for t in made[-2:]]
-    for fused in (False, True):
-        torch.library.opcheck(
-            main_grad.main_grad_bwd,
-            (row_coef, pair_coef, torch.zeros(33, 16), hidden, weight, bias, target, lam, *carries, OPTIONS, needs,
-             scratch, fused),
-        )  # fmt: skip
-    torch.library.opcheck(
-        main_grad.stored_main_grad_bwd,
-        (torch.tensor(2.0), torch.rand(20, 16), torch.rand(33, 16), torch.rand(33), torch.zeros(33, 16), F32),
-    )
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_opcheck(impl: str) -> None:
+    """The forwards take it along, and only a backward declares that it changes (test_ops.py)."""
+    case = make_case(20, 33, 16, num_pairs=6, bias=True)
+    call = call_of(case, impl=impl, main_grad=torch.zeros(33, 16))
+    for op in (operators.terms_fwd, operators.made_fwd):
+        torch.library.opcheck(op, tuple(call))
 
 
 @pytest.mark.parametrize("way", [WAYS[1], WAYS[4], WAYS[6]], ids=lambda w: f"{w[0]}-{w[1]}")
@@ -195,6 +180,10 @@ def test_autocast_leaves_it_float32() -> None:
     assert weight.grad is None and expected.grad is not None
     torch.testing.assert_close(total, expected.grad.float(), rtol=2**-8, atol=1e-4)
 
+
+WITH_FACTORS: list[dict[str, Any]] = [
+    {"impl": "reference"}, {"impl": "chunked"}, {"impl": "fused"}, {"impl": "fused", "schedule": "stored"},
+]  # fmt: skip
 
 BAD: list[tuple[Any, str]] = [
     (torch.zeros(33, 15), "expected float32 [V=33, D=16], got float32 [33, 15] on cpu"),
@@ -223,10 +212,25 @@ def test_what_it_does_not_go_with() -> None:
         ValueError, match="main_grad: expected None beside a weight that requires no gradient"
     ):
         linear_cross_entropy(case.hidden, frozen, case.target, main_grad=total)
-    weight = case.weight.clone().requires_grad_()
-    lora = (torch.zeros(2, 16), torch.zeros(33, 2), 1.0)
-    with pytest.raises(ValueError, match="main_grad: expected None beside lora"):
-        sftmix_loss(case.hidden, weight, case.target, case.lam, lora=lora, main_grad=total)
+
+
+@pytest.mark.parametrize("options", WITH_FACTORS, ids=lambda o: "-".join(map(str, o.values())))
+def test_beside_low_rank_factors(options: dict[str, Any]) -> None:
+    """The weight's gradient goes to the buffer, the factors' where they go without it; all as without a buffer."""
+    case = make_case(20, 33, 16, num_pairs=6, ignored=(3,))
+    found = []
+    for total in (None, torch.full((33, 16), 0.5)):
+        g = torch.Generator().manual_seed(1)
+        down, up = (torch.randn(s, generator=g).requires_grad_() for s in ((3, 16), (33, 3)))
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        sftmix_loss(
+            hidden, weight, case.target, case.lam, lora=(down, up, 0.5), main_grad=total, **options
+        ).loss.backward()
+        dweight = weight.grad if total is None else total - 0.5
+        assert total is None or weight.grad is None
+        found.append((hidden.grad, down.grad, up.grad, dweight))
+    for plain, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_refused_under_fsdp2() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
-from sftmix_kernels.scratch import CACHE_BYTES, WHOLE_BYTES, Sizes, choose_sizes, choose_tile
+from sftmix_kernels.chunked.scratch import CACHE_BYTES, WHOLE_BYTES, Sizes, choose_sizes, choose_tile
 from tests.kernels.watching import Bodies
 from tests.parity import assert_parity, make_case
 

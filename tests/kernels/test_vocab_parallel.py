@@ -241,7 +241,7 @@ def test_statistics_are_those_of_one_process(ranks: Results, world: int, name: s
             case.hidden.to(dtype), case.weight.to(dtype), case.target, bias=case.bias.to(dtype),
             lora=(down.to(dtype), up.to(dtype), SCALING), impl="reference", **case.options,
         )  # fmt: skip
-        return found._asdict()
+        return {name: value for name, value in found._asdict().items() if value is not None}
 
     found, truth, same_dtype = (
         joined(ranks[world], (name, "statistics", impl)), whole(torch.float64), whole(torch.float32),
@@ -253,7 +253,7 @@ def test_statistics_are_those_of_one_process(ranks: Results, world: int, name: s
 
 def test_torchs_own_checks_of_the_operators(ranks: Results) -> None:
     for result in ranks[2]:
-        assert [set(found.values()) for found in result["opcheck"]] == [{"SUCCESS"}] * 3
+        assert [set(found.values()) for found in result["opcheck"]] == [{"SUCCESS"}] * 2
 
 
 REFUSED = {
@@ -268,7 +268,7 @@ REFUSED = {
     "target too large": r"ValueError: target: expected class indices in \[0, V\).*, got 37 with V=37",
     "target negative": r"ValueError: target: expected class indices in \[0, V\).*, got -1 with V=37",
     "another dtype": r"ValueError: weight: expected float32 \[V_r=.*, D=6\], got float16",
-    "stored": "ValueError: schedule: expected 'recompute' or None with vocab_parallel, got 'stored', which makes",
+    "stored": "ValueError: schedule: expected 'recompute' or None with vocab_parallel, got 'stored': it makes",
     "double backward": "RuntimeError: sftmix_loss: double backward is not supported",
     "double backward of the reference": "RuntimeError: trying to differentiate twice a function that was marked",
 }

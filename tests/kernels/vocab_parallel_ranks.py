@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from sftmix_kernels import LossHead, linear_cross_entropy, sftmix_loss, token_stats, vocab_parallel
+from sftmix_kernels import LossHead, linear_cross_entropy, operators, sftmix_loss, token_stats
+from sftmix_kernels.arguments import HeadOptions, Rows, Ways, make_call
+from sftmix_kernels.call import DIFFERENTIABLE
 from tests.parity import Case, make_case
 
 V = 37
@@ -72,7 +74,7 @@ def run_shard(case: Case, sizes: tuple[int, ...], impl: str | None = None) -> di
     result = {**out._asdict(), "dhidden": hidden.grad, "dweight": weight.grad}
     if bias is not None:
         result["dbias"] = bias.grad
-    return {name: value.detach() for name, value in result.items()}
+    return {name: value.detach() for name, value in result.items() if value is not None}
 
 
 def factors(case: Case) -> tuple[Tensor, Tensor]:
@@ -107,27 +109,24 @@ def run_stats(sizes: tuple[int, ...], impl: str, options: str = "cap, scale, bia
         case.hidden, case.weight[mine], case.target, bias=None if case.bias is None else case.bias[mine],
         lora=(down, up[mine], SCALING), impl=impl, vocab_parallel=dist.group.WORLD, **case.options,
     )  # fmt: skip
-    return found._asdict()
+    return {name: value for name, value in found._asdict().items() if value is not None}
 
 
 def opchecks(sizes: tuple[int, ...]) -> list[dict[str, str]]:
     """torch's own checks of the operators, on every rank at once."""
     case, mine = make("cap, scale, bias"), columns(sizes, dist.get_rank())
     assert case.bias is not None
-    low, up = torch.randn(14, R), torch.randn(V, R)[mine]
-    *head, low, up = (
-        t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], low, up)
-    )
-    target, group = torch.where(case.target >= 0, case.target, -1), dist.group.WORLD
-    assert group is not None
-    coefs, place = (torch.rand(14).double(), torch.rand(5).double()), torch.tensor([mine.start, V])
-    numbers, end = ([4.0, 0.7, 0.0, 0.0], [True] * 5, 4096), (False, group.group_name, low, up)
-    loss, rows = vocab_parallel.vocab_parallel_fwd, vocab_parallel.vocab_parallel_rows_fwd
-    found = [torch.library.opcheck(loss, (*head, target, case.lam, *coefs, place, *numbers, *end))]
-    found.append(torch.library.opcheck(rows, (*head, target, place, *numbers, *end)))
-    *head, low, up = (t.detach() for t in (*head, low, up))
-    arguments = (*head, target, place, numbers[0], 4096, False, group.group_name, low, up)
-    return [*found, torch.library.opcheck(vocab_parallel.vocab_parallel_stats, arguments)]
+    down, up = factors(case)
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], down, up[mine])]
+    ways = Ways((leaves[3], leaves[4], SCALING), dist.group.WORLD, impl="chunked", scratch_bytes=4096, rows=True)
+    call, _ = make_call(*leaves[:2], case.target, leaves[2], HeadOptions(4.0, 0.7), Rows(case.lam, mixup_weight=0.2), ways)
+    call = call._replace(**{name: getattr(call, name).detach().requires_grad_() for name in DIFFERENTIABLE})
+    found = [torch.library.opcheck(operators.terms_fwd, tuple(call))]
+    with torch.no_grad():
+        kept = operators.terms_fwd(*call)[operators.NUM_TERMS :]
+    call = call._replace(**{name: getattr(call, name).detach() for name in DIFFERENTIABLE})
+    arguments = (torch.tensor(2.0), torch.rand(14), None, None, None, *call, *kept)
+    return [*found, torch.library.opcheck(operators.terms_bwd, arguments)]
 
 
 def dtensors(mesh: DeviceMesh) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def dtensors(mesh: DeviceMesh) -> dict[str, Any]:
     assert head.weight.grad.to_local().shape == head.weight.to_local().shape
     found = {**out._asdict(), "dhidden": hidden.grad}
     found |= {"dweight": grads[0].full_tensor(), "dbias": grads[1].full_tensor()}
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def message(call: Any) -> str:
