@@ -121,7 +121,7 @@ def _fold_pairs(
     if PREDICTED:
         best_c = first_column(best_c, stats_c[0], a, offs_v)
     stats_c = fold(stats_c, a, offs_v, vocab_size, class_weight, MOMENT, EXACT)
-    return (stats_c, stats_u, stats_x), (best_c, best_u)
+    return stats_c, stats_u, stats_x, best_c, best_u
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _sftmix_fwd_kernel(
             halves_a = a.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
             halves_b = b.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
             for half in tl.static_range(2):
-                (stats_c, stats_u, stats_x), (best_c, best_u) = _fold_pairs(
+                stats_c, stats_u, stats_x, best_c, best_u = _fold_pairs(
                     halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (best_c, best_u),
                     (label_c, label_u), outs, rows, first_v, bias, class_weight, vocab_size, part_best is not None,
                     SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, MOMENT, 2, half,
@@ -305,4 +305,4 @@ def fused_forward(
                 stats, problem, call.lam.contiguous(), part, moment=moment_of(call), tile=chosen,
                 num_splits=num_splits,
             )  # fmt: skip
-    return stats if call.tokens is None else stats._replace(token_logit=token_logits(call)[0])
+    return stats if call.tokens is None else stats._replace(token_logit=token_logits(call))

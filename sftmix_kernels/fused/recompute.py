@@ -231,8 +231,7 @@ def fused_backward(
     """Gradients from the upstream and what a forward kept of all columns; no host synchronisation.
 
     In the inputs' dtypes, those of hidden and low of a shard in float32: their sum over shards is to be rounded once.
-    With ``call.main_grad`` dweight is added there, a slice at a time and unrounded, and none is made. An upstream of
-    lse, entropy and tokens is for rows without a partner.
+    With ``call.main_grad`` dweight is added there, a slice at a time and unrounded, and none is made.
 
     ``scratch_bytes`` bounds the dlogits slice (N, V_s), at least one tile of columns; 0 sizes it for the L2 cache.
     Sums are float32 throughout. ``tile`` forces the launch shape (tests).

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..call import Call, Kept, Upstream
 from ..terms import at_target, class_weights, times
-from .tokens import sums_of_equals, token_logits
+from .tokens import affine_at, finished, sums_of_equals
 
 
 class GradientTerms(NamedTuple):
@@ -131,21 +131,46 @@ def _pair_terms(call: Call, column: Tensor, kept: Kept, coef: Tensor) -> Tensor:
     return torch.stack((lse, times(coef, torch.exp(-low)), times(coef, at_c), times(coef, at_u), lam))
 
 
-def _at_tokens(call: Call, column: Tensor, rows: Tensor, token: Tensor) -> Tensor:
+def _at_tokens(call: Call, column: Tensor, rows: Tensor, pairs: Tensor, token: Tensor) -> Tensor:
     """G (N, K), over the scale, at ``call.tokens``: what the kernel has there, and the tokens' own part."""
-    assert call.tokens is not None
-    logits, slope = token_logits(call)
+    tokens = call.tokens
+    assert tokens is not None
+    affine = affine_at(call, tokens)
+    logits, slope = finished(call, affine)
     down = logits - rows[0][:, None]
-    e = torch.exp(down)
-    factor = rows[1][:, None]
+    p, factor = torch.exp(down), rows[1][:, None]
     if rows.shape[0] == 5:
-        factor = factor + rows[4][:, None] * torch.where(e > 0, down, 0.0)
-    found = e * factor
+        factor = factor + rows[4][:, None] * torch.where(p > 0, down, 0.0)
+    found = p * factor
     if call.options.label_smoothing:
         weights = class_weights(call)
-        found -= rows[3][:, None] * (1.0 if weights is None else weights[call.tokens.clamp(min=0)])
-    found = torch.where(call.tokens == column[:, None], rows[2][:, None], found)
-    return (found + sums_of_equals(call.tokens, token, call.wanted.scratch_bytes)) * slope
+        found -= rows[3][:, None] * (1.0 if weights is None else weights[tokens.clamp(min=0)])
+    found = torch.where(tokens == column[:, None], rows[2][:, None], found)
+    found = (found + sums_of_equals(tokens, token, call.wanted.scratch_bytes)) * slope
+    if size := 2 * call.sizes[2]:
+        found[:size] += _mixtures_at_tokens(call, column, affine[:size], pairs)
+    return found
+
+
+def _mixtures_at_tokens(call: Call, column: Tensor, affine: Tensor, pairs: Tensor) -> Tensor:
+    """What the mixture adds at both members' tokens (2M, K), whose own affine logits are ``affine``."""
+    num_pairs = call.sizes[2]
+    assert call.tokens is not None
+    tokens = call.tokens[: 2 * num_pairs]
+    hidden, low = (
+        None if t is None else torch.cat([t[num_pairs : 2 * num_pairs], t[:num_pairs]])
+        for t in (call.hidden, call.low)
+    )
+    assert hidden is not None
+    beside = affine_at(call._replace(hidden=hidden, low=low), tokens)
+    share = torch.cat([call.lam, 1 - call.lam])[:, None]
+    logits, slope = finished(call, times(share, affine) + times(1 - share, beside))
+    lse, factor, at_c, at_u, _ = pairs.repeat(1, 2)[:, :, None]
+    found = torch.exp(logits - lse) * factor
+    for first, value in ((0, at_c), (num_pairs, at_u)):
+        label = column[first : first + num_pairs].repeat(2)[:, None]
+        found = torch.where(tokens == label, value, found)
+    return share * found * slope
 
 
 def gradient_terms(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> GradientTerms:
@@ -155,6 +180,5 @@ def gradient_terms(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -
     pairs = _pair_terms(call, column, kept, upstream.pair)
     if upstream.token is None or call.tokens is None:
         return GradientTerms(rows, pairs, scale, None, None)
-    assert not call.sizes[2], "tokens of pairs: their mixture adds to the same columns"
-    values = _at_tokens(call, column, rows, upstream.token)
+    values = _at_tokens(call, column, rows, pairs, upstream.token)
     return GradientTerms(rows, pairs, scale, call.tokens.contiguous(), values)

@@ -133,7 +133,7 @@ class _Loop:
         return Statistics(
             max_logit, target_logit, mean_logit if smoothed else nothing, nothing,
             nothing.long() if self.predicted is None else self.predicted,
-            nll.new_empty(0, 0) if self.call.tokens is None else token_logits(self.call)[0], self.pair_stats[4:],
+            nll.new_empty(0, 0) if self.call.tokens is None else token_logits(self.call), self.pair_stats[4:],
             torch.stack([lse, torch.zeros_like(lse), nll]), self.pair_stats[:4],
         )  # fmt: skip
 

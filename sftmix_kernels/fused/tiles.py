@@ -290,10 +290,9 @@ class Problem(NamedTuple):
 
     def columns(self, columns: slice) -> Problem:
         """The same with a slice of the vocabulary; targets still count from the vocabulary's start."""
-        layer: dict[str, Any] = {
-            name: getattr(self, name) for name in ("weight", "bias", "up", "class_weight")
-        }
-        return self._replace(**{name: None if t is None else t[columns] for name, t in layer.items()})
+        beside = (self.bias, self.up, self.class_weight)
+        bias, up, class_weight = (None if t is None else t[columns] for t in beside)
+        return self._replace(weight=self.weight[columns], bias=bias, up=up, class_weight=class_weight)
 
     def choose_tile(self, operation: str, part: RowPart) -> Tile:
         return choose_tile(

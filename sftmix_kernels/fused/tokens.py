@@ -17,31 +17,39 @@ from ..call import Call
 GATHERED_BYTES = 32 * 2**20  # of gathered rows at a time, where a call names no bound
 
 
-def token_logits(call: Call) -> tuple[Tensor, Tensor]:
-    """Final logits (N, K) of ``call.tokens`` and f' over the scale there, both float32; 0 where a token is -1.
+def affine_at(call: Call, tokens: Tensor) -> Tensor:
+    """Affine logits (N, K), float32, of each row's columns ``tokens`` (N, K); of column 0 where that is -1.
 
     Memory: ``scratch_bytes`` or GATHERED_BYTES of gathered rows, at least one of each, and O(N K).
     """
-    assert call.tokens is not None
-    options, tokens = call.options, call.tokens.flatten()
-    affine = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    columns = tokens.flatten().clamp(min=0)
+    affine = torch.empty(columns.shape, dtype=torch.float32, device=columns.device)
     width = call.hidden.shape[1] + (0 if call.low is None else call.low.shape[1])
     entry_bytes = width * (2 * call.hidden.element_size() + 8)
     size = max(1, (call.wanted.scratch_bytes or GATHERED_BYTES) // entry_bytes)
-    for start in range(0, tokens.numel(), size):
-        part = slice(start, min(start + size, tokens.numel()))
-        columns = tokens[part].clamp(min=0)
-        rows = torch.arange(part.start, part.stop, device=tokens.device) // call.tokens.shape[1]
-        found = _products(call.hidden, call.weight, rows, columns)
+    for start in range(0, columns.numel(), size):
+        some = columns[start : start + size]
+        rows = torch.arange(start, start + some.numel(), device=some.device) // tokens.shape[1]
+        found = _products(call.hidden, call.weight, rows, some)
         if call.low is not None and call.up is not None:
-            found += _products(call.low, call.up, rows, columns)
-        affine[part] = found if call.bias is None else found + call.bias[columns].float()
-    logits, slope = affine * options.logit_scale, torch.ones_like(affine)
-    if options.softcap:
-        t = torch.tanh(logits / options.softcap)
-        logits, slope = options.softcap * t, (1 - t) * (1 + t)
-    absent = tokens < 0
-    return tuple(t.masked_fill(absent, 0).view(call.tokens.shape) for t in (logits, slope))  # type: ignore[return-value]
+            found += _products(call.low, call.up, rows, some)
+        affine[start : start + size] = found if call.bias is None else found + call.bias[some].float()
+    return affine.view(tokens.shape)
+
+
+def finished(call: Call, affine: Tensor) -> tuple[Tensor, Tensor | float]:
+    """f of affine logits, and f' over the scale."""
+    cap, logits = call.options.softcap, affine * call.options.logit_scale
+    if not cap:
+        return logits, 1.0
+    t = torch.tanh(logits / cap)
+    return cap * t, (1 - t) * (1 + t)
+
+
+def token_logits(call: Call) -> Tensor:
+    """Final logits (N, K) of ``call.tokens``, float32; 0 where a token is -1. Memory as of :func:`affine_at`."""
+    assert call.tokens is not None
+    return finished(call, affine_at(call, call.tokens))[0].masked_fill(call.tokens < 0, 0)
 
 
 def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

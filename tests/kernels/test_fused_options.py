@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels import chunked, linear_cross_entropy, sftmix_loss, token_stats
 from sftmix_kernels.call import Gradients, Kept, Statistics, Upstream
 from sftmix_kernels.terms import coefficients
 from sftmix_kernels.vocab_parallel import own_columns
@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
+from sftmix_kernels import fused
 from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stored, tiles, tokens
 
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -34,7 +35,7 @@ both_schedules = pytest.mark.parametrize("schedule", ["recompute", "stored"])
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 x 32 in three splits, rows of logits in blocks of 32: scratch_bytes=1 makes slices and chunks least."""
+    """Tiles of 16 x 32 in three splits, rows of logits in blocks of 32."""
     monkeypatch.setattr(tiles, "choose_tile", lambda *_, **__: SMALL)
     monkeypatch.setattr(forward, "choose_num_splits", lambda *_: 3)
     monkeypatch.setattr(stored, "choose_row_block", lambda _: 32)
@@ -108,7 +109,7 @@ def test_each_row_its_own_upstream(dtype: torch.dtype) -> None:
 @both_schedules
 @pytest.mark.parametrize("num_pairs", [0, 15])
 def test_predicted_is_the_first_of_the_largest(schedule: str, num_pairs: int) -> None:
-    """Columns that are equal in one tile, over tiles and over splits; and at the cap, where unequal logits become so."""
+    """Columns equal in one tile, over tiles and over splits; and at the cap, where unequal logits become equal."""
     case = make_case(35, 219, 8, num_pairs=num_pairs, ignored=(1, 20))
     equal = torch.tensor([3, 4, 9, 40, 101, 217])
     case.weight[equal] = case.weight[equal[0]] * 3
@@ -344,10 +345,44 @@ def test_tokens_gather_a_bounded_number_of_rows() -> None:
     with LargestTensor() as seen:
         bounded = tokens.token_logits(call)
     assert seen.nbytes <= 64 * 1024
-    whole = tokens.token_logits(call._replace(plan=[*call.plan[:-1], 0]))
-    assert all(torch.equal(one, other) for one, other in zip(bounded, whole, strict=True))
+    assert torch.equal(bounded, tokens.token_logits(call._replace(plan=[*call.plan[:-1], 0])))
     truth = case.hidden.double() @ case.weight.double().T
-    torch.testing.assert_close(bounded[0].double(), truth.gather(1, given), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bounded.double(), truth.gather(1, given), rtol=1e-5, atol=1e-5)
+
+
+def every_upstream(case: Case, row: Tensor, pair: Tensor) -> tuple[Upstream, Tensor]:
+    """Of terms, mixtures, log-sum-exps, entropies and tokens; and the tokens: labels among them, one of them twice."""
+    num_rows, num_pairs = case.hidden.shape[0], case.lam.shape[0]
+    given = torch.randint(70, (num_rows, 4), generator=torch.Generator().manual_seed(1))
+    given[:, 1] = case.target.clamp(min=0)
+    given[: 2 * num_pairs, 2] = given[: 2 * num_pairs, 1].roll(num_pairs)
+    given[::3, 3], given[1::3, 3] = given[::3, 0], given[1::3, 1]
+    token = torch.linspace(-1, 1.5, 4 * num_rows).view(num_rows, 4)
+    return Upstream(row, pair, torch.linspace(-1, 1, num_rows), torch.linspace(2, -1, num_rows), token), given
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "capped"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_every_upstream_beside_pairs_gives_what_chunked_gives(
+    low_rank: bool, options: dict[str, Any]
+) -> None:
+    case = make_case(35, 70, 40, num_pairs=15, bias=True, ignored=(3,), **options)
+    row, pair = torch.linspace(0.5, 1.5, 35, dtype=F64), torch.linspace(2, 1, 15, dtype=F64)
+    row[3] = pair[3] = 0
+    upstream, given = every_upstream(case, row, pair)
+    factors, needs = None, (True, True, True)
+    if low_rank:
+        g = torch.Generator().manual_seed(2)
+        factors, needs = (torch.randn(35, 4, generator=g), torch.randn(70, 4, generator=g)), (True,) * 5
+    call = call_of(case, impl="fused", rows=True, entropy=True, tokens=given, factors=factors, needs=needs)
+    with torch.no_grad():
+        column = coefficients(call).column
+        found = fused_forward(call, column)
+        kept = Kept(found.row_carry, found.pair_carry, found.entropy)
+        ours, theirs = (engine.gradients(call, column, kept, upstream) for engine in (fused, chunked))
+    for name, value in ours._asdict().items():
+        torch.testing.assert_close(value, getattr(theirs, name), rtol=1e-5, atol=2e-5, msg=name)
+        assert value.any() or not low_rank
 
 
 # --- shards and main gradients -------------------------------------------------------------------------------------
@@ -374,22 +409,15 @@ def of_shards(case: Case, sizes: tuple[int, ...], upstream: Upstream, **options:
 @pytest.mark.parametrize("kind", ["terms", "statistics"])
 def test_gradients_of_shards_add_up(kind: str, dtype: torch.dtype) -> None:
     """Smoothing divides by the whole V, class weights are those of targets elsewhere; dhidden comes unrounded."""
-    num_pairs = 15 if kind == "terms" else 0
-    case = make_case(35, 70, 40, num_pairs=num_pairs, dtype=dtype, bias=True, ignored=(3,))
-    row, pair = torch.linspace(0.5, 1.5, 35, dtype=F64), torch.linspace(2, 1, num_pairs, dtype=F64)
-    row[3] = 0
+    case = make_case(35, 70, 40, num_pairs=15, dtype=dtype, bias=True, ignored=(3,))
+    row, pair = torch.linspace(0.5, 1.5, 35, dtype=F64), torch.linspace(2, 1, 15, dtype=F64)
+    row[3] = pair[3] = 0
+    upstream, options = Upstream(row, pair), {}
     if kind == "terms":
-        pair[3] = 0
-        upstream = Upstream(row, pair)
-        options: dict[str, Any] = {"class_weight": class_weights(70), "label_smoothing": 0.2, "z_loss": 1e-2}
-        case.options = options
-        whole, *parts = of_shards(case, (26, 1, 43), upstream)
+        case.options = {"class_weight": class_weights(70), "label_smoothing": 0.2, "z_loss": 1e-2}
     else:
-        given = torch.randint(70, (35, 3), generator=torch.Generator().manual_seed(1))
-        upstream = Upstream(
-            row, pair, torch.linspace(-1, 1, 35), torch.linspace(2, -1, 35), torch.rand(35, 3) - 0.5
-        )
-        whole, *parts = of_shards(case, (26, 1, 43), upstream, tokens=given)
+        upstream, options["tokens"] = every_upstream(case, row, pair)
+    whole, *parts = of_shards(case, (26, 1, 43), upstream, **options)
     assert all(part.dhidden.dtype == F32 for part in parts) and whole.dhidden.dtype == dtype
     tight = {"rtol": 2e-6, "atol": 2e-5} if dtype == F32 else {"rtol": 2e-3, "atol": 6e-3}
     torch.testing.assert_close(sum(part.dhidden for part in parts), whole.dhidden.float(), **tight)
