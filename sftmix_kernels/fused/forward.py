@@ -5,9 +5,9 @@
     target logits: A[y_c], B[y_u], X[y_c], X[y_u]
 
 A program owns BLOCK_N pairs and one split of the vocabulary: it walks the split's tiles, keeps (m, l) of A, B and X in
-registers (and t, for the entropy, or sum_j z_j, for the mean logit, when asked) and writes them once; stats.py folds
-the splits. Target logits come from the accumulator that m and l come from, so that a target at the top is at the top
-exactly.
+registers (when asked also t, for the entropy, or sum_j c_j z_j, for the mean logit, and the maximum's first column) and
+writes them once; stats.py folds the splits. Target logits come from the accumulator that m and l come from, so that a
+target at the top is at the top exactly.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call, Statistics
 from .configs import Tile, choose_num_splits, programs_per_processor
-from .stats import FusedStats, empty_stats, fold, fold_splits, no_columns, settled
+from .stats import empty_stats, first_column, fold, fold_splits, moment_of, no_columns, settled
 from .tiles import (
     Problem,
     RowPart,
@@ -33,6 +34,7 @@ from .tiles import (
     tile_coordinates,
     with_bias,
 )
+from .tokens import token_logits
 
 
 @triton.jit
@@ -82,12 +84,15 @@ def _fold_pairs(
     b,  # (rows, columns) W h_u
     share,  # (rows,) lam
     stats,  # of A, B and X
+    best,  # first columns of the maxima of A and B
     labels,  # of the confident and of the partner
     outs,  # pointers to target logits: A at y_c, B at y_u, X at y_c and at y_u
     rows,
     first_v,
     bias,
+    class_weight,
     vocab_size,
+    PREDICTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -98,20 +103,25 @@ def _fold_pairs(
 ):
     """Fold every STEP-th column of a pair's tile, from OFFSET: one of the three sets of logits at a time."""
     stats_c, stats_u, stats_x = stats
+    best_c, best_u = best
     label_c, label_u = labels
     offs_v = first_v + tl.arange(0, a.shape[1]) * STEP + OFFSET
     x = share[:, None] * a + (1.0 - share)[:, None] * b
     x = _logits(x, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[2], rows, x, label_c, STEP, OFFSET)
     _store_target_logit(outs[3], rows, x, label_u, STEP, OFFSET)
-    stats_x = fold(stats_x, x, offs_v, vocab_size, 0, EXACT)
+    stats_x = fold(stats_x, x, offs_v, vocab_size, None, 0, EXACT)
     b = _logits(b, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[1], rows, b, label_u, STEP, OFFSET)
-    stats_u = fold(stats_u, b, offs_v, vocab_size, MOMENT, EXACT)
+    if PREDICTED:
+        best_u = first_column(best_u, stats_u[0], b, offs_v)
+    stats_u = fold(stats_u, b, offs_v, vocab_size, class_weight, MOMENT, EXACT)
     a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
     _store_target_logit(outs[0], rows, a, label_c, STEP, OFFSET)
-    stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT, EXACT)
-    return stats_c, stats_u, stats_x
+    if PREDICTED:
+        best_c = first_column(best_c, stats_c[0], a, offs_v)
+    stats_c = fold(stats_c, a, offs_v, vocab_size, class_weight, MOMENT, EXACT)
+    return stats_c, stats_u, stats_x, best_c, best_u
 
 
 @triton.jit
@@ -120,12 +130,14 @@ def _sftmix_fwd_kernel(
     hidden_u,  # (rows, D)
     weight,  # (V, D)
     bias,  # (V,) or None
+    class_weight,  # (V,) float32 or None
     target_c,  # (rows,) int64
     target_u,  # (rows,)
     lam,  # (rows,) float32
     part_max,  # (splits, planes * rows) planes: A, then B and X when PAIRED
     part_sum,  # (splits, planes * rows)
     part_moment,  # (splits, planes * rows)
+    part_best,  # (splits, planes * rows) int32, or None
     target_logit_c,  # (rows,) zeros
     target_logit_u,  # (rows,) zeros
     target_logit_xc,  # (rows,) zeros
@@ -170,6 +182,8 @@ def _sftmix_fwd_kernel(
     stats_c = no_columns(zero)
     stats_u = no_columns(zero)
     stats_x = no_columns(zero)
+    best_c = tl.zeros([BLOCK_N], dtype=tl.int32)
+    best_u = tl.zeros([BLOCK_N], dtype=tl.int32)
 
     begin = split.to(tl.int32) * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -192,18 +206,25 @@ def _sftmix_fwd_kernel(
             halves_a = a.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
             halves_b = b.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
             for half in tl.static_range(2):
-                stats_c, stats_u, stats_x = _fold_pairs(
-                    halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (label_c, label_u), outs,
-                    rows, first_v, bias, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, MOMENT, 2, half,
+                stats_c, stats_u, stats_x, best_c, best_u = _fold_pairs(
+                    halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (best_c, best_u),
+                    (label_c, label_u), outs, rows, first_v, bias, class_weight, vocab_size, part_best is not None,
+                    SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, MOMENT, 2, half,
                 )  # fmt: skip
         else:
             offs_v = first_v + tl.arange(0, BLOCK_V)
             a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
             _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
-            stats_c = fold(stats_c, a, offs_v, vocab_size, MOMENT, EXACT)
+            if part_best is not None:
+                best_c = first_column(best_c, stats_c[0], a, offs_v)
+            stats_c = fold(stats_c, a, offs_v, vocab_size, class_weight, MOMENT, EXACT)
 
     at = split * (3 if PAIRED else 1) * num_rows + rows
     _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, MOMENT, EXACT)
+    if part_best is not None:
+        tl.store(part_best + at, best_c, mask=row_mask)
+        if PAIRED:
+            tl.store(part_best + at + num_rows, best_u, mask=row_mask)
     if PAIRED:
         _store_stats(part_max, part_sum, part_moment, at + num_rows, row_mask, stats_u, MOMENT, EXACT)
         _store_stats(part_max, part_sum, part_moment, at + 2 * num_rows, row_mask, stats_x, 0, EXACT)
@@ -218,11 +239,12 @@ def _num_program_slots(device: torch.device, tile: Tile) -> int:
 
 
 def _forward_part(
-    stats: FusedStats,
+    stats: Statistics,
     problem: Problem,
     lam: Tensor,  # (M,)
     part: RowPart,
     *,
+    moment: int,
     tile: Tile,
     num_splits: int | None,
 ) -> None:
@@ -232,65 +254,55 @@ def _forward_part(
     wanted = num_splits or choose_num_splits(num_blocks_n, num_tiles, _num_program_slots(lam.device, tile))
     tiles_per_split = triton.cdiv(num_tiles, wanted)
     splits = triton.cdiv(num_tiles, tiles_per_split)
-    size = part.num_rows + part.num_mixed
-    buffers = {
-        name: torch.empty(splits * (size if kept else 0), dtype=torch.float32, device=lam.device)
-        for name, kept in (("part_max", True), ("part_sum", True), ("part_moment", stats.moment != 0))
+    size = splits * (part.num_rows + part.num_mixed)
+    buffers: dict[str, Tensor | None] = {
+        name: torch.empty(size if kept else 0, dtype=torch.float32, device=lam.device)
+        for name, kept in (("part_max", True), ("part_sum", True), ("part_moment", moment != 0))
     }
+    has_best = stats.predicted.numel() > 0
+    buffers["part_best"] = torch.empty(size, dtype=torch.int32, device=lam.device) if has_best else None
     _sftmix_fwd_kernel[(num_blocks_n * splits,)](
         **launch_arguments(problem, part, tile),
         **buffers,
         lam=lam,
         target_logit_c=stats.target_logit[part.first],
         target_logit_u=stats.target_logit[part.second],
-        target_logit_xc=stats.target_logit_xc,
-        target_logit_xu=stats.target_logit_xu,
+        target_logit_xc=stats.logit_x[0],
+        target_logit_xu=stats.logit_x[1],
         num_splits=splits,
         tiles_per_split=tiles_per_split,
-        MOMENT=stats.moment,
+        MOMENT=moment,
         EVEN_V=vocab_size % tile.block_v == 0,
     )
     fold_splits(
-        stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size,
+        stats, buffers, problem.target, part, num_splits=splits, vocab_size=vocab_size, moment=moment,
         exact=problem.hidden.dtype == torch.float32,
     )  # fmt: skip
 
 
 def fused_forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64, -1 where the row is ignored
-    lam: Tensor,  # (M,) float32
+    call: Call,
+    column: Tensor,  # (N,) targets among these columns, -1 at ignored rows and where they are elsewhere
     *,
-    bias: Tensor | None = None,  # (V,)
-    softcap: float = 0.0,
-    logit_scale: float = 1.0,
-    low: Tensor | None = None,  # (N, r)
-    up: Tensor | None = None,  # (V, r)
-    want_entropy: bool = False,
-    want_mean_logit: bool = False,
     tile: Tile | None = None,
     num_splits: int | None = None,
-) -> FusedStats:
-    """Log-sum-exps, maxima and target logits of N rows and M mixtures; no host synchronisation.
+) -> Statistics:
+    """Statistics of every row and mixture, with no logits in memory; no host synchronisation.
 
-    Rows are M confident ones, their M partners, then N - 2M unpaired ones. ``softcap`` 0 means none. With low-rank
-    factors, in hidden's dtype, the affine logits are hidden W^T + low up^T. ``tile`` and
-    ``num_splits`` force the launch shape (tests).
+    ``tile`` and ``num_splits`` force the launch shape (tests).
 
-    Memory: 4 (8 N + 6 M) bytes of results and, for S splits of the vocabulary, 12 S (N + M) of partial sums; no logits.
+    Memory: 4 (8 N + 6 M) bytes of results and, for S splits of the vocabulary, 12 S (N + M) of partial sums (predicted:
+    4 S (N + M) more); no logits. Tokens: tokens.py.
 
-    Raises ValueError on CPU tensors outside the interpreter, and where both the entropy and the mean logit are wanted:
-    one pass has room for one of them.
+    Raises ValueError on CPU tensors outside the interpreter.
     """
-    if want_entropy and want_mean_logit:
-        raise ValueError("want_mean_logit: expected False beside want_entropy, got True")
-    problem = Problem.prepare(
-        hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up
-    )
-    stats = empty_stats(hidden, lam.shape[0], entropy=want_entropy, mean_logit=want_mean_logit)
-    with on_device(hidden):
-        for part in row_parts(hidden.shape[0], lam.shape[0]):
+    problem, stats = Problem.of(call, column), empty_stats(call)
+    num_rows, _, num_pairs = call.sizes
+    with on_device(call.hidden):
+        for part in row_parts(num_rows, num_pairs):
             chosen = tile or problem.choose_tile("forward", part)
-            _forward_part(stats, problem, lam.contiguous(), part, tile=chosen, num_splits=num_splits)
-    return stats
+            _forward_part(
+                stats, problem, call.lam.contiguous(), part, moment=moment_of(call), tile=chosen,
+                num_splits=num_splits,
+            )  # fmt: skip
+    return stats if call.tokens is None else stats._replace(token_logit=token_logits(call))

@@ -1,30 +1,27 @@
 """Gradients by the ``recompute`` schedule: walk the vocabulary in slices, never more logits than one slice.
 
     P = softmax of A, B and X, recomputed as exp(z - lse); J = f'(affine) = s (1 - (z / cap)^2), or s without a cap
-    dA = a_c J_A ((1 + 2 z lse_A) P_A - (1 - e) 1[y_c] - e / V),  dB = a_u J_B (the same of B and y_u)
+    m = (1 - e) c[y],  g = e / V sum_v c_v                  c class weights, 1 without them; e smoothing, z z-loss
+    dA = a_c J_A ((m + g + 2 z lse_A) P_A - m 1[y_c] - e c / V),  dB = a_u J_B (the same of B and y_u)
     dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])
     G_c = dA + lam dX,  G_u = dB + (1 - lam) dX          dlogits = (G_c; G_u), one slice (N, V_s)
     dhidden = sum over slices G W_slice (float32),  dweight_slice = G^T hidden,  dbias_slice = sum over rows G
     dlow = sum over slices G up_slice (float32),    dup_slice = G^T low          with low-rank factors
 
-with label smoothing e and z-loss z. At a target the residual comes from the forward's nll: w the label's mass there,
-expm1(-nll) + (1 - w) where w >= 1/2 and exp(-nll) - w elsewhere, so that p = 0.999999 keeps its digits. The forward's
-lse was rounded; what rounding took scales the row's coefficient. float16 divides all coefficients by their maximum,
-which returns in float32 at the end.
+Numbers of rows, and what makes a row bear nothing: row_terms.py.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks
+from ..call import Call, Gradients, Kept, Upstream, empty_gradients
 from .configs import Tile, choose_slice_width
 from .products import add_product, write_product
+from .row_terms import GradientTerms, gradient_terms, living
 from .tiles import (
     Problem,
     RowPart,
@@ -41,14 +38,7 @@ from .tiles import (
     tile_coordinates,
     with_bias,
 )
-
-
-class GradientTerms(NamedTuple):
-    """Per-row numbers the kernel multiplies and substitutes; float32, coefficients folded in."""
-
-    rows: Tensor  # (3, N) lse, a (1 + 2 z lse) exp(-low), g at the target; with smoothing (4, N): a e / V
-    pairs: Tensor  # (5, M) lse_x, b exp(-low), b (p - w) at y_c, the same at y_u, lam
-    scale: Tensor | None  # () what the products are multiplied by in float32, None for 1
+from .tokens import store_at_tokens
 
 
 @triton.jit
@@ -67,14 +57,25 @@ def _logits_and_slope(
 
 
 @triton.jit
-def _scaled_softmax(z, slope, terms, stride_terms, SMOOTHED: tl.constexpr):
-    """(coefficient * exp(z - lse) - uniform) * slope.
+def _scaled_softmax(
+    z, slope, terms, stride_terms, offs_v, vocab_size, class_weight, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    """(factor * exp(z - lse) - uniform) * slope.
 
-    terms: pointers to each row's lse, then its coefficient, and in the fourth plane what smoothing subtracts.
+    terms: pointers to each row's lse, then its factor of exp(z - lse); in the fourth plane what smoothing subtracts,
+    times class weights where there are any, in the fifth what z - lse adds to the factor.
     """
-    g = tl.exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None]
+    down = z - tl.load(terms)[:, None]
+    g = tl.exp(down)
+    factor = tl.load(terms + stride_terms)[:, None]
+    if ENTROPY:
+        factor += tl.load(terms + 4 * stride_terms)[:, None] * tl.where(g > 0.0, down, 0.0)
+    g *= factor
     if SMOOTHED:
-        g -= tl.load(terms + 3 * stride_terms)[:, None]
+        uniform = tl.load(terms + 3 * stride_terms)[:, None]
+        if class_weight is not None:
+            uniform *= tl.load(class_weight + offs_v, mask=offs_v < vocab_size, other=0.0)[None, :]
+        g -= uniform
     return g * slope
 
 
@@ -105,10 +106,11 @@ def _sftmix_recompute_kernel(
     hidden_u,  # (rows, D)
     weight,  # (V_s, D) the slice's rows
     bias,  # (V_s,) or None
+    class_weight,  # (V_s,) float32 or None
     target_c,  # (rows,) int64
     target_u,  # (rows,)
-    row_terms_c,  # (3 or 4, N) from the confident rows
-    row_terms_u,  # (3 or 4, N) from the partners
+    row_terms_c,  # (3 to 5, N) from the confident rows
+    row_terms_u,  # (3 to 5, N) from the partners
     pair_terms,  # (5, rows)
     dlogits_c,  # (rows, V_s) pointer or descriptor
     dlogits_u,  # (rows, V_s)
@@ -130,6 +132,7 @@ def _sftmix_recompute_kernel(
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    ENTROPY: tl.constexpr,
     PAIRED: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
@@ -157,72 +160,33 @@ def _sftmix_recompute_kernel(
     rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)
     y_c = load_target(target_c, rows, rows < num_rows, first_column, vocab_size) - first_v
     hit_c = any_inside(y_c, BLOCK_V)
+    offs_v = first_v + tl.arange(0, BLOCK_V)
     if PAIRED:
         y_u = load_target(target_u, rows, rows < num_rows, first_column, vocab_size) - first_v
         hit_u = any_inside(y_u, BLOCK_V)
         share = tl.load(pair_terms + 4 * num_rows + rows)
         x = share[:, None] * a + (1.0 - share)[:, None] * b
         z, slope = _logits_and_slope(x, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-        g_x = _scaled_softmax(z, slope, pair_terms + rows, num_rows, False)
+        g_x = _scaled_softmax(
+            z, slope, pair_terms + rows, num_rows, offs_v, vocab_size, None, False, False
+        )  # fmt: skip
         g_x = _at_target(g_x, slope, pair_terms + 2 * num_rows + rows, y_c, hit_c)
         g_x = _at_target(g_x, slope, pair_terms + 3 * num_rows + rows, y_u, hit_u)
         z, slope = _logits_and_slope(b, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-        g_u = _scaled_softmax(z, slope, row_terms_u + rows, stride_terms, SMOOTHED)
+        g_u = _scaled_softmax(
+            z, slope, row_terms_u + rows, stride_terms, offs_v, vocab_size, class_weight, SMOOTHED, ENTROPY
+        )  # fmt: skip
         g_u = _at_target(g_u, slope, row_terms_u + 2 * stride_terms + rows, y_u, hit_u)
         g_u += (1.0 - share)[:, None] * g_x
         _store_tile(dlogits_u, g_u, first_n, first_v, num_rows, vocab_size, stride_on, STORE_DESCRIPTORS)
     z, slope = _logits_and_slope(a, bias, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT)
-    g_c = _scaled_softmax(z, slope, row_terms_c + rows, stride_terms, SMOOTHED)
+    g_c = _scaled_softmax(
+        z, slope, row_terms_c + rows, stride_terms, offs_v, vocab_size, class_weight, SMOOTHED, ENTROPY
+    )  # fmt: skip
     g_c = _at_target(g_c, slope, row_terms_c + 2 * stride_terms + rows, y_c, hit_c)
     if PAIRED:
         g_c += share[:, None] * g_x
     _store_tile(dlogits_c, g_c, first_n, first_v, num_rows, vocab_size, stride_on, STORE_DESCRIPTORS)
-
-
-def _residual(nll: Tensor, mass: Tensor, rest: Tensor) -> Tensor:
-    """p - mass at a target whose -log p is ``nll``, without cancellation near 1; ``rest`` is 1 - mass."""
-    return torch.where(mass >= 0.5, torch.expm1(-nll) + rest, torch.exp(-nll) - mass)
-
-
-def _gradient_terms(
-    target: Tensor,  # (N,)
-    lam: Tensor,  # (M,)
-    row_coef: Tensor,  # (N,)
-    pair_coef: Tensor,  # (M,)
-    row_carry: Tensor,  # (3, N)
-    pair_carry: Tensor,  # (4, M)
-    *,
-    logit_scale: float,
-    smoothing: tuple[float, float | Tensor],
-    z_loss: float,
-    normalise: bool,
-) -> GradientTerms:
-    """Fold coefficients, what the rounding of lse took, and the labels into the numbers the kernel needs.
-
-    ``smoothing`` is e and e / V. Coefficients are normalised to at most 1 where dlogits are float16.
-    """
-    num_pairs = lam.shape[0]
-    row_coef, pair_coef = row_coef.float() * logit_scale, pair_coef.float() * logit_scale
-    scale = None
-    if normalise:
-        scale = torch.cat((row_coef, pair_coef)).abs().amax()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        row_coef, pair_coef = row_coef / scale, pair_coef / scale
-    lse, low, nll = row_carry
-    bulk, own = row_coef * torch.exp(-low), torch.expm1(-nll)
-    mass, uniform = smoothing
-    if mass:  # (p - 1) + e would keep the digits of 1, not those of 1 - e
-        own = (1 - mass) * own + (mass * torch.exp(-nll) - uniform)
-    if z_loss:
-        bulk, own = bulk * (1 + 2 * z_loss * lse), own + 2 * z_loss * lse * torch.exp(-nll)
-    rows = torch.stack((lse, bulk, row_coef * own, *((row_coef * uniform,) if mass else ())))
-    lse_x, low_x, nll_c, nll_u = pair_carry
-    # Where both labels are one column the partner's number, written last, stands for the whole label.
-    same = target[:num_pairs] == target[num_pairs : 2 * num_pairs]
-    mass_u, rest_u = torch.where(same, 1.0, 1 - lam), torch.where(same, 0.0, lam)
-    at_c, at_u = _residual(nll_c, lam, 1 - lam), _residual(nll_u, mass_u, rest_u)
-    pairs = torch.stack((lse_x, pair_coef * torch.exp(-low_x), pair_coef * at_c, pair_coef * at_u, lam))
-    return GradientTerms(rows, pairs, scale)
 
 
 def _recompute_slice(
@@ -232,6 +196,7 @@ def _recompute_slice(
     dlogits: Tensor,  # (N, V_s)
     *,
     first_column: int,
+    smoothed: bool,
     tile: Tile,
 ) -> None:
     """Launch the kernel for one run of rows and one slice of the vocabulary."""
@@ -249,112 +214,81 @@ def _recompute_slice(
         first_column=first_column,
         stride_on=dlogits.stride(0),
         stride_terms=terms.rows.stride(0),
-        SMOOTHED=terms.rows.shape[0] == 4,
+        SMOOTHED=smoothed,
+        ENTROPY=terms.rows.shape[0] == 5,
         STORE_DESCRIPTORS=store_descriptors,
     )
 
 
 def fused_backward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64, -1 where the row is ignored
-    lam: Tensor,  # (M,) float32
-    row_coef: Tensor,  # (N,) float32, 0 at ignored rows
-    pair_coef: Tensor,  # (M,) float32, 0 at pairs with an ignored member
-    row_carry: Tensor,  # (3, N) FusedStats.row_carry
-    pair_carry: Tensor,  # (4, M) FusedStats.pair_carry
+    call: Call,
+    column: Tensor,  # (N,) targets among these columns, -1 at ignored rows and where they are elsewhere
+    kept: Kept,
+    upstream: Upstream,
     *,
-    bias: Tensor | None = None,  # (V,)
-    softcap: float = 0.0,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    total_vocab: int | Tensor | None = None,
-    low: Tensor | None = None,  # (N, r)
-    up: Tensor | None = None,  # (V, r)
-    need_dhidden: bool = True,
-    need_dweight: bool = True,
-    need_dbias: bool = False,
-    need_dlow: bool = False,
-    need_dup: bool = False,
-    main_grad: Tensor | None = None,  # (V, D) float32
-    scratch_bytes: int | None = None,
     tile: Tile | None = None,
-) -> tuple[Tensor, ...]:
-    """dhidden, dweight and dbias in the dtypes of their primals, (0,) where not needed; no host synchronisation.
+) -> Gradients:
+    """Gradients from the upstream and what a forward kept of all columns; no host synchronisation.
 
-    With low-rank factors, dlow and dup come after them. With ``main_grad`` dweight is added there, a slice at a time
-    and unrounded, and none is made.
+    In the inputs' dtypes, those of hidden and low of a shard in float32: their sum over shards is to be rounded once.
+    With ``call.main_grad`` dweight is added there, a slice at a time and unrounded, and none is made.
 
-    The coefficients hold everything that multiplies a row's or pair's loss. ``scratch_bytes`` bounds the dlogits slice
-    (N, V_s), at least one tile of columns; None sizes it for the L2 cache. Sums are float32 throughout. ``total_vocab``
-    is the V of label smoothing's e / V where ``weight`` is a shard (an int or a 0-d tensor; None: its own columns).
+    ``scratch_bytes`` bounds the dlogits slice (N, V_s), at least one tile of columns; 0 sizes it for the L2 cache.
+    Sums are float32 throughout. ``tile`` forces the launch shape (tests).
 
-    Memory above inputs and gradients: N V_s itemsize, O(N + M) of statistics and, with 16-bit inputs, a float32 dhidden
-    4 N D; float16 adds a float32 product 4 V_s D. Off GPUs of capability 8.0, which have no 16-bit product with a
-    float32 result, copies of one product's operands: 4 (N V_s + max(N, V_s) D).
+    Memory above inputs and gradients: N V_s itemsize, a copy of hidden N D itemsize, O(N + M) of statistics and, with
+    16-bit inputs, a float32 dhidden 4 N D; float16 adds a float32 product 4 V_s D, tokens what tokens.py says twice.
+    Off GPUs of capability 8.0, which have no 16-bit product with a float32 result, copies of one product's operands:
+    4 (N V_s + max(N, V_s) D).
 
     Raises ValueError on CPU tensors outside the interpreter.
     """
-    problem = Problem.prepare(
-        hidden, weight, target, bias=bias, softcap=softcap, logit_scale=logit_scale, low=low, up=up
-    )
-    for name, carry, (planes, size) in (  # of the forward's FusedStats
-        ("row_carry", row_carry, (3, hidden.shape[0])),
-        ("pair_carry", pair_carry, (4, lam.shape[0])),
-    ):
-        checks.check_tensor(name, carry, {"planes": planes, "size": size}, (torch.float32,))
-    gradients: tuple[Tensor, ...] = (
-        torch.zeros(hidden.shape if need_dhidden else (0,), dtype=torch.float32, device=hidden.device),
-        weight.new_empty(weight.shape if need_dweight and main_grad is None else (0,)),
-        weight.new_empty(weight.shape[:1] if need_dbias else (0,)),
-    )
-    if low is not None and up is not None:
-        shape = low.shape if need_dlow else (0,)
-        gradients += (
-            torch.zeros(shape, dtype=torch.float32, device=hidden.device),
-            up.new_empty(up.shape if need_dup else (0,)),
-        )
-    if hidden.shape[0] == 0:
-        return tuple(gradient.zero_().to(hidden.dtype) for gradient in gradients)
-    columns = weight.shape[0] if total_vocab is None else total_vocab
-    terms = _gradient_terms(
-        target, lam, row_coef, pair_coef, row_carry, pair_carry, logit_scale=logit_scale,
-        smoothing=(label_smoothing, label_smoothing / columns), z_loss=z_loss,
-        normalise=hidden.dtype == torch.float16,
-    )  # fmt: skip
+    needs, num_rows = call.needs, call.sizes[0]
+    call = living(call, upstream)
+    problem, found = Problem.of(call, column), _empty(call)
+    if num_rows == 0:
+        return Gradients(*(each.zero_().to(call.hidden.dtype) for each in found))
+    terms = gradient_terms(call, column, kept, upstream)
     tiles = {
-        part: tile or problem.choose_tile("recompute", part)
-        for part in row_parts(hidden.shape[0], lam.shape[0])
+        part: tile or problem.choose_tile("recompute", part) for part in row_parts(num_rows, call.sizes[2])
     }
-    with on_device(hidden):
+    with on_device(call.hidden):
         _walk_slices(
-            problem,
-            terms,
-            tiles,
-            gradients,
-            main_grad=main_grad if need_dweight else None,
-            scratch_bytes=scratch_bytes,
-        )
-    for total in gradients[::3]:  # dhidden and dlow
+            problem, terms, tiles, found, main_grad=call.main_grad if needs.dweight else None,
+            smoothed=call.options.label_smoothing != 0, scratch_bytes=call.wanted.scratch_bytes or None,
+        )  # fmt: skip
+    for total in (found.dhidden, found.dlow):
         if terms.scale is not None:
             total.mul_(terms.scale)
-    return tuple(gradient.to(hidden.dtype) for gradient in gradients)
+    return found if call.place is not None else Gradients(*(each.to(call.hidden.dtype) for each in found))
+
+
+def _empty(call: Call) -> Gradients:
+    """Buffers for the gradients, those of rows, which are summed over slices, zeros in float32."""
+    needs = call.needs
+
+    def zeros(like: Tensor | None, needed: bool) -> Tensor:
+        shape = like.shape if needed and like is not None else (0,)
+        return torch.zeros(shape, dtype=torch.float32, device=call.hidden.device)
+
+    of_layer = call._replace(plan=list(call.wanted._replace(dhidden=0, dlow=0)))
+    return empty_gradients(of_layer)._replace(
+        dhidden=zeros(call.hidden, needs.dhidden), dlow=zeros(call.low, needs.dlow)
+    )
 
 
 def _walk_slices(
     problem: Problem,
     terms: GradientTerms,
     tiles: dict[RowPart, Tile],
-    gradients: tuple[
-        Tensor, ...
-    ],  # float32 zeros (N, D), (V, D), (V,); (N, r), (V, r); (0,) where not needed
+    gradients: Gradients,  # dhidden and dlow zeros in float32
     *,
     main_grad: Tensor | None,
+    smoothed: bool,
     scratch_bytes: int | None,
 ) -> None:
     """Fill the gradients slice by slice: the kernel writes dlogits, library products consume them."""
-    dhidden, dweight, dbias, *low_rank = gradients
+    dhidden, dweight, dbias, dlow, dup = gradients
     num_rows, vocab_size = problem.hidden.shape[0], problem.weight.shape[0]
     block_v = max(tile.block_v for tile in tiles.values())
     itemsize = problem.hidden.element_size()
@@ -364,7 +298,11 @@ def _walk_slices(
         columns = slice(start, min(start + width, vocab_size))
         part_problem, dlogits = problem.columns(columns), scratch[:, : columns.stop - start]
         for part, tile in tiles.items():
-            _recompute_slice(part_problem, terms, part, dlogits, first_column=start, tile=tile)
+            _recompute_slice(
+                part_problem, terms, part, dlogits, first_column=start, smoothed=smoothed, tile=tile
+            )
+        if terms.tokens is not None and terms.at_tokens is not None:
+            store_at_tokens(dlogits, terms.tokens, terms.at_tokens, start)
         if dhidden.numel():
             add_product(dhidden, dlogits, part_problem.weight)
         if main_grad is not None:
@@ -372,23 +310,9 @@ def _walk_slices(
         elif dweight.numel():
             write_product(dweight[columns], dlogits.T, problem.hidden, terms.scale)
         if dbias.numel():
-            sums = dlogits.sum(dim=0, dtype=torch.float32)
-            dbias[columns] = sums if terms.scale is None else sums * terms.scale
-        if low_rank:
-            _low_rank_products(part_problem, dlogits, low_rank, columns, scale=terms.scale)
-
-
-def _low_rank_products(
-    problem: Problem,  # up (V_s, r)
-    dlogits: Tensor,  # (N, V_s)
-    gradients: list[Tensor],  # dlow (N, r) float32, dup (V, r); (0,) where not needed
-    columns: slice,
-    *,
-    scale: Tensor | None,
-) -> None:
-    dlow, dup = gradients
-    assert problem.low is not None and problem.up is not None
-    if dlow.numel():
-        add_product(dlow, dlogits, problem.up[:, : dlow.shape[1]])
-    if dup.numel():
-        write_product(dup[columns], dlogits.T, problem.low[:, : dup.shape[1]], scale)
+            total = dlogits.sum(dim=0, dtype=torch.float32)
+            dbias[columns] = total if terms.scale is None else total * terms.scale
+        if dlow.numel() and part_problem.up is not None:
+            add_product(dlow, dlogits, part_problem.up[:, : dlow.shape[1]])
+        if dup.numel() and problem.low is not None:
+            write_product(dup[columns], dlogits.T, problem.low[:, : dup.shape[1]], terms.scale)

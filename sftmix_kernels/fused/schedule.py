@@ -20,7 +20,8 @@ from functools import lru_cache
 
 import torch
 
-from ..scratch import chunk_size
+from ..choice import DEFAULT_ROWS
+from ..chunked.scratch import chunk_size
 from .configs import (
     Tile,
     choose_num_splits,
@@ -29,7 +30,6 @@ from .configs import (
     programs_per_processor,
     table_arch,
 )
-from .stored import DEFAULT_ROWS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     over splits s:  m = max_s m_s,  l = sum_s l_s exp(m_s - m),  lse = m + log l = fl(lse) + low
     entropy = log l - t / l,  t = sum_s exp(m_s - m) (t_s + l_s (m_s - m))       t_s = sum_j exp(z_j - m_s) (z_j - m_s)
-    mean logit = sum_s sum_j z_j / V
+    mean logit = sum_s sum_j c_j z_j / V                               c class weights, 1 without them
     nll = (fl(lse) - z[y]) + low
 
 ``low`` is what float32 rounds away from m + log l: 5e-7 at an lse of 10, 5e-4 at 10^4. With it exp(z - lse) and
@@ -15,45 +15,14 @@ away. 16-bit inputs err by far more in their products and have no register to sp
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call, Statistics
 from .configs import INTERPRETED
 from .tiles import RowPart
-
-
-class FusedStats(NamedTuple):
-    """What one forward pass knows of N rows and M mixtures; float32, natural logarithms."""
-
-    lse: Tensor  # (N,)
-    max_logit: Tensor  # (N,)
-    target_logit: Tensor  # (N,) 0 where the row has no target
-    lse_x: Tensor  # (M,)
-    target_logit_xc: Tensor  # (M,) mixed logit at the confident target; 0 where there is none
-    target_logit_xu: Tensor  # (M,) at the partner's
-    entropy: Tensor  # (N,), or (0,) when not wanted
-    mean_logit: Tensor  # (N,) over these V columns, or (0,) when not wanted
-    nll: Tensor  # (N,) -log p of the target, right to float32 even where it is tiny; 0 without a target
-    nll_xc: Tensor  # (M,) the same of the mixture, at the confident target
-    nll_xu: Tensor  # (M,) at the partner's
-    row_carry: Tensor  # (3, N) for the backward: lse, the part of it lost in rounding, nll
-    pair_carry: Tensor  # (4, M) lse_x, the part lost, nll_xc, nll_xu
-
-    @property
-    def moment(self) -> int:
-        """Which sum beside l the kernels carry: 0 none, 1 what gives the entropy, 2 what gives the mean logit."""
-        return 1 if self.entropy.numel() else 2 if self.mean_logit.numel() else 0
-
-    def mixup_nll(self, target: Tensor, lam: Tensor) -> Tensor:
-        """-lam log p_x[y_c] - (1 - lam) log p_x[y_u] of each mixture (M,), 0 where a member is ignored."""
-        num_pairs = lam.shape[0]
-        valid = (target[:num_pairs] >= 0) & (target[num_pairs : 2 * num_pairs] >= 0)
-        cross = lam * self.nll_xc + (1 - lam) * self.nll_xu
-        return torch.where(valid, cross, torch.zeros_like(cross))
 
 
 @triton.jit
@@ -80,18 +49,37 @@ def settled(stats, EXACT: tl.constexpr):
 
 
 @triton.jit
+def weighted(z, offs_v, vocab_size, class_weight):
+    """z times its columns' class weights, where there are any; 0 where one is 0, and past the vocabulary's end."""
+    if class_weight is None:
+        return tl.where((offs_v < vocab_size)[None, :], z, 0.0)
+    else:
+        c = tl.load(class_weight + offs_v, mask=offs_v < vocab_size, other=0.0)[None, :]
+        return tl.where(c != 0.0, c * z, 0.0)
+
+
+@triton.jit
+def first_column(best, top, z, offs_v):
+    """The first column that has the largest of z and of what was folded before: ``top``, in ``best``."""
+    largest = tl.max(z, axis=1)
+    column = tl.min(tl.where(z == largest[:, None], offs_v[None, :], 2147483647), axis=1)
+    return tl.where(largest > top, column, tl.where(largest == top, tl.minimum(best, column), best))
+
+
+@triton.jit
 def fold(
     stats,  # (rows,) each: running max m, sum of exp(z - m), the moment, and what rounding took from the sum
     z,  # (rows, columns) -inf past the vocabulary's end
     offs_v,  # (columns,)
     vocab_size,
-    MOMENT: tl.constexpr,  # FusedStats.moment
+    class_weight,  # (V,) or None
+    MOMENT: tl.constexpr,  # 0: none, 1: what gives the entropy, 2: the mean logit
     EXACT: tl.constexpr,  # compensate the sum
 ):
-    """Fold z into stats; the moment is the sum of exp(z - m) (z - m), or of z."""
+    """Fold z into stats; the moment is the sum of exp(z - m) (z - m), or of c z."""
     top, total, moment, rest = stats
     if MOMENT == 2:
-        moment += tl.sum(tl.where((offs_v < vocab_size)[None, :], z, 0.0), axis=1)
+        moment += tl.sum(weighted(z, offs_v, vocab_size, class_weight), axis=1)
     new = tl.maximum(top, tl.max(z, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     z = z - shift[:, None]
@@ -122,14 +110,14 @@ def _sftmix_fwd_combine_kernel(
     part_max,  # (splits, rows + mixed): the rows' planes, then the mixtures'
     part_sum,  # (splits, rows + mixed)
     part_moment,  # (splits, rows + mixed)
+    part_best,  # (splits, rows + mixed) int32, or None
     target,  # (rows,) int64
     target_logit,  # (rows,)
     target_logit_xc,  # (mixed,)
     target_logit_xu,  # (mixed,)
-    lse,  # (rows,)
     max_logit,  # (rows,)
     moment_out,  # (rows,) entropy or mean logit
-    nll,  # (rows,)
+    predicted,  # (rows,) int64
     row_carry,  # (3, N), from this part's first row
     pair_carry,  # (4, mixed)
     num_rows,
@@ -147,8 +135,11 @@ def _sftmix_fwd_combine_kernel(
     at = offs
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     top, total, moment, rest = no_columns(zero)
+    best = tl.zeros([BLOCK], dtype=tl.int32)
     for _ in range(num_splits):
         m = tl.load(part_max + at, mask=mask, other=0.0)
+        if part_best is not None:
+            best = tl.where(m > top, tl.load(part_best + at, mask=mask & (offs < num_rows), other=0), best)
         new = tl.maximum(top, m)
         shift = tl.where(new == float("-inf"), 0.0, new)
         down_old = tl.where(top == float("-inf"), 0.0, top - shift)
@@ -177,9 +168,9 @@ def _sftmix_fwd_combine_kernel(
 
     is_row = offs < num_rows
     row_nll = _nll(target + offs, target_logit + offs, is_row, log_sum_exp, low, vocab_size)
-    tl.store(lse + offs, log_sum_exp, mask=is_row)
     tl.store(max_logit + offs, top, mask=is_row)
-    tl.store(nll + offs, row_nll, mask=is_row)
+    if part_best is not None:
+        tl.store(predicted + offs, best.to(tl.int64), mask=is_row)
     tl.store(row_carry + offs, log_sum_exp, mask=is_row)
     tl.store(row_carry + stride_carry + offs, low, mask=is_row)
     tl.store(row_carry + 2 * stride_carry + offs, row_nll, mask=is_row)
@@ -198,55 +189,56 @@ def _sftmix_fwd_combine_kernel(
     tl.store(pair_carry + 3 * num_mixed + pair, nll_xu, mask=is_mixed)
 
 
-def empty_stats(hidden: Tensor, num_pairs: int, *, entropy: bool, mean_logit: bool) -> FusedStats:
-    """Buffers for the results; the target logits are zero because rows without a target are not written."""
-    num_rows = hidden.shape[0]
+def moment_of(call: Call) -> int:
+    """Which sum beside l the kernels carry: 0 none, 1 what gives the entropy, 2 what gives the mean logit."""
+    return 2 if call.options.label_smoothing else call.wanted.entropy
+
+
+def empty_stats(call: Call) -> Statistics:
+    """Buffers for the results; logits at targets are zero because rows without a target are not written."""
+    num_rows, _, num_pairs = call.sizes
+    moment = moment_of(call)
 
     def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        return torch.empty(shape, dtype=torch.float32, device=call.hidden.device)
 
-    pair_carry = floats(4, num_pairs)
-    return FusedStats(
-        lse=floats(num_rows),
+    return Statistics(
         max_logit=floats(num_rows),
         target_logit=floats(num_rows).zero_(),
-        lse_x=pair_carry[0],
-        target_logit_xc=floats(num_pairs).zero_(),
-        target_logit_xu=floats(num_pairs).zero_(),
-        entropy=floats(num_rows if entropy else 0),
-        mean_logit=floats(num_rows if mean_logit else 0),
-        nll=floats(num_rows),
-        nll_xc=pair_carry[2],
-        nll_xu=pair_carry[3],
+        mean_logit=floats(num_rows if moment == 2 else 0),
+        entropy=floats(num_rows if moment == 1 else 0),
+        predicted=call.hidden.new_empty(num_rows if call.wanted.predicted else 0, dtype=torch.int64),
+        token_logit=floats(0, 0),
+        logit_x=floats(2, num_pairs).zero_(),
         row_carry=floats(3, num_rows),
-        pair_carry=pair_carry,
+        pair_carry=floats(4, num_pairs),
     )
 
 
 def fold_splits(
-    stats: FusedStats,
-    buffers: dict[str, Tensor],  # part_max, part_sum, part_moment
+    stats: Statistics,
+    buffers: dict[str, Tensor | None],  # part_max, part_sum, part_moment, part_best
     target: Tensor,  # (N,)
     part: RowPart,
     *,
     num_splits: int,
     vocab_size: int,
+    moment: int,
     exact: bool,
 ) -> None:
     """Fold the splits of one run of rows into its places in ``stats``; its target logits are there already."""
     size = part.num_rows + part.num_mixed
-    moment_out = stats.mean_logit if stats.moment == 2 else stats.entropy
+    moment_out = stats.mean_logit if moment == 2 else stats.entropy
     block = 4096 if INTERPRETED else 128
     _sftmix_fwd_combine_kernel[(triton.cdiv(size, block),)](
         **buffers,
         target=target[part.rows],
         target_logit=stats.target_logit[part.rows],
-        target_logit_xc=stats.target_logit_xc,
-        target_logit_xu=stats.target_logit_xu,
-        lse=stats.lse[part.rows],
+        target_logit_xc=stats.logit_x[0],
+        target_logit_xu=stats.logit_x[1],
         max_logit=stats.max_logit[part.rows],
-        moment_out=moment_out[part.rows] if stats.moment else moment_out,
-        nll=stats.nll[part.rows],
+        moment_out=moment_out[part.rows] if moment else moment_out,
+        predicted=stats.predicted[part.rows] if stats.predicted.numel() else stats.predicted,
         row_carry=stats.row_carry[:, part.rows],
         pair_carry=stats.pair_carry,
         num_rows=part.num_rows,
@@ -254,7 +246,7 @@ def fold_splits(
         stride_carry=stats.row_carry.stride(0),
         num_splits=num_splits,
         vocab_size=vocab_size,
-        MOMENT=stats.moment,
+        MOMENT=moment,
         EXACT=exact,
         BLOCK=block,
         num_warps=4,

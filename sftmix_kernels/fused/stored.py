@@ -1,16 +1,14 @@
 """Loss and gradients by the ``stored`` schedule: a chunk of rows at a time, its logits turned into dlogits in place.
 
-    A = f(a), B = f(u), X = f(lam a + (1 - lam) u)      a = W h_c + b and u = W h_u + b as the library rounded them
-    m = max_j z_j,  l = sum_j exp(z_j - m),  p_j = exp(z_j - m) / l,  -log p_y = log l - (z_y - m)      z in A, B, X
-    dA = a_c J_A ((1 + 2 z lse_A) P_A - (1 - e) 1[y_c] - e / V),  dB = a_u J_B (the same of B and y_u)
-    dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])        J = f' with softcap and scale, e smoothing, z z-loss
-    G_c = dA + lam dX over a,  G_u = dB + (1 - lam) dX over u
     dhidden = G W,  dweight = sum over chunks of G^T hidden (float32),  dbias = sum of G over rows
     dlow = G up,    dup = sum over chunks of G^T low (float32)     with low-rank factors: a += up low_c, u += up low_u
 
-One program has a pair (or an unpaired row) and passes over it twice: statistics, then gradients. The label columns are
-computed from scalars, by expm1 where p is near the label's mass, and written last. Three units of work against the four
-of ``recompute``; it keeps float32 dweight and dhidden until the backward, which only multiplies them.
+G is made by stored_kernel.py. Three units of work against the four of ``recompute``; float32 dweight and dhidden are
+kept until the backward, which only multiplies them. A row that bears no loss does not reach dweight, whatever it holds.
+
+Logits pass through memory in hidden's dtype. With 16-bit inputs that is one rounding of each logit, at most 2^-9 of it
+in bfloat16 and 2^-12 in float16, which neither ``recompute`` nor a forward without gradients has: lse of a row differs
+by at most that part of its largest logit, nll by at most twice as much, and so does the loss between schedules.
 """
 
 from __future__ import annotations
@@ -19,226 +17,17 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Coefficients, Gradients, Statistics, empty_gradients
 from ..choice import DEFAULT_ROWS
-from ..chunked.rows import affine, gather_rows, head_of, unit_scale
+from ..chunked.rows import Head, affine, gather_rows, unit_scale
 from ..chunked.scratch import chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
-from .stats import fold, no_columns, settled
-from .tiles import Problem, capped, on_device
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0 without cancellation near 0: a Taylor sum above -1/2."""
-    p = 1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8) * (1.0 + x * (1.0 / 9)))
-    p = 1.0 + x * (1.0 / 4) * (1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * p))
-    p = x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3) * p))
-    return tl.where(x > -0.5, p, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _residual(log_p, mass):
-    """p - mass without cancellation where both are near 1."""
-    return tl.where(mass >= 0.5, _expm1(log_p) + (1.0 - mass), tl.exp(log_p) - mass)
-
-
-@triton.jit
-def _load_row(row, offs, width):
-    """(1, columns) float32; the padding between V and width is read and never used."""
-    return tl.load(row + offs, mask=offs < width, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _load_at(row, column):
-    """(1,) float32: the affine logit at ``column``."""
-    return tl.load(row + column).to(tl.float32)
-
-
-@triton.jit
-def _fold_row(
-    stats, z, offs, vocab_size, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr,
-    MOMENT: tl.constexpr,
-):  # fmt: skip
-    """Fold a block of affine logits z (1, columns) into stats."""
-    z, _ = capped(z, SOFTCAP, LOGIT_SCALE, EXACT)
-    z = tl.where((offs < vocab_size)[None, :], z, float("-inf"))
-    return fold(stats, z, offs, vocab_size, MOMENT, EXACT)
-
-
-@triton.jit
-def _store_row_stats(row_stats, row, num_rows, stats, z, has_target, vocab_size, MOMENT: tl.constexpr):
-    """Planes of row_stats: nll, lse, maximum, target logit, moment. z (1,): the logit at the target."""
-    top, total, moment = stats
-    tl.store(row_stats + row, tl.where(has_target, tl.log(total) - (z - top), 0.0))
-    tl.store(row_stats + num_rows + row, top + tl.log(total))
-    tl.store(row_stats + 2 * num_rows + row, top)
-    tl.store(row_stats + 3 * num_rows + row, tl.where(has_target, z, 0.0))
-    if MOMENT == 1:
-        tl.store(row_stats + 4 * num_rows + row, tl.log(total) - moment / total)
-    if MOMENT == 2:
-        tl.store(row_stats + 4 * num_rows + row, moment / vocab_size)
-
-
-@triton.jit
-def _store_pair_stats(pair_stats, pair, num_pairs, stats, z_c, z_u, here_c, here_u):
-    """Planes of pair_stats: lse_x, 0, nll and X at both targets; and log p of X at both targets, (1,)."""
-    top, total, _ = stats
-    log_c, log_u = (z_c - top) - tl.log(total), (z_u - top) - tl.log(total)
-    tl.store(pair_stats + pair, top + tl.log(total))
-    tl.store(pair_stats + 2 * num_pairs + pair, tl.where(here_c, -log_c, 0.0))
-    tl.store(pair_stats + 3 * num_pairs + pair, tl.where(here_u, -log_u, 0.0))
-    tl.store(pair_stats + 4 * num_pairs + pair, tl.where(here_c, z_c, 0.0))
-    tl.store(pair_stats + 5 * num_pairs + pair, tl.where(here_u, z_u, 0.0))
-    return log_c, log_u
-
-
-@triton.jit
-def _row_gradient(z, slope, coef, stats, smoothing, vocab_size, z_loss, SMOOTHED: tl.constexpr):
-    """A row's own gradient away from its label; z (1, columns) or (1, 1)."""
-    top, total, _ = stats
-    bulk = coef * (1.0 + 2.0 * z_loss * (top + tl.log(total))) / total
-    g = tl.exp(z - top[:, None]) * bulk[:, None]
-    if SMOOTHED:
-        g -= (coef * (smoothing / vocab_size))[:, None]
-    return g * slope
-
-
-@triton.jit
-def _label_gradient(z, slope, coef, stats, smoothing, vocab_size, z_loss):
-    """A row's own gradient at its label, (1,)."""
-    top, total, _ = stats
-    log_p = (z - top) - tl.log(total)
-    p = tl.exp(log_p)
-    # (p - 1) + e would keep the digits of 1, not those of 1 - e.
-    residual = (1.0 - smoothing) * _expm1(log_p) + (smoothing * p - smoothing / vocab_size)
-    return coef * (residual + 2.0 * z_loss * (top + tl.log(total)) * p) * slope
-
-
-@triton.jit(do_not_specialize=["first_row"])
-def _sftmix_stored_kernel(
-    logits,  # (rows or 2 * rows, width) in: W h + b; out: dlogits; the partners follow the confident rows
-    target,  # (N,) int64
-    lam,  # (M,) float32
-    row_coef,  # (N,) float32, with the logit scale
-    pair_coef,  # (M,)
-    row_stats,  # (5, N) nll, lse, maximum, target logit, entropy or mean logit
-    pair_stats,  # (6, M) lse_x, 0, nll of X at y_c and y_u, X at both
-    first_row,
-    num_rows,  # N
-    num_pairs,  # M
-    chunk_rows,
-    vocab_size,
-    width,  # V padded to a multiple of 16
-    smoothing,
-    z_loss,
-    SOFTCAP: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    MOMENT: tl.constexpr,
-    PAIRED: tl.constexpr,
-    WANT_GRADIENT: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    one = tl.arange(0, 1)
-    row_c = first_row + tl.program_id(0).to(tl.int64) + one
-    row_u = row_c + num_pairs
-    c = logits + tl.program_id(0).to(tl.int64) * width
-    u = logits + (chunk_rows + tl.program_id(0).to(tl.int64)) * width
-    zero = tl.zeros([1], dtype=tl.float32)
-    stats_c = no_columns(zero)
-    stats_u = no_columns(zero)
-    stats_x = no_columns(zero)
-
-    # The logits at the labels, before anything is overwritten: the reductions below are barriers.
-    y_c = tl.load(target + row_c)
-    here_c = (y_c >= 0) & (y_c < vocab_size)
-    y_c = tl.where(here_c, y_c, 0)
-    c_at_c = _load_at(c, y_c)
-    if PAIRED:
-        y_u = tl.load(target + row_u)
-        here_u = (y_u >= 0) & (y_u < vocab_size)
-        y_u = tl.where(here_u, y_u, 0)
-        c_at_u, u_at_c, u_at_u = _load_at(c, y_u), _load_at(u, y_c), _load_at(u, y_u)
-        share = tl.load(lam + row_c)
-
-    for first_v in range(0, vocab_size, BLOCK_V):
-        offs = first_v + tl.arange(0, BLOCK_V)
-        a = _load_row(c, offs, width)
-        if PAIRED:
-            b = _load_row(u, offs, width)
-            x = share[:, None] * a + (1.0 - share)[:, None] * b
-            stats_x = _fold_row(stats_x, x, offs, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT, 0)
-            stats_u = _fold_row(stats_u, b, offs, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT, MOMENT)
-        stats_c = _fold_row(stats_c, a, offs, vocab_size, SOFTCAP, LOGIT_SCALE, EXACT, MOMENT)
-
-    stats_c, stats_u, stats_x = settled(stats_c, EXACT), settled(stats_u, EXACT), settled(stats_x, EXACT)
-    z_c, slope_c = capped(c_at_c, SOFTCAP, LOGIT_SCALE, EXACT)
-    _store_row_stats(row_stats, row_c, num_rows, stats_c, z_c, here_c, vocab_size, MOMENT)
-    if PAIRED:
-        z_u, slope_u = capped(u_at_u, SOFTCAP, LOGIT_SCALE, EXACT)
-        _store_row_stats(row_stats, row_u, num_rows, stats_u, z_u, here_u, vocab_size, MOMENT)
-        x_at_c, slope_xc = capped(share * c_at_c + (1.0 - share) * u_at_c, SOFTCAP, LOGIT_SCALE, EXACT)
-        x_at_u, slope_xu = capped(share * c_at_u + (1.0 - share) * u_at_u, SOFTCAP, LOGIT_SCALE, EXACT)
-        log_xc, log_xu = _store_pair_stats(
-            pair_stats, row_c, num_pairs, stats_x, x_at_c, x_at_u, here_c, here_u
-        )
-
-    if WANT_GRADIENT:
-        coef_c = tl.load(row_coef + row_c)
-        if PAIRED:
-            coef_u, coef_x = tl.load(row_coef + row_u), tl.load(pair_coef + row_c)
-            bulk_x = coef_x / stats_x[1]
-        for first_v in range(0, vocab_size, BLOCK_V):
-            offs = first_v + tl.arange(0, BLOCK_V)
-            a = _load_row(c, offs, width)
-            z, slope = capped(a, SOFTCAP, LOGIT_SCALE, EXACT)
-            g_c = _row_gradient(z, slope, coef_c, stats_c, smoothing, vocab_size, z_loss, SMOOTHED)
-            if PAIRED:
-                b = _load_row(u, offs, width)
-                z, slope = capped(
-                    share[:, None] * a + (1.0 - share)[:, None] * b, SOFTCAP, LOGIT_SCALE, EXACT
-                )
-                g_x = tl.exp(z - stats_x[0][:, None]) * bulk_x[:, None] * slope
-                g_c += share[:, None] * g_x
-                z, slope = capped(b, SOFTCAP, LOGIT_SCALE, EXACT)
-                g_u = _row_gradient(z, slope, coef_u, stats_u, smoothing, vocab_size, z_loss, SMOOTHED)
-                g_u += (1.0 - share)[:, None] * g_x
-                _store_block(u, offs, width, g_u)
-            _store_block(c, offs, width, g_c)
-
-        tl.debug_barrier()  # the block stores of other threads come before the label columns
-        own_c = _label_gradient(z_c, slope_c, coef_c, stats_c, smoothing, vocab_size, z_loss)
-        if PAIRED:
-            same = y_c == y_u
-            at_c = coef_x * _residual(log_xc, tl.where(same, 1.0, share)) * slope_xc
-            at_u = coef_x * _residual(log_xu, tl.where(same, 1.0, 1.0 - share)) * slope_xu
-            own_u = _label_gradient(z_u, slope_u, coef_u, stats_u, smoothing, vocab_size, z_loss)
-            z, slope = capped(c_at_u[:, None], SOFTCAP, LOGIT_SCALE, EXACT)
-            other_c = _row_gradient(z, slope, coef_c, stats_c, smoothing, vocab_size, z_loss, SMOOTHED)
-            z, slope = capped(u_at_c[:, None], SOFTCAP, LOGIT_SCALE, EXACT)
-            other_u = _row_gradient(z, slope, coef_u, stats_u, smoothing, vocab_size, z_loss, SMOOTHED)
-            # A label of one member only is no label of a pair, whose coefficient is then 0.
-            _store_at(c, y_u, tl.reshape(other_c, [1]) + share * at_u, here_u & ~(same & here_c))
-            _store_at(u, y_c, tl.reshape(other_u, [1]) + (1.0 - share) * at_c, here_c & ~(same & here_u))
-            _store_at(u, y_u, own_u + (1.0 - share) * at_u, here_u)
-            own_c += share * at_c
-        _store_at(c, y_c, own_c, here_c)
-
-
-@triton.jit
-def _store_block(row, offs, width, g):
-    tl.store(row + offs[None, :], g.to(row.dtype.element_ty), mask=(offs < width)[None, :])
-
-
-@triton.jit
-def _store_at(row, column, g, mask):
-    tl.store(row + column, g.to(row.dtype.element_ty), mask=mask)
+from .stored_kernel import _sftmix_stored_kernel
+from .tiles import on_device, refuse_cpu, weights_of_columns
+from .tokens import token_logits
 
 
 class _Rows(NamedTuple):
@@ -269,102 +58,109 @@ def _chunks(num_rows: int, num_pairs: int, row_bytes: int, scratch_bytes: int) -
 class _Loop:
     """The results, filled chunk by chunk, and the buffer of logits that every chunk reuses."""
 
-    def __init__(self, call: Call, coef: Coefficients, chunks: list[_Rows]) -> None:
+    def __init__(self, call: Call, coef: Coefficients, scale: Tensor, chunks: list[_Rows]) -> None:
         num_rows, vocab_size, num_pairs = call.sizes
-        self.call, self.head = call, head_of(call)
-        self.problem = Problem.prepare(
-            call.hidden, call.weight, coef.column, bias=call.bias, softcap=call.options.softcap,
-            logit_scale=call.options.logit_scale,
-        )  # fmt: skip
+        self.call, self.target = call, coef.column.contiguous()
+        self.layer = Head(call.weight, call.bias, up=call.up)
+        self.row_coef, self.pair_coef = (
+            (t.float() / scale) * call.options.logit_scale for t in (coef.row, coef.pair)
+        )
+        self.class_weight = weights_of_columns(call)
+        self.class_mean = None if self.class_weight is None else self.class_weight.double().mean().float()
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=call.hidden.device)
 
         self.row_stats, self.pair_stats = floats(5, num_rows), floats(6, num_pairs)
-        self.predicted = call.hidden.new_empty(num_rows if call.wanted.predicted else 0, dtype=torch.int64)
+        self.predicted = call.hidden.new_empty(num_rows, dtype=torch.int64) if call.wanted.predicted else None
         self.gradients = empty_gradients(call, torch.float32)
-        self.gradients.dbias.zero_(), self.gradients.dup.zero_()
+        for total in (self.gradients.dbias, self.gradients.dup):
+            total.zero_()
         self.is_written = False
         rows = max((chunk.size * (2 if chunk.paired else 1) for chunk in chunks), default=0)
         # Rows of whole 32 bytes, so that loads and stores are 16 bytes a thread whatever V is.
         self.buffer = call.hidden.new_empty(rows, triton.cdiv(vocab_size, 16) * 16)
 
-    def run(self, chunk: _Rows, row_coef: Tensor, pair_coef: Tensor) -> None:
+    def run(self, chunk: _Rows) -> None:
         """Logits of a chunk, their gradients in place, and the products with them."""
-        call, needs = self.call, self.call.needs
+        call, needs, found = self.call, self.call.needs, self.gradients
         runs, vocab_size = chunk.slices(call.sizes[2]), call.sizes[1]
-        hidden = gather_rows(self.problem.hidden, runs)
+        hidden = gather_rows(call.hidden, runs)
+        low = None if call.low is None else gather_rows(call.low, runs)
         stored = self.buffer[: hidden.shape[0]]
         logits = stored[:, :vocab_size]
-        low = None if call.low is None else gather_rows(call.low, runs)
-        affine(self.head, hidden, low, logits)
-        if self.predicted.numel():
-            self._predict(runs, logits)
-        num_warps = 8
-        _sftmix_stored_kernel[(chunk.size,)](
-            logits=stored, target=self.problem.target, lam=call.lam, row_coef=row_coef, pair_coef=pair_coef,
-            row_stats=self.row_stats, pair_stats=self.pair_stats, first_row=chunk.start, num_rows=call.sizes[0],
-            num_pairs=call.sizes[2], chunk_rows=chunk.size, vocab_size=vocab_size, width=stored.stride(0),
-            smoothing=self.head.label_smoothing, z_loss=self.head.z_loss, SOFTCAP=self.problem.softcap,
-            LOGIT_SCALE=self.problem.logit_scale, SMOOTHED=self.head.label_smoothing != 0,
-            MOMENT=2 if self.head.label_smoothing else 0, PAIRED=chunk.paired, WANT_GRADIENT=True,
-            EXACT=hidden.dtype == torch.float32, BLOCK_V=choose_row_block(vocab_size), num_warps=num_warps,
-        )  # fmt: skip
-        of_rows = ((needs.dhidden, self.gradients.dhidden, call.weight), (needs.dlow, self.gradients.dlow, call.up))
-        for needed, into, factor in of_rows:
-            if needed and factor is not None:
+        affine(self.layer, hidden, low, logits)
+        self._launch(chunk, stored)
+        for into, factor in ((found.dhidden, call.weight), (found.dlow, call.up)):
+            if into.numel() and factor is not None:
                 for rows, gradient in zip(runs, logits.split(chunk.size), strict=True):
-                    write_product(into[rows], gradient, factor, None)
+                    write_product(into[rows], gradient, factor)
+        if needs.dbias:
+            found.dbias.add_(logits.sum(dim=0, dtype=torch.float32))
         if needs.dweight:
             # The first chunk writes: zeros would cost a pass over [V, D] to make and another to read.
-            (add_product if self.is_written else write_product)(self.gradients.dweight, logits.t(), hidden)
+            add = add_product if self.is_written else write_product
+            add(found.dweight, logits.t(), self._living(chunk, hidden))
             self.is_written = True
-        if needs.dbias:
-            self.gradients.dbias.add_(logits.sum(dim=0, dtype=torch.float32))
         if needs.dup and low is not None:
-            add_product(self.gradients.dup, logits.t(), low)
+            add_product(found.dup, logits.t(), self._living(chunk, low))
 
-    def _predict(self, runs: list[slice], logits: Tensor) -> None:
-        for rows, each in zip(runs, logits.split(logits.shape[0] // len(runs)), strict=True):
-            self.predicted[rows] = each.argmax(dim=1)
+    def _launch(self, chunk: _Rows, stored: Tensor) -> None:
+        call, options = self.call, self.call.options
+        num_rows, vocab_size, num_pairs = call.sizes
+        _sftmix_stored_kernel[(chunk.size,)](
+            logits=stored, target=self.target, lam=call.lam, row_coef=self.row_coef, pair_coef=self.pair_coef,
+            class_weight=self.class_weight, class_mean=self.class_mean, row_stats=self.row_stats,
+            pair_stats=self.pair_stats, predicted=self.predicted, first_row=chunk.start, num_rows=num_rows,
+            num_pairs=num_pairs, chunk_rows=chunk.size, vocab_size=vocab_size, width=stored.stride(0),
+            smoothing=options.label_smoothing, z_loss=options.z_loss, SOFTCAP=options.softcap,
+            LOGIT_SCALE=options.logit_scale, SMOOTHED=options.label_smoothing != 0,
+            TOKEN_SCALING=options.token_scaling != 0, PAIRED=chunk.paired, EXACT=stored.dtype == torch.float32,
+            BLOCK_V=choose_row_block(vocab_size), num_warps=8,
+        )  # fmt: skip
+
+    def _living(self, chunk: _Rows, rows: Tensor) -> Tensor:
+        """A chunk's hidden states (n, D) with 0 in rows that bear no loss, which may hold NaN; a pair's in place."""
+        dead = gather_rows(self.row_coef, chunk.slices(self.call.sizes[2])) == 0
+        if not chunk.paired:
+            return rows.masked_fill(dead[:, None], 0)
+        no_pair = self.pair_coef[chunk.start : chunk.start + chunk.size] == 0
+        return rows.masked_fill_((dead & no_pair.repeat(2))[:, None], 0)
 
     def statistics(self) -> Statistics:
-        nll, lse, max_logit, target_logit, moment = self.row_stats
-        empty = nll.new_empty(0)
+        nll, lse, max_logit, target_logit, mean_logit = self.row_stats
+        nothing, smoothed = nll.new_empty(0), self.call.options.label_smoothing != 0
         return Statistics(
-            max_logit, target_logit, moment if self.head.label_smoothing else empty, empty, self.predicted,
-            nll.new_empty(0, 0), self.pair_stats[4:], torch.stack([lse, torch.zeros_like(lse), nll]),
-            self.pair_stats[:4],
+            max_logit, target_logit, mean_logit if smoothed else nothing, nothing,
+            nothing.long() if self.predicted is None else self.predicted,
+            nll.new_empty(0, 0) if self.call.tokens is None else token_logits(self.call), self.pair_stats[4:],
+            torch.stack([lse, torch.zeros_like(lse), nll]), self.pair_stats[:4],
         )  # fmt: skip
 
 
 def statistics_with_gradients(call: Call, coef: Coefficients) -> tuple[Statistics, Tensor, Gradients]:
-    """Statistics of every row and pair; ``scale``; and the gradients of the loss divided by it. No host synchronisation.
+    """Statistics of every row and pair; ``scale``; and the gradients of the loss over it. No host synchronisation.
 
     The buffer of logits, in hidden's dtype, takes at most ``scratch_bytes`` (0: that of 4096 rows), at most half of
     all pairs or unpaired rows, and at least one pair or row.
 
-    Memory: n V' itemsize for a chunk of n rows (V' is V rounded up to 16), n D itemsize for a chunk of pairs, O(N + M)
-    of statistics, dhidden N D itemsize and dweight 4 V D, which stay until the backward. There float32 gradients are
-    handed over where the upstream gradient is 1 (CPU), and others written beside. Off GPUs of capability 8.0 16-bit
-    products copy their operands: at most 4 (n V + n D + V D).
+    Memory: n V' itemsize for a chunk of n rows (V' is V rounded up to 16), n D itemsize for its hidden states, O(N + M)
+    of statistics, dhidden N D itemsize and dweight 4 V D, which stay until the backward. Off GPUs of capability 8.0
+    16-bit products copy their operands: at most 4 (n V + n D + V D).
 
     Raises ValueError on CPU tensors outside the interpreter.
     """
-    row_coef, pair_coef = coef.row.float(), coef.pair.float()
+    refuse_cpu(call.hidden)
     scale = torch.ones((), dtype=torch.float32, device=call.hidden.device)
     if call.hidden.dtype != torch.float32:
-        scale = unit_scale(row_coef, pair_coef)
-        row_coef, pair_coef = row_coef / scale, pair_coef / scale
-    logit_scale = call.options.logit_scale
+        scale = unit_scale(coef.row.float(), coef.pair.float())
     num_rows, vocab_size, num_pairs = call.sizes
     row_bytes = triton.cdiv(vocab_size, 16) * 16 * call.hidden.element_size()
     chunks = _chunks(num_rows, num_pairs, row_bytes, call.wanted.scratch_bytes)
-    call = call._replace(lam=call.lam.contiguous())
-    loop = _Loop(call, coef, chunks)
+    loop = _Loop(call._replace(lam=call.lam.contiguous()), coef, scale, chunks)
     with on_device(call.hidden):
         for chunk in chunks:
-            loop.run(chunk, row_coef * logit_scale, pair_coef * logit_scale)
+            loop.run(chunk)
     if not chunks:
         loop.gradients.dweight.zero_()
     return loop.statistics(), scale, loop.gradients

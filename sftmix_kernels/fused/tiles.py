@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..call import Call
+from ..terms import class_weights
 from .configs import INTERPRETED, Tile, choose_rank_block, choose_tile, current_arch
 
 
@@ -218,9 +220,24 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def refuse_cpu(tensor: Tensor) -> None:
+    """Raises ValueError where Triton cannot run on ``tensor``'s device."""
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
+            "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
+        )
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` itself when its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def weights_of_columns(call: Call) -> Tensor | None:
+    """Class weights of this call's columns (V,) float32, contiguous."""
+    weights = class_weights(call)
+    return None if weights is None else weights.contiguous()
 
 
 def _whole_steps(factor: Tensor) -> Tensor:
@@ -257,36 +274,25 @@ class Problem(NamedTuple):
     logit_scale: float
     low: Tensor | None = None  # (N, r), zeros up to a multiple of 16 columns
     up: Tensor | None = None  # (V, r)
+    class_weight: Tensor | None = None  # (V,) float32, with label smoothing alone: it weighs columns
 
     @classmethod
-    def prepare(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        *,
-        bias: Tensor | None,
-        softcap: float,
-        logit_scale: float,
-        low: Tensor | None = None,
-        up: Tensor | None = None,
-    ) -> Problem:
-        """Raises ValueError where Triton cannot run on ``hidden``'s device."""
-        if hidden.device.type == "cpu" and not INTERPRETED:
-            raise ValueError(
-                "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
-                "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
-            )
-        bias = None if bias is None else bias.contiguous()
-        target = target.contiguous()
-        low, up = (None if factor is None else _whole_steps(factor) for factor in (low, up))
-        numbers = float(softcap), float(logit_scale)
-        return cls(unit_stride(hidden), unit_stride(weight), target, bias, *numbers, low, up)
+    def of(cls, call: Call, column: Tensor) -> Problem:
+        """Raises ValueError where Triton cannot run on the call's device."""
+        refuse_cpu(call.hidden)
+        options = call.options
+        bias = None if call.bias is None else call.bias.contiguous()
+        low, up = (None if factor is None else _whole_steps(factor) for factor in (call.low, call.up))
+        return cls(
+            unit_stride(call.hidden), unit_stride(call.weight), column.contiguous(), bias, options.softcap,
+            options.logit_scale, low, up, weights_of_columns(call) if options.label_smoothing else None,
+        )  # fmt: skip
 
     def columns(self, columns: slice) -> Problem:
         """The same with a slice of the vocabulary; targets still count from the vocabulary's start."""
-        bias, up = (None if t is None else t[columns] for t in (self.bias, self.up))
-        return self._replace(weight=self.weight[columns], bias=bias, up=up)
+        beside = (self.bias, self.up, self.class_weight)
+        bias, up, class_weight = (None if t is None else t[columns] for t in beside)
+        return self._replace(weight=self.weight[columns], bias=bias, up=up, class_weight=class_weight)
 
     def choose_tile(self, operation: str, part: RowPart) -> Tile:
         return choose_tile(
@@ -324,6 +330,7 @@ def launch_arguments(problem: Problem, part: RowPart, tile: Tile) -> dict[str, A
         "weight": operand(weight, (tile.block_v, tile.block_d), use_descriptors),
         **_low_rank_arguments(problem, part),
         "bias": problem.bias,
+        "class_weight": problem.class_weight,
         "target_c": problem.target[part.first],
         "target_u": problem.target[part.second],
         "num_rows": part.size,

@@ -112,11 +112,11 @@ def on_gpu(case: Case) -> tuple[Tensor, ...]:
 
 
 def forward_and_backward(arguments: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
-    from sftmix_kernels.fused import fused_backward, fused_forward
+    from tests.kernels.fused_calls import backward_of, forward_of
 
-    stats = fused_forward(*arguments, want_entropy=True)
+    stats = forward_of(*arguments, entropy=True)
     coefs = (torch.ones_like(arguments[2], dtype=F32), torch.ones_like(arguments[3]))
-    return (*stats, *fused_backward(*arguments, *coefs, stats.row_carry, stats.pair_carry, **options))
+    return (*stats, *backward_of(*arguments, *coefs, stats.row_carry, stats.pair_carry, **options))
 
 
 @dtypes
@@ -148,7 +148,7 @@ def test_the_host_never_waits_and_a_graph_replays(dtype: torch.dtype) -> None:
 
 def test_memory_stays_far_below_the_logits() -> None:
     """Extra memory of forward and backward, beside the results, at a size where the logits take 1 GiB."""
-    from sftmix_kernels.fused import fused_backward, fused_forward
+    from tests.kernels.fused_calls import backward_of, forward_of
 
     num_rows, vocab_size, width = 4096, 131072, 512
     hidden = torch.randn(num_rows, width, device="cuda", dtype=BF16)
@@ -156,16 +156,16 @@ def test_memory_stays_far_below_the_logits() -> None:
     target, lam = torch.randint(0, vocab_size, (num_rows,), device="cuda"), torch.rand(2048, device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    stats = fused_forward(hidden, weight, target, lam)
+    stats = forward_of(hidden, weight, target, lam)
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
     coefs = (torch.ones(num_rows, device="cuda"), torch.ones_like(lam), stats.row_carry, stats.pair_carry)
-    dweight = fused_backward(hidden, weight, target, lam, *coefs)[1]
+    dweight = backward_of(hidden, weight, target, lam, *coefs)[1]
     assert torch.cuda.max_memory_allocated() - before - dweight.nbytes < 128 * 2**20
 
 
 def test_offsets_past_two_to_the_31() -> None:
     """A weight of 2.1e9 elements (4.3 GB): the last rows lie past what 32 bits address."""
-    from sftmix_kernels.fused import fused_forward
+    from tests.kernels.fused_calls import forward_of
 
     width = 8192
     vocab_size = 2**31 // width + 1000
@@ -178,7 +178,7 @@ def test_offsets_past_two_to_the_31() -> None:
     for start in (0, 1):  # descriptors, then pointers: a base off by one element
         h, w = hidden[:, start:], weight[:, start:]
         truth = (h.double() * w[target].double()).sum(1)
-        stats = fused_forward(h, w, target, torch.empty(0, device="cuda"))
+        stats = forward_of(h, w, target, torch.empty(0, device="cuda"))
         torch.testing.assert_close(stats.target_logit.double(), truth, rtol=1e-4, atol=1e-3)
 
 

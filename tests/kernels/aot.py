@@ -31,8 +31,17 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import tune
-from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, stats, stored_loss, tiles
-from sftmix_kernels.rows import Head, Needs
+from sftmix_kernels.call import Coefficients, Kept, Upstream
+from sftmix_kernels.fused import (
+    Tile,
+    forward,
+    fused_backward,
+    fused_forward,
+    statistics_with_gradients,
+    stats,
+    tiles,
+)
+from tests.kernels.fused_calls import plain_call
 
 # One chip of each entry of configs.py's table, then those that take another's entry.
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -46,7 +55,13 @@ SHARED_LIMIT = {
 OPERATIONS = ("forward", "recompute", "stored")
 TABLE = Path(__file__).resolve().parents[2] / "bench" / "results" / "compile_matrix.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 COUNTED = {
     "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync", "mfma": "v_mfma",
     "bulk loads": r"cp\.async\.bulk\.tensor\.2d\.shared", "tf32": "tf32", "xf32": "xf32",
@@ -129,11 +144,9 @@ def variant_cases() -> Iterator[Case]:
                 ("smoothed", {}),
                 ("smoothed-softcap", {"softcap": 30.0, "logit_scale": 0.5}),
             ):
-                options = {"want_mean_logit": True} if operation == "forward" else smoothed
-                yield Case(*base, name, {**options, **extra})
-    for operation in ("forward", "stored"):
-        for paired in (True, False):
-            yield Case(operation, "sm_90", "bfloat16", paired, "entropy", {"want_entropy": True})
+                yield Case(*base, name, {**smoothed, **extra})
+    for arch in ARCHS:
+        yield from option_cases(arch)
     small = Tile(64, 128, 64, num_warps=4, num_stages=3, use_descriptors=True)
     for operation in ("forward", "recompute"):
         yield Case(operation, "sm_90", "bfloat16", True, "64x128", tile=small)
@@ -143,6 +156,27 @@ def variant_cases() -> Iterator[Case]:
     )
     yield Case("forward", "sm_90", "bfloat16", True, "control-32x256", tile=Tile(32, 256, 64, num_warps=8))
     yield Case("forward", "sm_90", "float32", True, "control-tf32", tf32=True)
+
+
+def option_cases(arch: str) -> Iterator[Case]:
+    """What a call may ask beside the plain loss: class weights, predicted columns, statistics and their gradients."""
+    weighed = {"class_weight": True, "label_smoothing": 0.1}
+    for paired in (True, False):
+        for operation in OPERATIONS:
+            yield Case(operation, arch, "bfloat16", paired, "class-weight", weighed)
+        for operation in ("forward", "stored"):
+            yield Case(operation, arch, "bfloat16", paired, "predicted", {"predicted": True})
+        yield Case("forward", arch, "bfloat16", paired, "entropy", {"entropy": True})
+        scaled = {"class_weight": True, "token_scaling": True}
+        yield Case("stored", arch, "bfloat16", paired, "class-weight-scaled", scaled)
+    # Of rows alone: pairs have no upstream of their own.
+    asked = {"entropy": True, "num_tokens": 4}
+    yield Case("recompute", arch, "bfloat16", False, "statistics", asked)
+    yield Case("recompute", arch, "bfloat16", False, "statistics-softcap", {**asked, "softcap": 30.0})
+    yield Case("recompute", arch, "bfloat16", False, "statistics-bias", {**asked, "bias": True})
+    yield Case(
+        "forward", arch, "bfloat16", False, "statistics", {"entropy": True, "predicted": True, "bias": True}
+    )
 
 
 def candidate_cases() -> Iterator[Case]:
@@ -183,21 +217,27 @@ def call(case: Case) -> None:
         meta(case.vocab_size, case.hidden_size, dtype=dtype),
     )
     target, lam = meta(num_rows, dtype=torch.int64), meta(num_pairs)
-    options = {**case.options, "tile": case.tile}
+    options: dict[str, Any] = {**case.options, "target": target}
     if options.get("bias"):
         options["bias"] = meta(case.vocab_size, dtype=dtype)
+    if options.get("class_weight"):
+        options["class_weight"] = meta(case.vocab_size)
+    if count := options.pop("num_tokens", 0):
+        options["tokens"] = meta(num_rows, count, dtype=torch.int64)
     if rank := options.pop("rank", 0):
         options |= {"low": meta(num_rows, rank, dtype=dtype), "up": meta(case.vocab_size, rank, dtype=dtype)}
+    rows, pairs = (meta(n, dtype=torch.float64) for n in (num_rows, num_pairs))
+    checked = plain_call(hidden, weight, lam, **options)
     if case.operation == "forward":
-        fused_forward(hidden, weight, target, lam, **options)
+        fused_forward(checked, target, tile=case.tile)
     elif case.operation == "stored":
-        del options["tile"]
-        needs = Needs(True, True, False, entropy=options.pop("want_entropy", False))
-        head, coefs = Head(weight, **options), {"row_coef": meta(num_rows), "pair_coef": meta(num_pairs)}
-        stored_loss(hidden, head, target, lam, **coefs, needs=needs, scratch_bytes=0)
+        statistics_with_gradients(checked, Coefficients(target, rows, pairs))
     else:
-        carries = (meta(num_rows), meta(num_pairs), meta(3, num_rows), meta(4, num_pairs))
-        fused_backward(hidden, weight, target, lam, *carries, **options)
+        upstream = Upstream(rows, pairs)
+        if checked.tokens is not None:
+            upstream = Upstream(rows, pairs, meta(num_rows), meta(num_rows), meta(*checked.tokens.shape))
+        kept = Kept(meta(3, num_rows), meta(4, num_pairs), meta(num_rows))
+        fused_backward(checked, target, kept, upstream, tile=case.tile)
 
 
 def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
@@ -276,7 +316,7 @@ def lines(selected: list[Case]) -> Iterator[dict[str, Any]]:
         for kernel, arguments in launches(case):
             # It has no tile, and of the options only the moment is its own.
             if kernel is stats._sftmix_fwd_combine_kernel and case.variant not in (
-                "plain", "entropy", "smoothed", "ones",
+                "plain", "entropy", "smoothed", "ones", "predicted",
             ):  # fmt: skip
                 continue
             shape = "x".join(str(arguments[k]) for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments)

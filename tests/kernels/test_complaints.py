@@ -273,7 +273,8 @@ def test_liger_1294_no_grid_limit_at_65536_rows(
 ) -> None:
     """Every launch stays under CUDA's 65,535 in the second and third dimension, at the tiles a GPU takes."""
     pytest.importorskip("triton")
-    from sftmix_kernels.fused import configs, forward, fused_forward, recompute, stats, tiles
+    from sftmix_kernels.fused import configs, forward, recompute, stats, tiles
+    from tests.kernels.fused_calls import forward_of
 
     grids: list[tuple[int, ...]] = []
 
@@ -294,7 +295,7 @@ def test_liger_1294_no_grid_limit_at_65536_rows(
         "forward", num_rows=num_rows, vocab_size=64, hidden_size=4, dtype=F16, arch="sm_90", paired=False
     ).block_n <= 256  # fmt: skip
     hidden, weight = torch.zeros(num_rows, 4, dtype=F16), torch.zeros(64, 4, dtype=F16)
-    fused_forward(hidden, weight, torch.zeros(num_rows, dtype=torch.int64), torch.rand(num_pairs))
+    forward_of(hidden, weight, torch.zeros(num_rows, dtype=torch.int64), torch.rand(num_pairs))
     assert len(grids) >= 2 and all(max(g[1:], default=1) <= 65_535 and g[0] < 2**31 for g in grids)
     # And the rows past 65,536 are computed, in the large tiles of the interpreter or by chunks.
     monkeypatch.undo()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sftmix_kernels.call import Gradients, Statistics
 from tests.kernels.watching import LargestTensor
 from tests.parity import Case, assert_parity, make_case, run
 
@@ -19,7 +20,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
-from sftmix_kernels.fused import Tile, forward, fused_backward, fused_forward, tiles
+from sftmix_kernels.fused import Tile, forward, tiles
+from tests.kernels.fused_calls import backward_of, forward_of
 
 F32, F16 = torch.float32, torch.float16
 POINTERS = Tile(16, 32, 16, group_n=2)
@@ -110,7 +112,7 @@ def test_both_load_paths_and_two_runs_are_bitwise_equal(
 
 
 def exact_stats(case: Case) -> dict[str, Tensor]:
-    """FusedStats' fields in float64 from the logits."""
+    """The statistics in float64 from the logits."""
     size = case.lam.numel()
     logits = case.hidden.double() @ case.weight.double().T
     lam = case.lam.double()[:, None]
@@ -120,13 +122,19 @@ def exact_stats(case: Case) -> dict[str, Tensor]:
         return torch.where(target >= 0, z.gather(1, target.clamp(min=0)[:, None])[:, 0], 0)
 
     log_p, target = logits.log_softmax(1), case.target
+    log_x = mixed.log_softmax(1)
     return {
         "lse": logits.logsumexp(1), "max_logit": logits.amax(1), "target_logit": at(logits, target),
-        "lse_x": mixed.logsumexp(1), "target_logit_xc": at(mixed, target[:size]),
-        "target_logit_xu": at(mixed, target[size : 2 * size]), "entropy": -(log_p.exp() * log_p).sum(1),
-        "nll": -at(log_p, target), "nll_xc": -at(mixed.log_softmax(1), target[:size]),
-        "nll_xu": -at(mixed.log_softmax(1), target[size : 2 * size]),
+        "logit_x": torch.stack([at(mixed, target[:size]), at(mixed, target[size : 2 * size])]),
+        "entropy": -(log_p.exp() * log_p).sum(1), "nll": -at(log_p, target), "lse_x": mixed.logsumexp(1),
+        "nll_x": torch.stack([-at(log_x, target[:size]), -at(log_x, target[size : 2 * size])]),
     }  # fmt: skip
+
+
+def of_stats(stats: Statistics, name: str) -> Tensor:
+    """A statistic by exact_stats' name."""
+    carried = {"lse_x": stats.pair_carry[0], "nll_x": stats.pair_carry[2:]}
+    return carried[name] if name in carried else getattr(stats, name)
 
 
 @both_paths
@@ -134,23 +142,22 @@ def exact_stats(case: Case) -> dict[str, Tensor]:
 def test_every_statistic_of_the_forward(tile: Tile, num_splits: int) -> None:
     case = make_case(53, 219, 40, num_pairs=19, logit_std=3.0, ignored=(1, 20, 52), ignore_index=-1)
     arguments = (case.hidden, case.weight, case.target, case.lam)
-    stats = fused_forward(*arguments, want_entropy=True, tile=tile, num_splits=num_splits)
+    stats = forward_of(*arguments, entropy=True, tile=tile, num_splits=num_splits)
     for name, truth in exact_stats(case).items():
-        torch.testing.assert_close(getattr(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
-    assert torch.equal(stats.row_carry[0], stats.lse) and torch.equal(stats.row_carry[2], stats.nll)
-    assert torch.equal(stats.pair_carry[0], stats.lse_x) and not stats.row_carry.isnan().any()
-    means = fused_forward(*arguments, want_mean_logit=True, tile=tile, num_splits=num_splits)
+        torch.testing.assert_close(of_stats(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
+    assert not stats.row_carry.isnan().any() and not stats.pair_carry.isnan().any()
+    means = forward_of(*arguments, label_smoothing=0.1, tile=tile, num_splits=num_splits)
     truth = (case.hidden.double() @ case.weight.double().T).mean(1)
     torch.testing.assert_close(means.mean_logit.double(), truth, rtol=2e-6, atol=3e-6)
     assert torch.equal(means.lse, stats.lse) and means.entropy.shape == stats.mean_logit.shape == (0,)
-    assert fused_forward(*arguments).entropy.shape == (0,)
+    assert forward_of(*arguments).entropy.shape == (0,)
 
 
 @both_paths
 def test_a_target_at_the_top_equals_the_maximum_bit_for_bit(tile: Tile) -> None:
     case = make_case(48, 130, 40, num_pairs=16)
     case.target = (case.hidden @ case.weight.T).argmax(1)
-    stats = fused_forward(case.hidden, case.weight, case.target, case.lam, tile=tile, num_splits=3)
+    stats = forward_of(case.hidden, case.weight, case.target, case.lam, tile=tile, num_splits=3)
     assert torch.equal(stats.target_logit, stats.max_logit)
 
 
@@ -159,28 +166,28 @@ def test_the_carry_holds_what_rounding_took_from_lse(num_pairs: int) -> None:
     """Logits 9999, 10000, 9997.5, exact in float32, whose ulp there is 1e-3; both rows of the pair are the same."""
     hidden, weight = torch.ones(2, 1), torch.tensor([[9999.0], [10000.0], [9997.5]])
     target, lam = torch.zeros(2, dtype=torch.int64), torch.full((num_pairs,), 0.5)
-    stats = fused_forward(hidden, weight, target, lam, tile=POINTERS)
+    stats = forward_of(hidden, weight, target, lam, tile=POINTERS)
     truth = weight[:, 0].double().logsumexp(0)
     assert (stats.lse.double() - truth).abs().min() > 1e-5
     for carry in (stats.row_carry, stats.pair_carry):
         assert ((carry[0].double() + carry[1].double() - truth).abs() < 2e-7).all()
     coefs = (torch.full((2,), 1.0 - num_pairs), torch.ones(num_pairs))
-    dweight = fused_backward(hidden, weight, target, lam, *coefs, *stats[-2:], tile=POINTERS)[1][:, 0]
+    dweight = backward_of(hidden, weight, target, lam, *coefs, *stats[-2:], tile=POINTERS)[1][:, 0]
     gradient = weight[:, 0].double().softmax(0) - torch.tensor([1.0, 0.0, 0.0])
     torch.testing.assert_close(dweight.double(), gradient * (2 - num_pairs), rtol=1e-6, atol=0)
 
 
 def test_smoothing_of_a_shard_divides_by_all_columns() -> None:
-    """e / V moves every column's gradient by a e (1/V - 1/V_all); V_all is an int or a tensor."""
+    """e / V moves every column's gradient by a e (1/V - 1/V_all); V_all is the place's."""
     case = make_case(20, 70, 40)
     arguments = (case.hidden, case.weight, case.target, case.lam)
-    stats = fused_forward(*arguments)
+    stats = forward_of(*arguments)
     coefs = (torch.full((20,), 0.5), torch.empty(0), stats.row_carry, stats.pair_carry)
-    own, same, wide, tensor = (
-        fused_backward(*arguments, *coefs, label_smoothing=0.1, total_vocab=total, tile=POINTERS)[0]
-        for total in (None, 70, 140, torch.tensor(140))
+    own, same, wide = (
+        backward_of(*arguments, *coefs, label_smoothing=0.1, place=place, tile=POINTERS)[0]
+        for place in (None, torch.tensor([0, 70]), torch.tensor([0, 140]))
     )
-    assert torch.equal(own, same) and torch.equal(wide, tensor)
+    assert torch.equal(own, same)
     moved = 0.5 * 0.1 * (1 / 70 - 1 / 140) * case.weight.sum(0)
     torch.testing.assert_close(wide - own, moved.expand(20, 40), rtol=1e-3, atol=1e-6)
 
@@ -191,14 +198,14 @@ def test_float16_coefficients_of_any_size(coef: float) -> None:
     case = make_case(35, 70, 40, num_pairs=16, dtype=F16)
     size = 2.0**-7 if coef > 1 else 1.0
     arguments = (case.hidden * size, case.weight * size, case.target, case.lam)
-    stats = fused_forward(*arguments, tile=POINTERS)
+    stats = forward_of(*arguments, tile=POINTERS)
     one, scaled = (
-        fused_backward(
+        backward_of(
             *arguments,
             torch.full((35,), c),
             torch.full((16,), c),
             *stats[-2:],
-            need_dbias=True,
+            dbias=True,
             tile=POINTERS,
         )
         for c in (1.0, coef)
@@ -217,12 +224,12 @@ def test_targets_outside_the_vocabulary_count_as_none(tile: Tile) -> None:
     wild[torch.tensor([0, 3, 17, 39])] = torch.tensor([70, 2**40 + 5, -7, 95])
     none[torch.tensor([0, 3, 17, 39])] = -1
     left, right = (
-        fused_forward(case.hidden, case.weight, target, case.lam, tile=tile, num_splits=2)
+        forward_of(case.hidden, case.weight, target, case.lam, tile=tile, num_splits=2)
         for target in (wild, none)
     )
     for name, value in left._asdict().items():
         assert torch.equal(value, getattr(right, name)), name
-    assert left.nll[0] == 0 and left.target_logit[39] == 0 and left.nll_xu[1] == 0
+    assert left.nll[0] == 0 and left.target_logit[39] == 0 and left.pair_carry[3][1] == 0
 
 
 @both_paths
@@ -233,13 +240,11 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
     bias = torch.full((101,), float("-inf"))
     bias[allowed] = 0.0
     case.target = allowed[torch.arange(40) % 31]
-    stats = fused_forward(
-        case.hidden, case.weight, case.target, case.lam, bias=bias, tile=tile, want_entropy=True
-    )
+    stats = forward_of(case.hidden, case.weight, case.target, case.lam, bias=bias, tile=tile, entropy=True)
     kept = Case(case.hidden, case.weight[allowed], case.target - 70, case.lam)
     for name, truth in exact_stats(kept).items():
-        torch.testing.assert_close(getattr(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
-    dweight = fused_backward(
+        torch.testing.assert_close(of_stats(stats, name).double(), truth, rtol=2e-6, atol=3e-6)
+    dweight = backward_of(
         case.hidden, case.weight, case.target, case.lam, torch.ones(40), torch.ones(16), *stats[-2:],
         bias=bias, tile=tile, scratch_bytes=1,
     )[1]  # fmt: skip
@@ -250,27 +255,27 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
 def test_what_is_not_needed_is_empty_and_changes_nothing(dtype: torch.dtype) -> None:
     case = make_case(21, 70, 40, num_pairs=8, dtype=dtype, bias=True)
     arguments = (case.hidden, case.weight, case.target, case.lam)
-    stats = fused_forward(*arguments, bias=case.bias)
+    stats = forward_of(*arguments, bias=case.bias)
     coefs = (torch.ones(21), torch.ones(8), stats.row_carry, stats.pair_carry)
 
-    def backward(*needs: bool) -> tuple[Tensor, ...]:
-        names = ("need_dhidden", "need_dweight", "need_dbias")
-        return fused_backward(*arguments, *coefs, bias=case.bias, **dict(zip(names, needs, strict=True)))
+    def backward(*needs: bool) -> Gradients:
+        names = ("dhidden", "dweight", "dbias")
+        return backward_of(*arguments, *coefs, bias=case.bias, **dict(zip(names, needs, strict=True)))
 
     everything = backward(True, True, True)
-    assert [g.dtype for g in everything] == [dtype] * 3
+    assert [g.dtype for g in everything] == [dtype] * 5 and everything.dlow.shape == (0,)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-        for gradient, full, needed in zip(backward(*needs), everything, needs, strict=True):
+        for gradient, full, needed in zip(backward(*needs)[:3], everything[:3], needs, strict=True):
             assert torch.equal(gradient, full) if needed else gradient.shape == (0,)
 
 
 def test_no_rows_give_empty_statistics_and_zero_gradients() -> None:
     hidden, weight = torch.empty(0, 8), torch.randn(5, 8)
     target, lam = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    stats = fused_forward(hidden, weight, target, lam, want_entropy=True)
+    stats = forward_of(hidden, weight, target, lam, entropy=True)
     assert all(t.numel() == 0 for t in stats)
-    dhidden, dweight, dbias = fused_backward(
-        hidden, weight, target, lam, torch.empty(0), torch.empty(0), *stats[-2:], need_dbias=True
+    dhidden, dweight, dbias, *_ = backward_of(
+        hidden, weight, target, lam, torch.empty(0), torch.empty(0), *stats[-2:], dbias=True
     )
     assert dhidden.shape == (0, 8) and not dweight.any() and not dbias.any() and dbias.shape == (5,)
 
@@ -283,8 +288,8 @@ def test_gradients_keep_their_digits_where_p_is_near_one(num_pairs: int) -> None
     target = torch.arange(num_rows) % 4
     hidden = 17.5 * torch.nn.functional.one_hot(target, vocab_size).float()
     lam = torch.linspace(0, 1, num_pairs)
-    stats = fused_forward(hidden, weight, target, lam, tile=POINTERS, num_splits=2)
-    dhidden = fused_backward(
+    stats = forward_of(hidden, weight, target, lam, tile=POINTERS, num_splits=2)
+    dhidden = backward_of(
         hidden, weight, target, lam, torch.ones(num_rows), torch.zeros(num_pairs), *stats[-2:], tile=POINTERS
     )[0]
     truth = hidden.double().softmax(1)
@@ -309,24 +314,24 @@ def test_float32_sums_keep_what_many_small_tiles_add(num_pairs: int, num_splits:
     """A plain running sum would stay at 1 and lose all of -log p = 1.6e-6, over tiles and over splits."""
     case, nll = long_tail(16, num_pairs)
     arguments = (case.hidden, case.weight, case.target, case.lam)
-    stats = fused_forward(*arguments, tile=POINTERS, num_splits=num_splits)
-    for found in (stats.nll, stats.nll_xc, stats.nll_xu):
+    stats = forward_of(*arguments, tile=POINTERS, num_splits=num_splits)
+    for found in (stats.nll, *stats.pair_carry[2:]):
         assert (found.double() - nll).abs().le(6.1e-8).all(), found  # half of 1's last digit
 
 
-@pytest.mark.parametrize("scratch_bytes", [None, 1, 64 * 64 * 4])
-def test_no_logits_are_held(scratch_bytes: int | None) -> None:
+@pytest.mark.parametrize("scratch_bytes", [0, 1, 64 * 64 * 4])
+def test_no_logits_are_held(scratch_bytes: int) -> None:
     """The forward holds nothing larger than the weight, the backward one slice: half the vocabulary at most."""
     num_rows, vocab_size, width = 64, 1024, 4
     case = make_case(num_rows, vocab_size, width, num_pairs=24)
     arguments = (case.hidden, case.weight, case.target, case.lam)
     with LargestTensor() as seen:
-        stats = fused_forward(*arguments)
+        stats = forward_of(*arguments)
     assert seen.nbytes <= case.weight.nbytes
     coefs = (torch.ones(num_rows), torch.ones(24), stats.row_carry, stats.pair_carry)
     with LargestTensor() as seen:
-        fused_backward(*arguments, *coefs, scratch_bytes=scratch_bytes, tile=POINTERS)
-    slice_columns = {None: vocab_size // 2, 1: POINTERS.block_v}.get(scratch_bytes, 64)
+        backward_of(*arguments, *coefs, scratch_bytes=scratch_bytes, tile=POINTERS)
+    slice_columns = {0: vocab_size // 2, 1: POINTERS.block_v}.get(scratch_bytes, 64)
     assert seen.nbytes == max(num_rows * slice_columns * 4, case.weight.nbytes)
 
 
@@ -356,8 +361,8 @@ def test_the_grid_of_millions_of_rows_stays_within_limits(monkeypatch: pytest.Mo
         return torch.empty(shape, dtype=dtype, device="meta")
 
     arguments = (meta(num_rows, 64, dtype=F16), meta(1000, 64, dtype=F16), meta(num_rows, dtype=torch.int64))
-    result = fused_forward(*arguments, meta(num_pairs))
-    fused_backward(*arguments, meta(num_pairs), meta(num_rows), meta(num_pairs), *result[-2:])
+    result = forward_of(*arguments, meta(num_pairs))
+    backward_of(*arguments, meta(num_pairs), meta(num_rows), meta(num_pairs), *result[-2:])
     assert len(recorder.grids) >= 6
     assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in recorder.grids)
 
@@ -365,14 +370,8 @@ def test_the_grid_of_millions_of_rows_stays_within_limits(monkeypatch: pytest.Mo
 def test_bad_calls_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(4, 5, 6)
     arguments = (case.hidden, case.weight, case.target, case.lam)
-    with pytest.raises(
-        ValueError, match=r"row_carry: expected float32 \[planes=3, size=4\], got float32 \[4\]"
-    ):
-        fused_backward(*arguments, torch.ones(4), torch.empty(0), torch.ones(4), torch.empty(4, 0))
-    with pytest.raises(ValueError, match="want_mean_logit: expected False beside want_entropy"):
-        fused_forward(*arguments, want_entropy=True, want_mean_logit=True)
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     with pytest.raises(ValueError, match="impl: expected 'chunked' or 'reference' for tensors on the CPU"):
-        fused_forward(*arguments)
+        forward_of(*arguments)
     with pytest.raises(ValueError, match="power of two for block_v, got 96"):
         Tile(64, 96, 64)

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
-from sftmix_kernels.fused import Tile, configs, fused_backward, fused_forward
+from sftmix_kernels.fused import Tile, configs
+from tests.kernels.fused_calls import backward_of, forward_of
 from tests.kernels.test_fused_kernels import DESCRIPTORS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,10 +44,10 @@ def test_layout_changes_nothing(kind: str) -> None:
     results = []
     for c in (case, strided(kind, case)):
         arguments = (c.hidden, c.weight, c.target, c.lam)
-        stats = fused_forward(*arguments, tile=DESCRIPTORS, num_splits=2)
+        stats = forward_of(*arguments, tile=DESCRIPTORS, num_splits=2)
         coefs = (torch.ones(40), torch.ones(16), stats.row_carry, stats.pair_carry)
-        gradients = fused_backward(*arguments, *coefs, tile=DESCRIPTORS, scratch_bytes=1)
-        results.append((*stats[:6], *gradients[:2]))
+        gradients = backward_of(*arguments, *coefs, tile=DESCRIPTORS, scratch_bytes=1)
+        results.append((*stats, *gradients[:2]))
         assert all(g.is_contiguous() for g in gradients)
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
@@ -57,7 +58,7 @@ def test_rows_that_share_memory() -> None:
     case = make_case(1, 70, 40)
     target, lam = torch.arange(20), torch.rand(8)
     shared, copied = (
-        fused_forward(hidden, case.weight, target, lam, tile=DESCRIPTORS)
+        forward_of(hidden, case.weight, target, lam, tile=DESCRIPTORS)
         for hidden in (case.hidden.expand(20, 40), case.hidden.repeat(20, 1))
     )
     assert all(torch.equal(left, right) for left, right in zip(shared, copied, strict=True))
@@ -74,9 +75,9 @@ def test_offsets_past_two_to_the_31() -> None:
     case = make_case(3, 3, 16, dtype=F16)
     results = []
     for hidden, weight in ((case.hidden, case.weight), (spread(case.hidden), spread(case.weight))):
-        stats = fused_forward(hidden, weight, case.target, case.lam)
+        stats = forward_of(hidden, weight, case.target, case.lam)
         coefs = (torch.ones(3), torch.empty(0), stats.row_carry, stats.pair_carry)
-        gradients = fused_backward(hidden, weight, case.target, case.lam, *coefs)
+        gradients = backward_of(hidden, weight, case.target, case.lam, *coefs)
         results.append((*stats, *gradients))
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
