@@ -19,11 +19,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests.bfloat16 import mend_bfloat16
+from tests.bounds import check_every_address
 from tests.interpreter import replace_the_language_once_a_launch
 from tests.progress import pytest_addoption, pytest_configure
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     replace_the_language_once_a_launch()
+    mend_bfloat16()
+    check_every_address()
 
 __all__ = ["pytest_addoption", "pytest_configure"]  # hooks that pytest finds here by name
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,6 +2,7 @@
 
 At every call of a device function it looks through the whole language for functions to replace by its own, which the
 launch has done already and only the end of the launch undoes. Here each module's functions cause that once a launch.
+It also writes a table of number types at every cast and load, to read one entry of it: here it reads what it read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ def replace_the_language_once_a_launch() -> None:
     replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     if replace.__module__ == __name__:
         return
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def remembered(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = remembered
     done: set[int] = set()
 
     def once(function: Any) -> Any:

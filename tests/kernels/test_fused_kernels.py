@@ -1,6 +1,6 @@
 """The Triton kernels cut into many small tiles, splits and slices; test_parity.py runs them at their default sizes.
 
-In the interpreter where there is no GPU: float32 and float16. Every uninitialised buffer is NaN (conftest.py).
+In the interpreter; tests/gpu has the same on a GPU. Every uninitialised buffer is NaN (conftest.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if torch.cuda.is_available():
 from sftmix_kernels.fused import Tile, forward, tiles
 from tests.kernels.fused_calls import backward_of, forward_of
 
-F32, F16 = torch.float32, torch.float16
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 POINTERS = Tile(16, 32, 16, group_n=2)
 DESCRIPTORS = Tile(16, 32, 16, group_n=2, use_descriptors=True)
 both_paths = pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
-both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+dtypes = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["float32", "float16", "bfloat16"])
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
@@ -69,7 +69,9 @@ CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    "tile,dtype", [(POINTERS, F32), (DESCRIPTORS, F16)], ids=["pointers-f32", "descriptors-f16"]
+    "tile,dtype",
+    [(POINTERS, F32), (DESCRIPTORS, F16), (DESCRIPTORS, BF16)],
+    ids=["pointers-f32", "descriptors-f16", "descriptors-bf16"],
 )
 @pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
 def test_parity_in_small_tiles(
@@ -81,7 +83,7 @@ def test_parity_in_small_tiles(
     assert_parity(case, impl="fused", scratch_bytes=1)
 
 
-@both_dtypes
+@dtypes
 @pytest.mark.parametrize("labels", ["equal in a pair", "in the last column", "peaked"])
 def test_parity_of_special_targets(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, labels: str) -> None:
     cut_small(monkeypatch, DESCRIPTORS)
@@ -98,7 +100,7 @@ def test_parity_of_special_targets(monkeypatch: pytest.MonkeyPatch, dtype: torch
     assert_parity(case, impl="fused", scratch_bytes=1)
 
 
-@both_dtypes
+@dtypes
 def test_both_load_paths_and_two_runs_are_bitwise_equal(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
@@ -251,7 +253,7 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
     assert not dweight[:70].any() and dweight[70:].isfinite().all() and dweight[70:].any()
 
 
-@both_dtypes
+@dtypes
 def test_what_is_not_needed_is_empty_and_changes_nothing(dtype: torch.dtype) -> None:
     case = make_case(21, 70, 40, num_pairs=8, dtype=dtype, bias=True)
     arguments = (case.hidden, case.weight, case.target, case.lam)

@@ -86,16 +86,11 @@ def test_parity_over_slices_and_chunks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["chunked", "recompute", "stored"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("num_pairs", [0, 20])
-def test_parity_in_float16(name: str, num_pairs: int) -> None:
-    case = make_case(48, 61, 40, num_pairs=num_pairs, dtype=torch.float16, bias=True, ignored=(1,))
+def test_parity_in_16_bits(name: str, dtype: torch.dtype, num_pairs: int) -> None:
+    case = make_case(48, 61, 40, num_pairs=num_pairs, dtype=dtype, bias=True, ignored=(1,))
     check(case, 20, **IMPLEMENTATIONS[name])
-
-
-@pytest.mark.parametrize("num_pairs", [0, 20])
-def test_parity_in_bfloat16(num_pairs: int) -> None:
-    """On a CPU: the interpreter has no bfloat16."""
-    check(make_case(48, 61, 40, num_pairs=num_pairs, dtype=torch.bfloat16, bias=True), 20, impl="chunked")
 
 
 @implementations

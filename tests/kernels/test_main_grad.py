@@ -19,9 +19,18 @@ from tests.parity import Case, assert_within_contract, make_case, run
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WAYS: list[tuple[str, str | None, torch.dtype]] = [
     ("reference", None, F32), ("chunked", None, F32), ("chunked", None, BF16), ("chunked", None, F16),
-    ("fused", "recompute", F32), ("fused", "recompute", F16), ("fused", "stored", F32), ("fused", "stored", F16),
+    ("fused", "recompute", F32), ("fused", "recompute", BF16), ("fused", "stored", F32), ("fused", "stored", BF16),
+    ("fused", "recompute", F16), ("fused", "stored", F16),
 ]  # fmt: skip
-ways = pytest.mark.parametrize("way", WAYS, ids=lambda w: f"{w[0]}-{w[1]}-{str(w[2])[6:]}")
+# Of the interpreted kernels one 16-bit type in `make test`, the other in `make slow`.
+ways = pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=pytest.mark.slow if way[0] == "fused" and way[2] is F16 else ())
+        for way in WAYS
+    ],
+    ids=lambda w: f"{w[0]}-{w[1]}-{str(w[2])[6:]}",
+)
 
 
 def leaves(case: Case) -> list[Tensor]:

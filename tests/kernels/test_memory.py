@@ -23,7 +23,10 @@ from tests.parity import Case, make_case
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 N, V, D = 128, 2048, 32
 pairs = pytest.mark.parametrize("num_pairs", [0, 40, 64])
-both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+# One 16-bit type in `make test`, the other in `make slow`.
+dtypes = pytest.mark.parametrize(
+    "dtype", [F32, BF16, pytest.param(F16, marks=pytest.mark.slow)], ids=["float32", "bfloat16", "float16"]
+)
 # Statistics, coefficients (float64) and what makes them: bytes a row and a pair, whatever V and D are.
 PER_ROW, PER_PAIR = 160, 160
 needs_interpreter = pytest.mark.skipif(
@@ -140,7 +143,7 @@ def recompute_bytes(num_pairs: int, itemsize: int, columns: int, *, copies: bool
 
 @needs_interpreter
 @pairs
-@both_dtypes
+@dtypes
 def test_fused_recompute(no_garbage: None, dtype: torch.dtype, num_pairs: int) -> None:
     case, columns, size = make_case(N, V, D, num_pairs=num_pairs, dtype=dtype), 512, dtype.itemsize
     peak = extra_bytes(case, impl="fused", schedule="recompute", scratch_bytes=N * columns * size)
@@ -162,7 +165,7 @@ def stored_bytes(num_pairs: int, itemsize: int, rows: int, *, copies: bool = Tru
 
 @needs_interpreter
 @pairs
-@both_dtypes
+@dtypes
 def test_fused_stored(no_garbage: None, dtype: torch.dtype, num_pairs: int) -> None:
     case, rows, size = make_case(N, V, D, num_pairs=num_pairs, dtype=dtype), 16, dtype.itemsize
     peak = extra_bytes(case, impl="fused", schedule="stored", scratch_bytes=rows * V * size)
@@ -172,7 +175,7 @@ def test_fused_stored(no_garbage: None, dtype: torch.dtype, num_pairs: int) -> N
 
 @needs_interpreter
 @pairs
-@both_dtypes
+@dtypes
 def test_fused_forward_and_statistics(no_garbage: None, dtype: torch.dtype, num_pairs: int) -> None:
     """Without gradients no schedule holds a logit: some floats for each row and pair."""
     case = make_case(N, V, D, num_pairs=num_pairs, dtype=dtype)

@@ -9,8 +9,7 @@ from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
 from tests.parity import Case, assert_parity, assert_within_contract, make_case, run
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# bfloat16 products are wrong in Triton's interpreter, so fused bfloat16 is a GPU test (tests/gpu).
-SERVED = [("chunked", F32), ("chunked", F16), ("chunked", BF16), ("fused", F32), ("fused", F16)]
+SERVED = [(impl, dtype) for impl in ("chunked", "fused") for dtype in (F32, F16, BF16)]
 served = pytest.mark.parametrize("impl,dtype", SERVED, ids=[f"{i}-{str(d)[6:]}" for i, d in SERVED])
 
 # N, V, D, M, and why this shape.

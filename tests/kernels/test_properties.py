@@ -21,12 +21,12 @@ from tests.parity import Case, assert_parity, make_case, run
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
-# The interpreter's own cost is per program, so `fused` has fewer examples; bfloat16 products are wrong there.
+# The interpreter's own cost is per program, so `fused` has fewer examples.
 EXAMPLES = {"chunked": 25, "fused": 12}
 # Of the slow tests, over four orders: of so many draws one has a maximum above its bound by luck, over one order or two
 # and no longer over four, eight and sixteen (seed 2, float32, denominators, mixup_weight 1).
 MANY = {"chunked": 200, "fused": 50}
-DTYPES = {"chunked": (F32, BF16, F16), "fused": (F32, F16)}
+DTYPES = {"chunked": (F32, BF16, F16), "fused": (F32, BF16, F16)}
 
 
 @dataclass(frozen=True)

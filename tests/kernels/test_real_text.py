@@ -86,7 +86,7 @@ def test_chunked(real_case: Case, dtype: torch.dtype, num_pairs: int) -> None:
     check(case, impl="chunked", scratch_bytes=49152 * 4 * 30)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["float32", "float16", "bfloat16"])
 def test_fused_on_a_slice_of_rows(real_case: Case, dtype: torch.dtype) -> None:
     """64 rows, 24 pairs, the whole vocabulary."""
     nll = run(replace(real_case, lam=real_case.lam[:0]), impl="chunked")["nll"]

@@ -20,8 +20,11 @@ from sftmix_kernels.fused import stored, stored_loss
 from tests.kernels.test_fused_kernels import long_tail
 from tests.kernels.watching import LargestTensor
 
-F32, F16 = torch.float32, torch.float16
-both_dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# One 16-bit type in `make test`, the other in `make slow`.
+dtypes = pytest.mark.parametrize(
+    "dtype", [F32, BF16, pytest.param(F16, marks=pytest.mark.slow)], ids=["float32", "bfloat16", "float16"]
+)
 
 # N, V, D, M, options, and why.
 CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
@@ -48,7 +51,7 @@ CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@both_dtypes
+@dtypes
 @pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
 def test_parity(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[Any, ...]) -> None:
     """Blocks of 32 columns and chunks of a few rows: values, statistics and every gradient."""
@@ -58,7 +61,7 @@ def test_parity(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tupl
     assert_parity(case, impl="fused", schedule="stored", scratch_bytes=vocab_size * dtype.itemsize * 12)
 
 
-@both_dtypes
+@dtypes
 @pytest.mark.parametrize("labels", ["equal in a pair", "in the last column", "peaked"])
 def test_parity_of_special_targets(dtype: torch.dtype, labels: str) -> None:
     case = make_case(40, 97, 40, num_pairs=18, dtype=dtype, label_smoothing=0.1, z_loss=1e-3)
@@ -74,7 +77,7 @@ def test_parity_of_special_targets(dtype: torch.dtype, labels: str) -> None:
     assert_parity(case, impl="fused", schedule="stored")
 
 
-@both_dtypes
+@dtypes
 def test_two_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
     case = make_case(53, 101, 40, num_pairs=19, dtype=dtype, bias=True)
     first, second = (run(case, impl="fused", schedule="stored") for _ in range(2))
@@ -208,7 +211,7 @@ def test_linear_cross_entropy_and_the_head_pass_it_on() -> None:
     assert losses[1].equal(losses[2])
 
 
-@both_dtypes
+@dtypes
 def test_the_operator_passes_torchs_own_checks(dtype: torch.dtype) -> None:
     case = make_case(12, 40, 8, num_pairs=5, dtype=dtype, bias=True)
     leaves = [t.requires_grad_() for t in (case.hidden, case.weight, case.bias) if t is not None]
