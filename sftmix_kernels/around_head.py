@@ -165,7 +165,8 @@ def _has_head(module: Any) -> bool:
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:
     """Called by torch before ``parent.name = child``; what is returned takes the child's place."""
     if name in INSIDE:
-        if _has_head(child):
+        of_peft = any(kind.__module__.split(".")[0] == "peft" for kind in type(parent).__mro__)
+        if of_peft and _has_head(child):
             parent.register_forward_pre_hook(_refuse_a_loss, with_kwargs=True)
         return None
     if type(child) is not nn.Linear:

@@ -10,6 +10,7 @@ import torch
 
 from sftmix_kernels import LossHead, SFTMixLoss, adapt_head, sftmix_loss
 from tests.kernels.adapted_models import (
+    D,
     R,
     Tiny,
     V,
@@ -130,3 +131,18 @@ def test_layers_that_hold_no_head_are_left_alone() -> None:
     assert not model.base_model.model.body._forward_pre_hooks
     case = case_of_pairs()
     assert isinstance(model(case.hidden, case.target, case.lam), SFTMixLoss)
+
+
+def test_a_module_of_your_own_around_the_head_is_left_alone() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = LossHead(D, V)
+
+        def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> SFTMixLoss:
+            return self.base_layer(hidden, target)
+
+    case, own = case_of_pairs(), Own()
+    assert not own._forward_pre_hooks
+    expected = torch.nn.functional.cross_entropy(case.hidden @ own.base_layer.weight.T, case.target)
+    torch.testing.assert_close(own(case.hidden, case.target).loss, expected)

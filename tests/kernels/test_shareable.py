@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,8 @@ from torch.utils import hooks
 from sftmix_kernels import LossHead
 from sftmix_kernels.shareable import HOOKS
 from tests.parity import make_case
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def linear() -> nn.Linear:
@@ -228,3 +234,38 @@ def test_mode_and_frozen_parameters_stay(training: bool) -> None:
     layer = linear().requires_grad_(False).train(training)
     head = LossHead.from_linear(layer)
     assert head.training == training and not head.weight.requires_grad and not head.bias.requires_grad
+
+
+SHARDED = """
+import copy, pytest, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from sftmix_kernels import LossHead
+mesh = init_device_mesh("cpu", (1,))
+model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 11))
+fully_shard(model[1], mesh=mesh)
+fully_shard(model, mesh=mesh)
+for layer in model:
+    with pytest.raises(ValueError, match="linear: expected a layer that FSDP2 does not manage yet"):
+        LossHead.from_linear(layer)
+spread = torch.nn.Linear(6, 11, bias=False)
+spread.weight = torch.nn.Parameter(distribute_tensor(spread.weight.detach(), mesh, [Shard(0)]))
+head = LossHead.from_linear(spread)  # a vocabulary's shard, for vocab_parallel
+assert type(head.weight) is DTensor and head.weight is spread.weight
+hidden, target = torch.randn(5, 6), torch.randint(11, (5,))
+loss = head(hidden, target, vocab_parallel=mesh).loss
+expected = torch.nn.functional.cross_entropy(hidden @ head.weight.full_tensor().T, target)
+torch.testing.assert_close(loss, expected)
+dist.destroy_process_group()
+"""
+
+
+def test_a_layer_under_fsdp2_is_refused_and_a_shard_of_the_vocabulary_is_shared() -> None:
+    environment = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
