@@ -83,8 +83,9 @@ class Training:
         return self.decoder(input_ids=self.input_ids).last_hidden_state.flatten(0, 1)
 
     def loss(self, task: str) -> Tensor:
-        pairs = {"lam": self.lam, "mixup_weight": MIXUP_WEIGHT} if task == "step_sftmix" else {}
-        return self.head(self.hidden(), self.target, **pairs).loss
+        if task == "step_sftmix":
+            return self.head(self.hidden(), self.target, self.lam, mixup_weight=MIXUP_WEIGHT).loss
+        return self.head(self.hidden(), self.target).loss
 
     def step(self, task: str) -> Tensor:
         loss = self.loss(task)

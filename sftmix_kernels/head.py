@@ -1,25 +1,81 @@
 """LossHead: an output layer whose forward is the loss, so that FSDP2 hands it the gathered weight.
 
-A head inside a peft LoRA layer is still a head: :func:`adapt_head` makes the layer's forward take a target too.
+A head inside a peft LoRA layer is still a head: :func:`sftmix_kernels.adapt_head` lets the layer take a target too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from .functional import sftmix_loss, token_stats
-from .lora_head import is_lora_layer, lora_of
+from .lora_head import LoRA
 from .reference import SFTMixLoss, TokenStats
+from .shareable import check_shareable
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack
+
+OWN = ("weight", "bias", "softcap", "logit_scale")  # what the head itself gives to the loss
+
+
+class StatsOptions(TypedDict, total=False):
+    """Options of a head's call with ``stats=True``: those of :func:`sftmix_kernels.token_stats`."""
+
+    ignore_index: int
+    lora: LoRA | None
+    vocab_parallel: (
+        ProcessGroup | DeviceMesh | None
+    )  # not Any, which would make the result of a call with it Any
+    impl: str | None
+    scratch_bytes: int | None
+
+
+class LossOptions(StatsOptions, total=False):
+    """Options of a head's call with a target: those of :func:`sftmix_kernels.sftmix_loss`."""
+
+    mixup_weight: float | Tensor
+    row_weight: Tensor | None
+    pair_weight: Tensor | None
+    ntp_denominator: float | Tensor | None
+    mixup_denominator: float | Tensor | None
+    label_smoothing: float
+    z_loss: float
+    main_grad: Tensor | None
+    schedule: str | None
+
+
+LOSS_OPTIONS, STATS_OPTIONS = LossOptions.__optional_keys__, StatsOptions.__optional_keys__
+
+
+def check_options(options: dict[str, Any], known: frozenset[str], call: str) -> None:
+    """Every keyword of ``options`` is one of ``known``. Raises: ValueError naming the first that is not."""
+    for name in options:
+        if name in OWN:
+            raise ValueError(f"{name}: expected it on the head, where {call} takes it from, got an option")
+        if name not in known:
+            hint = "; targets are the second argument, target" if name == "labels" else ""
+            raise ValueError(f"{name}: expected one of {call}'s options, {', '.join(sorted(known))}{hint}")
 
 
 class LossHead(nn.Linear):
     """A linear output layer [V, D] that computes logits, the SFTMix loss or token statistics in its forward.
 
     ``softcap`` and ``logit_scale`` act in the loss and the statistics only: a model applies its own to the logits.
+
+    Where a module's replacement under the same name is an nn.Linear of another height, as transformers'
+    ``resize_token_embeddings`` puts one, it becomes a LossHead with the same cap and scale (around_head.py).
+
+    Under FSDP with 16-bit ``param_dtype`` torch casts every floating tensor argument of a wrapped module by default:
+    ``lam``, weights and denominators that are tensors are rounded before the loss sees them (a denominator of 1001
+    becomes 1000). The loss refuses 16-bit ones; ``MixedPrecisionPolicy(cast_forward_inputs=False)`` on every unit, or
+    denominators as Python numbers, keeps them whole. Under DDP ``main_grad`` is not reduced over ranks: DDP sees
+    gradients of parameters only, so all-reduce the buffer after the backward.
     """
 
     def __init__(
@@ -43,21 +99,26 @@ class LossHead(nn.Linear):
     ) -> LossHead:
         """A head that shares ``linear``'s parameters (the same objects, so tied weights stay tied).
 
-        Raises: ValueError if ``linear`` is not an ``nn.Linear`` or is a subclass with a forward of its own.
+        Raises: ValueError if ``linear`` is not an ``nn.Linear`` that holds a plain weight and bias and no more:
+        shareable.py lists what would be dropped. Or if it is a LossHead whose cap or scale would be.
         """
-        if not isinstance(linear, nn.Linear) or type(linear).forward not in (
-            nn.Linear.forward,
-            LossHead.forward,
-        ):
-            raise ValueError(
-                f"linear: expected an nn.Linear with its own forward, got {type(linear).__name__}"
-            )
+        check_shareable(linear, (nn.Linear.forward, LossHead.forward))
+        if isinstance(linear, LossHead):
+            if softcap is None and linear.softcap is not None:
+                raise ValueError(f"softcap: expected that of the LossHead given, {linear.softcap}, got None")
+            if logit_scale == 1.0 and linear.logit_scale != 1.0:
+                raise ValueError(
+                    f"logit_scale: expected that of the LossHead given, {linear.logit_scale}, got {logit_scale}"
+                )
         head = cls(
             linear.in_features, linear.out_features, linear.bias is not None, softcap=softcap,
             logit_scale=logit_scale, device="meta",
         )  # fmt: skip
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, softcap={self.softcap}, logit_scale={self.logit_scale}"
 
     def forward(  # type: ignore[override]
         self,
@@ -70,9 +131,15 @@ class LossHead(nn.Linear):
     ) -> Tensor | SFTMixLoss | TokenStats:
         """Logits [..., V], in the weight's dtype, without ``target``; with it SFTMixLoss, or TokenStats if ``stats``.
 
-        ``options`` are those of :func:`sftmix_kernels.sftmix_loss`; without ``lam`` there are no pairs (M = 0).
-        Raises: ValueError from the loss, for ``lam`` or ``stats`` without a target, for ``main_grad`` under FSDP2.
+        ``options`` are those of :func:`sftmix_kernels.sftmix_loss` (with ``stats``, of ``token_stats``) but for the
+        head's own: weight, bias, softcap, logit_scale. Without ``lam`` there are no pairs (M = 0).
+        Raises: ValueError from the loss, for an unknown option by its name, for ``lam`` or ``stats`` without a target,
+        for ``main_grad`` under FSDP2.
         """
+        if stats:
+            check_options(options, STATS_OPTIONS, "token_stats")
+        else:
+            check_options(options, LOSS_OPTIONS, "sftmix_loss")
         if target is None:
             if lam is not None or stats or options:
                 raise ValueError("target: expected int64 [N] beside lam, stats or loss options, got None")
@@ -89,45 +156,27 @@ class LossHead(nn.Linear):
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
         return sftmix_loss(hidden, self.weight, target, lam, **shared, **options)
 
+    if TYPE_CHECKING:
+        # nn.Module declares a call as Callable[..., Any], which would hide what each form of it gives.
 
-class LoraLossHead:
-    """What :func:`adapt_head` puts before the class of a peft LoRA layer around a LossHead."""
+        @overload
+        def __call__(self, hidden: Tensor) -> Tensor: ...
 
-    base_layer: LossHead
+        @overload
+        def __call__(
+            self, hidden: Tensor, target: Tensor, lam: Tensor | None = None, *, stats: Literal[False] = False,
+            **options: Unpack[LossOptions],
+        ) -> SFTMixLoss: ...  # fmt: skip
 
-    @property
-    def softcap(self) -> float | None:
-        return self.base_layer.softcap
+        @overload
+        def __call__(
+            self, hidden: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[StatsOptions]
+        ) -> TokenStats: ...
 
-    @property
-    def logit_scale(self) -> float:
-        return self.base_layer.logit_scale
+        @overload
+        def __call__(
+            self, hidden: Tensor, target: Tensor | None = None, lam: Tensor | None = None, *, stats: bool = False,
+            **options: Unpack[LossOptions],
+        ) -> Tensor | SFTMixLoss | TokenStats: ...  # fmt: skip
 
-    def forward(
-        self, hidden: Tensor, target: Tensor | None = None, lam: Tensor | None = None, **options: Any
-    ) -> Tensor | SFTMixLoss | TokenStats:
-        """As :meth:`LossHead.forward`, with the active adapter; without a target the layer's own logits."""
-        if target is None and lam is None:
-            # peft's layer, which adapt_head puts behind this class; object, as a type checker sees it, has no forward.
-            logits: Tensor = super().forward(hidden, **options)  # type: ignore[misc]
-            return logits
-        result: Tensor | SFTMixLoss | TokenStats = self.base_layer(
-            hidden, target, lam, lora=lora_of(self), **options
-        )
-        return result
-
-
-def adapt_head(layer: nn.Module) -> nn.Module:
-    """Let a peft LoRA layer around a LossHead be called like the head, in place; gradients reach A and B.
-
-    peft's own forward expects a tensor from the layer inside and fails on a loss. The layer's class is replaced by a
-    subclass of it, so names, merging and saving stay peft's. A LossHead, or a layer that is adapted, is returned as is.
-    Raises: ValueError for another module.
-    """
-    if isinstance(layer, LossHead | LoraLossHead):
-        return layer
-    if not is_lora_layer(layer) or not isinstance(layer.base_layer, LossHead):
-        raise ValueError(f"layer: expected a peft LoRA layer around a LossHead, got {type(layer).__name__}")
-    kind = type(layer)
-    layer.__class__ = type(f"LossHead{kind.__name__}", (LoraLossHead, kind), {})
-    return layer
+        def __call__(self, *args: Any, **options: Any) -> Any: ...

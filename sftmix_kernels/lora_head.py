@@ -15,8 +15,6 @@ kept until the backward); their gradients are in their own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,33 +52,3 @@ def low_rank(hidden: Tensor, weight: Tensor, valid: Tensor, lora: LoRA) -> tuple
     rows = torch.where(valid[:, None] | hidden.isfinite(), hidden, 0.0).to(dtype)
     reduced = F.linear(rows, down.to(dtype)) * scaling
     return reduced.to(hidden.dtype), up.to(hidden.dtype)
-
-
-def is_lora_layer(module: Any) -> bool:
-    """Whether ``module`` is a peft LoRA layer around another module; peft itself is not needed to tell."""
-    return all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "base_layer"))
-
-
-def lora_of(module: Any) -> LoRA | None:
-    """(A, B, scaling) of the active adapter of a peft LoRA layer; None if it is none, switched off or merged.
-
-    Raises ValueError for what these factors alone do not say: several active adapters, DoRA and other variants, a
-    bias in the adapter, dropout while training.
-    """
-    if not is_lora_layer(module) or module.disable_adapters or module.merged:
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise ValueError(f"head: expected one active LoRA adapter, got {', '.join(names)}")
-    name = names[0]
-    down, up = module.lora_A[name], module.lora_B[name]
-    if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name, False):
-        raise ValueError("head: expected plain LoRA, got DoRA or another variant of it")
-    if down.bias is not None or up.bias is not None:
-        raise ValueError("head: expected LoRA factors without a bias, got lora_bias=True")
-    dropout = module.lora_dropout[name]
-    if module.training and getattr(dropout, "p", 0.0) > 0:
-        raise ValueError(f"head: expected LoRA without dropout (or eval mode), got lora_dropout={dropout.p}")
-    return down.weight, up.weight, float(module.scaling[name])

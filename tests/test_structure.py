@@ -25,8 +25,8 @@ KERNEL_RANKS = {
     "checks": 0, "reference": 0, "autocast": 1, "choice": 0, "scratch": 0, "hardware": 0, "findings": 0, "rows": 1,
     "arguments": 1, "lora_head": 1, "limits": 1, "vocab_shard": 1, "layer": 2, "forward": 3, "chunked": 4, "fused": 5,
     "ops": 6, "default_schedule": 6, "vocab_stats": 6, "row_ops": 7, "fused_ops": 8, "vocab_parallel": 9,
-    "main_grad": 9, "inputs": 10, "functional": 11, "head": 12, "devices": 12, "self_check": 12, "doctor": 13,
-    "": 14, "__main__": 15,
+    "main_grad": 9, "inputs": 10, "functional": 11, "shareable": 0, "head": 12, "around_head": 13, "devices": 12,
+    "self_check": 12, "doctor": 13, "": 14, "__main__": 15,
 }  # fmt: skip
 LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}
 LEAF_USERS = {"sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}

@@ -1,17 +1,14 @@
-"""Low-rank adapters on the output layer: as factors, and as a peft layer around a LossHead."""
+"""Low-rank adapters on the output layer, as factors."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-from sftmix_kernels import LossHead, adapt_head, sftmix_loss, token_stats
-from sftmix_kernels.lora_head import lora_of
+from sftmix_kernels import sftmix_loss
 from tests.parity import Case, make_case
 
 R, SCALING = 3, 0.5
@@ -124,126 +121,3 @@ def test_wrong_factors_are_refused(change: Any, message: str) -> None:
     case = make_case(8, 11, 6)
     with pytest.raises(ValueError, match=message):
         sftmix_loss(case.hidden, case.weight, case.target, case.lam, lora=change(*factors(case)))
-
-
-# --- peft ----------------------------------------------------------------------------------------------------------
-
-
-class Tiny(nn.Module):
-    """A body and a head, the least that peft can adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(6, 6)
-        self.lm_head = LossHead(6, 11, bias=True, softcap=4.0, logit_scale=0.7)
-
-    def forward(self, hidden: Tensor, *args: Any, **options: Any) -> Any:
-        return self.lm_head(self.body(hidden), *args, **options)
-
-
-def adapted(**changes: Any) -> tuple[Any, Any]:
-    """A peft model whose head has a LoRA layer with weights that show, and that layer."""
-    peft = pytest.importorskip("peft")
-    options = {"r": R, "lora_alpha": 6, "target_modules": ["lm_head"], **changes}
-    model = peft.get_peft_model(Tiny(), peft.LoraConfig(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.5)
-    return model, model.base_model.model.lm_head
-
-
-def test_a_peft_layer_around_the_head_computes_the_loss_with_its_adapter() -> None:
-    model, layer = adapted()
-    case = make_case(12, 11, 6, num_pairs=5)
-    assert adapt_head(layer) is layer and adapt_head(layer) is layer
-    assert adapt_head(layer.base_layer) is layer.base_layer
-    out = model(case.hidden, case.target, case.lam)
-    out.loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert len(found) == 2
-
-    plain = copy.deepcopy(model).merge_and_unload()
-    head = plain.lm_head
-    assert type(head) is LossHead
-    expected = plain(case.hidden, case.target, case.lam)
-    for name, value in expected._asdict().items():
-        torch.testing.assert_close(getattr(out, name), value, rtol=1e-5, atol=1e-5, msg=name)
-    down, up = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    leaves = leaf(down, up)
-    weight = layer.base_layer.weight.detach() + 2.0 * leaves[1] @ leaves[0]
-    with torch.no_grad():
-        hidden = model.base_model.model.body(case.hidden)
-    loss = sftmix_loss(
-        hidden, weight, case.target, case.lam, bias=head.bias.detach(), softcap=4.0, logit_scale=0.7,
-        impl="reference",
-    ).loss  # fmt: skip
-    for gradient, other in zip((down.grad, up.grad), torch.autograd.grad(loss, leaves), strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
-    stats = model(case.hidden, case.target, stats=True)
-    expected_stats = token_stats(
-        hidden, weight.detach(), case.target, bias=head.bias, softcap=4.0, logit_scale=0.7
-    )
-    torch.testing.assert_close(stats.entropy, expected_stats.entropy, rtol=1e-4, atol=1e-4)
-
-
-def test_logits_names_and_saving_stay_pefts() -> None:
-    model, layer = adapted()
-    before, hidden = list(model.state_dict()), torch.randn(2, 3, 6)
-    logits = model(hidden)
-    adapt_head(layer)
-    assert list(model.state_dict()) == before
-    assert torch.equal(model(hidden), logits)
-    assert layer.softcap == 4.0 and layer.logit_scale == 0.7
-
-
-def test_an_adapter_that_is_off_or_merged_is_not_added_twice() -> None:
-    model, layer = adapted()
-    adapt_head(layer)
-    case = make_case(12, 11, 6, num_pairs=5)
-    on = model(case.hidden, case.target, case.lam).loss
-    with model.disable_adapter():
-        assert lora_of(layer) is None
-        off = model(case.hidden, case.target, case.lam).loss
-    own = layer.base_layer(model.base_model.model.body(case.hidden), case.target, case.lam).loss
-    assert torch.equal(off, own) and not torch.isclose(on, off)
-    model.merge_adapter()
-    assert lora_of(layer) is None
-    torch.testing.assert_close(model(case.hidden, case.target, case.lam).loss, on)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"use_dora": True}, "expected plain LoRA, got DoRA"),
-        ({"lora_bias": True}, "expected LoRA factors without a bias"),
-        ({"lora_dropout": 0.1}, r"expected LoRA without dropout \(or eval mode\), got lora_dropout=0.1"),
-    ],
-)
-def test_what_two_factors_do_not_say_is_refused(changes: dict[str, Any], message: str) -> None:
-    model, layer = adapted(**changes)
-    adapt_head(layer)
-    case = make_case(12, 11, 6)
-    with pytest.raises(ValueError, match=message):
-        model.train()(case.hidden, case.target)
-    if "lora_dropout" in changes:
-        model.eval()(case.hidden, case.target)
-
-
-def test_several_active_adapters_are_refused_and_one_of_them_is_not() -> None:
-    model, layer = adapted()
-    peft = pytest.importorskip("peft")
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lm_head"]))
-    adapt_head(layer)
-    case = make_case(12, 11, 6)
-    layer.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="expected one active LoRA adapter, got default, other"):
-        model(case.hidden, case.target)
-    layer.set_adapter("other")
-    model(case.hidden, case.target)
-
-
-def test_another_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a peft LoRA layer around a LossHead, got Linear"):
-        adapt_head(nn.Linear(3, 4))
-    assert lora_of(LossHead(3, 4)) is None
