@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 OWN = ("weight", "bias", "softcap", "logit_scale")  # what the head itself gives to the loss
 
 
-class StatsOptions(TypedDict, total=False):
-    """Options of a head's call with ``stats=True``: those of :func:`sftmix_kernels.token_stats`."""
+class SharedOptions(TypedDict, total=False):
+    """Options of both."""
 
     ignore_index: int
+    want_predicted: bool
     lora: LoRA | None
     vocab_parallel: (
         ProcessGroup | DeviceMesh | None
@@ -36,9 +37,18 @@ class StatsOptions(TypedDict, total=False):
     scratch_bytes: int | None
 
 
-class LossOptions(StatsOptions, total=False):
+class StatsOptions(SharedOptions, total=False):
+    """Options of a head's call with ``stats=True``: those of :func:`sftmix_kernels.token_stats`."""
+
+    tokens: Tensor | None
+    differentiable: bool
+
+
+class LossOptions(SharedOptions, total=False):
     """Options of a head's call with a target: those of :func:`sftmix_kernels.sftmix_loss`."""
 
+    class_weight: Tensor | None
+    token_scaling: bool
     mixup_weight: float | Tensor
     row_weight: Tensor | None
     pair_weight: Tensor | None
