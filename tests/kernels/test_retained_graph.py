@@ -16,6 +16,9 @@ F32, BF16 = torch.float32, torch.bfloat16
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 # The loss's own gradient is handed over without a product where the upstream is 1.
 upstreams = pytest.mark.parametrize("upstream", [1.0, 3.0])
+cases = pytest.mark.parametrize(
+    "dtype,upstream", [(F32, 1.0), (F32, 3.0), (BF16, 1.0)], ids=["float32-1", "float32-3", "bfloat16-1"]
+)
 
 
 def small_case(dtype: torch.dtype = F32, seed: int = 0) -> Case:
@@ -33,8 +36,7 @@ def true_gradients(case: Case, way: dict[str, Any], upstream: float) -> list[Ten
 
 
 @every_way
-@dtypes
-@upstreams
+@cases
 def test_three_backwards_add_three_gradients(
     way: dict[str, Any], dtype: torch.dtype, upstream: float
 ) -> None:
@@ -50,28 +52,27 @@ def test_three_backwards_add_three_gradients(
 
 
 @every_way
-@dtypes
-@upstreams
-@pytest.mark.parametrize("factor", [0.5, 0.0])
+@cases
 def test_what_a_user_makes_of_a_gradient_does_not_reach_the_next(
-    way: dict[str, Any], dtype: torch.dtype, upstream: float, factor: float
+    way: dict[str, Any], dtype: torch.dtype, upstream: float
 ) -> None:
-    """A clipped or zeroed ``.grad``, in place and behind autograd's back, then the same graph again."""
+    """A clipped, then a zeroed ``.grad``, in place and behind autograd's back, and the same graph again."""
     case = small_case(dtype)
     inputs, expected = leaves(case), true_gradients(case, way, upstream)
     loss = output_of(case, inputs, way).loss
     loss.backward(torch.full_like(loss, upstream), retain_graph=True)
-    for one in inputs:
-        assert one.grad is not None
-        one.grad.data.mul_(factor)
-    loss.backward(torch.full_like(loss, upstream))
-    for one, gradient in zip(inputs, expected, strict=True):
-        assert one.grad is not None and torch.equal(one.grad, gradient * factor + gradient)
+    for factor in (0.5, 0.0):
+        before = [one.grad.clone() for one in inputs if one.grad is not None]
+        for one in inputs:
+            assert one.grad is not None
+            one.grad.data.mul_(factor)
+        loss.backward(torch.full_like(loss, upstream), retain_graph=True)
+        for one, last, gradient in zip(inputs, before, expected, strict=True):
+            assert one.grad is not None and torch.equal(one.grad, last * factor + gradient)
 
 
 @every_way
-@dtypes
-@upstreams
+@cases
 def test_gradients_share_no_memory_with_the_graph(
     way: dict[str, Any], dtype: torch.dtype, upstream: float
 ) -> None:
