@@ -91,33 +91,35 @@ class Kernels:
     def __init__(
         self, shape: Shape, dtype: torch.dtype, *, paired: bool, softcap: float, device: str
     ) -> None:
+        from sftmix_kernels.arguments import HeadOptions, Rows, Ways, make_call
+        from sftmix_kernels.call import Kept, Upstream
         from sftmix_kernels.fused import fused_forward
+        from sftmix_kernels.terms import coefficients
 
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, scale: float) -> Tensor:
             return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
 
-        self.arguments = (
-            normal(shape.N, shape.D, scale=1.0),
-            normal(shape.V, shape.D, scale=2.0 / shape.D**0.5),
-            torch.randint(0, shape.V, (shape.N,), generator=generator, device=device),
-            torch.rand(shape.M if paired else 0, generator=generator, device=device),
-        )
-        self.softcap = softcap
-        stats = fused_forward(*self.arguments, softcap=softcap)
-        coefs = (torch.full_like(stats.lse, 1 / shape.N), torch.full_like(stats.lse_x, 1 / shape.N))
-        self.carried = (*coefs, stats.row_carry, stats.pair_carry)
+        target = torch.randint(0, shape.V, (shape.N,), generator=generator, device=device)
+        lam = torch.rand(shape.M if paired else 0, generator=generator, device=device)
+        self.call, _ = make_call(
+            normal(shape.N, shape.D, scale=1.0), normal(shape.V, shape.D, scale=2.0 / shape.D**0.5), target, None,
+            HeadOptions(softcap or None), Rows(lam, mixup_weight=1.0), Ways(impl="fused"),
+        )  # fmt: skip
+        coef = coefficients(self.call)
+        stats = fused_forward(self.call, coef.column)
+        self.column, self.upstream = coef.column, Upstream(coef.row, coef.pair)
+        self.kept = Kept(stats.row_carry, stats.pair_carry, stats.entropy)
 
-    def call(self, operation: str, tile: Tile) -> None:
+    def run(self, operation: str, tile: Tile) -> None:
+        """The backward's inputs need no gradient, so that it makes dlogits alone."""
         from sftmix_kernels.fused import fused_backward, fused_forward
 
         if operation == "forward":
-            fused_forward(*self.arguments, softcap=self.softcap, tile=tile)
+            fused_forward(self.call, self.column, tile=tile)
         else:
-            fused_backward(
-                *self.arguments, *self.carried, softcap=self.softcap, need_dhidden=False, need_dweight=False, tile=tile
-            )  # fmt: skip
+            fused_backward(self.call, self.column, self.kept, self.upstream, tile=tile)
 
 
 def _nothing() -> None:
@@ -136,7 +138,7 @@ def tune(shape: Shape, dtype: torch.dtype, *, softcap: float, rounds: int, devic
             tiles = candidates(
                 operation, paired, toy=device == "cpu", bulk=bulk or device == "cpu", hopper=hopper
             )
-            cases = [Case(source(tile), partial(kernels.call, operation, tile), _nothing) for tile in tiles]
+            cases = [Case(source(tile), partial(kernels.run, operation, tile), _nothing) for tile in tiles]
             for _ in interleave(
                 cases, rounds=rounds, warmup=1, device=device, deadline=time.monotonic() + 120
             ):

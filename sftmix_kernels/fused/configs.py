@@ -86,6 +86,15 @@ _TILES_16BIT_BIAS: dict[str, dict[tuple[str, bool], Tile]] = {
     "sm_90": {("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK)},
 }
 
+# Class weights or the largest column take one more load or reduction for each row: 70 to 550 bytes of stack on sm_100.
+_TILES_16BIT_COLUMNS: dict[str, dict[tuple[str, bool], Tile]] = {
+    "sm_100": {
+        ("forward", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+        ("forward", False): Tile(128, 64, 64, num_warps=8, num_stages=4, **_BULK),
+        ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+    },
+}
+
 # float32 products run on the ordinary cores: small tiles, one table for all chips.
 _TILES_32BIT: dict[tuple[str, bool], Tile] = {
     ("forward", True): Tile(32, 64, 16, num_warps=4, num_stages=2),
@@ -131,8 +140,10 @@ def choose_tile(
     paired: bool,
     softcap: bool = False,
     bias: bool = False,
+    columns: bool = False,
 ) -> Tile:
-    """The tile for one kernel launch. ``num_rows`` counts pairs when ``paired``, rows otherwise.
+    """The tile for one kernel launch. ``num_rows`` counts pairs when ``paired``, rows otherwise; ``columns``: class
+    weights or the largest column are asked for.
 
     Raises ValueError on an unknown operation or arch.
     """
@@ -148,7 +159,12 @@ def choose_tile(
     if dtype == torch.float32:
         return _TILES_32BIT[operation, paired]
     family, kernel = table_arch(arch), (operation, paired)
-    tables = ((softcap, _TILES_16BIT_SOFTCAP), (bias, _TILES_16BIT_BIAS), (True, _TILES_16BIT))
+    tables = (
+        (columns, _TILES_16BIT_COLUMNS),
+        (softcap, _TILES_16BIT_SOFTCAP),
+        (bias, _TILES_16BIT_BIAS),
+        (True, _TILES_16BIT),
+    )
     return next(
         table[family][kernel] for wanted, table in tables if wanted and kernel in table.get(family, {})
     )

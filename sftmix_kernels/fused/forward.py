@@ -300,7 +300,7 @@ def fused_forward(
     num_rows, _, num_pairs = call.sizes
     with on_device(call.hidden):
         for part in row_parts(num_rows, num_pairs):
-            chosen = tile or problem.choose_tile("forward", part)
+            chosen = tile or problem.choose_tile("forward", part, predicted=bool(call.wanted.predicted))
             _forward_part(
                 stats, problem, call.lam.contiguous(), part, moment=moment_of(call), tile=chosen,
                 num_splits=num_splits,

@@ -294,11 +294,12 @@ class Problem(NamedTuple):
         bias, up, class_weight = (None if t is None else t[columns] for t in beside)
         return self._replace(weight=self.weight[columns], bias=bias, up=up, class_weight=class_weight)
 
-    def choose_tile(self, operation: str, part: RowPart) -> Tile:
+    def choose_tile(self, operation: str, part: RowPart, *, predicted: bool = False) -> Tile:
         return choose_tile(
             operation, num_rows=part.size, vocab_size=self.weight.shape[0], hidden_size=self.weight.shape[1],
             dtype=self.hidden.dtype, arch=current_arch(self.hidden.device), paired=part.paired,
             softcap=self.softcap != 0.0, bias=self.bias is not None,
+            columns=predicted or self.class_weight is not None,
         )  # fmt: skip
 
 

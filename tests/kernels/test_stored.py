@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from sftmix_kernels import LossHead, linear_cross_entropy, ops, sftmix_loss
-from sftmix_kernels.chunked import ChunkedResult, chunked_loss
-from sftmix_kernels.rows import Head, Needs
+from sftmix_kernels import LossHead, chunked, linear_cross_entropy, sftmix_loss
+from sftmix_kernels.call import Coefficients, Gradients, Statistics
+from sftmix_kernels.operators import made_fwd
+from tests.kernels.calls import call_of
 from tests.parity import Case, assert_parity, assert_within_contract, make_case, run
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels are compiled where there is a GPU: tests/gpu", allow_module_level=True)
 
-from sftmix_kernels.fused import stored, stored_loss
+from sftmix_kernels.fused import statistics_with_gradients, stored
+from tests.kernels.fused_calls import plain_call
 from tests.kernels.test_fused_kernels import long_tail
 from tests.kernels.watching import LargestTensor
 
@@ -96,46 +99,58 @@ def test_float32_sums_keep_what_many_small_blocks_add(
         assert (found.double() - nll).abs().le(6.1e-8).all(), found
 
 
-def call(
-    case: Case, needs: Needs, scratch_bytes: int = 0, **options: Any
-) -> tuple[ChunkedResult, ChunkedResult]:
-    """``stored_loss`` and ``chunked_loss`` of one problem."""
+Made = tuple[Statistics, Tensor, Gradients]
+
+
+def made(case: Case, **options: Any) -> tuple[Made, Made]:
+    """What this schedule and ``chunked`` make of one problem."""
     num_rows, num_pairs = case.hidden.shape[0], case.lam.shape[0]
-    arguments = (case.hidden, Head(case.weight, case.bias, **options), case.target, case.lam)
-    coefs = {"row_coef": torch.linspace(0.5, 1.5, num_rows), "pair_coef": torch.linspace(2, 1, num_pairs)}
-    ours = stored_loss(*arguments, **coefs, needs=needs, scratch_bytes=scratch_bytes)
-    return ours, chunked_loss(*arguments, **coefs, needs=needs, scratch_bytes=scratch_bytes or 2**20)
+    call = plain_call(case.hidden, case.weight, case.lam, bias=case.bias, target=case.target, **options)
+    column = torch.where(case.target == -1, -1, case.target)
+    coefs = (torch.linspace(0.5, 1.5, num_rows).double(), torch.linspace(2, 1, num_pairs).double())
+    coef = Coefficients(column, coefs[0] * (column >= 0), coefs[1])
+    for pair in range(num_pairs):
+        coef.pair[pair] *= bool((column[[pair, pair + num_pairs]] >= 0).all())
+    wide = call._replace(plan=list(call.wanted._replace(scratch_bytes=2**20)))
+    return statistics_with_gradients(call, coef), chunked.statistics_with_gradients(wide, coef)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "logit_scale": 0.5}],
-    ids=["plain", "smoothed", "capped"],
+    [{}, {"label_smoothing": 0.1}, {"softcap": 3.0, "logit_scale": 0.5}, {"predicted": True}],
+    ids=["plain", "smoothed", "capped", "predicted"],
 )
 def test_every_field_is_that_of_chunked(options: dict[str, float]) -> None:
     case = make_case(35, 70, 24, num_pairs=16, bias=True, ignored=(1, 20, 33), ignore_index=-1)
     case.target[4] = (case.hidden[4] @ case.weight.T + case.bias).argmax()
-    ours, theirs = call(case, Needs(True, True, True), **options)
-    if "label_smoothing" not in options:
-        found = [result.entropy for result in call(case, Needs(entropy=True), **options)]
-        assert len(found[0]) == 35
-        torch.testing.assert_close(*found, rtol=2e-6, atol=3e-6)
-    for name, value in ours._asdict().items():
-        if name in ("low", "low_x"):  # for a backward that recomputes, which this schedule has not
-            assert value.numel() == 0
-            continue
-        torch.testing.assert_close(value, getattr(theirs, name), rtol=2e-6, atol=3e-6, msg=name)
-    assert ours.is_top1[4] and ours.nll[1] == 0
+    ours, theirs = made(case, dbias=True, **options)
+    close = {"rtol": 2e-6, "atol": 3e-6}
+    assert torch.equal(ours[1], theirs[1])
+    for name, value in ours[2]._asdict().items():
+        torch.testing.assert_close(value, getattr(theirs[2], name), **close, msg=name)
+    for name, value in ours[0]._asdict().items():
+        other = getattr(theirs[0], name)
+        if name.endswith(
+            "carry"
+        ):  # what rounding took is for a backward that recomputes, which this schedule has not
+            assert not value[1].any()
+            value, other = value[[0, *range(2, len(value))]], other[[0, *range(2, len(value))]]
+        torch.testing.assert_close(value, other, **close, msg=name)
+    assert ours[0].target_logit[4] == ours[0].max_logit[4] and ours[0].nll[1] == 0
+    assert ours[0].predicted.numel() == (35 if "predicted" in options else 0)
 
 
-@pytest.mark.parametrize("needs", [Needs(True), Needs(False, True), Needs(False, False, True), Needs()])
-def test_what_is_not_needed_is_empty_and_changes_nothing(needs: Needs) -> None:
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+def test_what_is_not_needed_is_empty_and_changes_nothing(needs: tuple[int, ...]) -> None:
     case = make_case(21, 70, 24, num_pairs=8, bias=True)
-    everything, some = call(case, Needs(True, True, True))[0], call(case, needs)[0]
-    for name in ("dhidden", "dweight", "dbias"):
-        value = getattr(some, name)
-        assert torch.equal(value, getattr(everything, name)) if getattr(needs, name) else value.numel() == 0
-    assert torch.equal(some.nll, everything.nll) and torch.equal(some.lse_x, everything.lse_x)
+    names = ("dhidden", "dweight", "dbias")
+    everything = made(case, dbias=True)[0]
+    some = made(case, **dict(zip(names, needs, strict=True)))[0]
+    for name, needed in zip(names, needs, strict=True):
+        value = getattr(some[2], name)
+        assert torch.equal(value, getattr(everything[2], name)) if needed else value.numel() == 0
+    assert torch.equal(some[0].nll, everything[0].nll)
+    assert torch.equal(some[0].pair_carry, everything[0].pair_carry)
 
 
 @pytest.mark.parametrize("num_pairs", [0, 26, 32])
@@ -145,18 +160,17 @@ def test_the_chunk_stays_within_its_scratch_and_below_all_rows(num_pairs: int, r
     num_rows, vocab_size = 64, 600
     case = make_case(num_rows, vocab_size, 4, num_pairs=num_pairs)
     row_bytes = 608 * 4  # a row takes a multiple of 16 columns
+    call = plain_call(case.hidden, case.weight, case.lam, scratch_bytes=rows * row_bytes)
+    coef = Coefficients(case.target, torch.ones(num_rows).double(), torch.ones(num_pairs).double())
     with LargestTensor() as seen:
-        ours = stored_loss(
-            case.hidden, Head(case.weight), case.target, case.lam, row_coef=torch.ones(num_rows),
-            pair_coef=torch.ones(num_pairs), needs=Needs(True, True), scratch_bytes=rows * row_bytes,
-        )  # fmt: skip
+        dweight = statistics_with_gradients(call, coef)[2].dweight
     largest = max(case.weight.numel(), case.hidden.numel(), 5 * num_rows)
     unpaired = num_rows - 2 * num_pairs
     if rows == 0:
         assert seen.nbytes == row_bytes * max(num_pairs, -(-unpaired // 2)) < num_rows * vocab_size * 4
     else:
         assert seen.nbytes <= max(row_bytes * max(rows, 2 if num_pairs else 1), largest * 4)
-    assert ours.dweight.any()
+    assert dweight.any()
 
 
 def test_a_forward_without_gradients_holds_no_logits() -> None:
@@ -214,10 +228,8 @@ def test_linear_cross_entropy_and_the_head_pass_it_on() -> None:
 @dtypes
 def test_the_operator_passes_torchs_own_checks(dtype: torch.dtype) -> None:
     case = make_case(12, 40, 8, num_pairs=5, dtype=dtype, bias=True)
-    leaves = [t.requires_grad_() for t in (case.hidden, case.weight, case.bias) if t is not None]
-    coefs = (torch.rand(12, dtype=torch.float64), torch.rand(5, dtype=torch.float64))
-    arguments = (*leaves, case.target, case.lam, *coefs, [0.0, 1.0, 0.1, 1e-3], [True] * 3, 0)
-    torch.library.opcheck(ops.stored_fwd, arguments, atol=1e-3, rtol=1e-3)
+    call = call_of(case, impl="fused", label_smoothing=0.1, z_loss=1e-3)
+    torch.library.opcheck(made_fwd, tuple(call), atol=1e-3, rtol=1e-3)
 
 
 def test_double_backward_is_refused() -> None:
@@ -237,9 +249,5 @@ def test_the_schedule_is_checked() -> None:
             sftmix_loss(*arguments, case.lam, impl=impl, schedule="stored")
     with pytest.raises(ValueError, match="schedule: expected one of recompute, stored or None, got 'kept'"):
         sftmix_loss(*arguments, case.lam, impl="fused", schedule="kept")
-    with pytest.raises(ValueError, match="schedule: expected 'recompute' or None with reduction='none'"):
+    with pytest.raises(ValueError, match="schedule: expected 'recompute' or None with an upstream for each row"):
         linear_cross_entropy(*arguments, reduction="none", impl="fused", schedule="stored")
-    with pytest.raises(ValueError, match="needs: expected no entropy beside label_smoothing"):
-        call(case, Needs(entropy=True), label_smoothing=0.1)
-    with pytest.raises(ValueError, match="total_vocab: expected None with the stored schedule"):
-        call(case, Needs(), total_vocab=10)
