@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from sftmix_kernels import LossHead, linear_cross_entropy, sftmix_loss, token_stats, vocab_parallel
+from tests.interpreter import prepare_the_interpreter
 from tests.parity import Case, make_case
 
 V = 37
@@ -236,6 +237,7 @@ def low_rank(sizes: tuple[int, ...], impl: str) -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
+    prepare_the_interpreter()
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -254,7 +256,8 @@ def main(folder: Path) -> None:
     for dtype in DTYPES:
         results[dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"])
     results["no pairs"] = run_shard(make("plain", num_pairs=0), SIZES[world]["uneven"])
-    results["fused"] = run_shard(make("everything"), SIZES[world]["uneven"], "fused")
+    for dtype in ("float32", "bfloat16"):
+        results["fused", dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"], "fused")
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
         results["dtensors"] = dtensors(mesh)
