@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch: a worker of pytest-xdist takes one core, or the threads of two fight over them.
@@ -19,15 +18,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests.bfloat16 import mend_bfloat16
-from tests.bounds import check_every_address
-from tests.interpreter import replace_the_language_once_a_launch
+from tests.interpreter import prepare_the_interpreter
 from tests.progress import pytest_addoption, pytest_configure
 
-if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-    replace_the_language_once_a_launch()
-    mend_bfloat16()
-    check_every_address()
+prepare_the_interpreter()
 
 __all__ = ["pytest_addoption", "pytest_configure"]  # hooks that pytest finds here by name
 ROOT = Path(__file__).resolve().parent.parent

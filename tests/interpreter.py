@@ -7,7 +7,20 @@ It also writes a table of number types at every cast and load, to read one entry
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
+
+from tests.bfloat16 import mend_bfloat16
+from tests.bounds import check_every_address
+
+
+def prepare_the_interpreter() -> None:
+    """Quicker, right for bfloat16, and with every address checked; where kernels are interpreted. Idempotent."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        replace_the_language_once_a_launch()
+        mend_bfloat16()
+        check_every_address()
 
 
 def replace_the_language_once_a_launch() -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU: parity as in the interpreter, bfloat16 included, and what only a GPU can show."""
+"""The compiled kernels on a GPU: parity as in the interpreter, and what only a GPU can show."""
 
 from __future__ import annotations
 

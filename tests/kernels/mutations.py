@@ -285,6 +285,32 @@ MUTATIONS = (
         "tests/kernels/test_fused_kernels.py::test_float32_sums_keep_what_many_small_tiles_add[0-64]",
         ("fused/stats.py", "rest = fade_old * rest + lost", "rest = fade_old * rest"),
     ),
+    fault(
+        "Accesses past a tensor's end", "a bias read without its mask",
+        "tests/kernels/test_bounds.py::test_every_kernel_stays_inside_at_ragged_sizes[pointers]",
+        ("fused/tiles.py", "tl.load(bias + offs_v, mask=offs_v < vocab_size, other=0.0)", "tl.load(bias + offs_v)"),
+    ),
+    fault(
+        "Accesses past a tensor's end", "rows past the last one read",
+        "tests/kernels/test_bounds.py::test_every_kernel_stays_inside_at_ragged_sizes[pointers]",
+        (
+            "fused/tiles.py", "tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1)",
+            "first_n + tl.arange(0, BLOCK_N)",
+        ),
+    ),
+    fault(
+        "Accesses past a tensor's end", "dlogits of columns past the last one stored",
+        "tests/kernels/test_bounds.py::test_every_kernel_stays_inside_at_ragged_sizes[pointers]",
+        (
+            "fused/recompute.py", "mask = (offs_n < num_rows)[:, None] & (offs_v < vocab_size)[None, :]",
+            "mask = (offs_n < num_rows)[:, None] & (offs_v >= 0)[None, :]",
+        ),
+    ),
+    fault(
+        "Accesses past a tensor's end", "statistics stored without their mask",
+        "tests/kernels/test_bounds.py::test_every_kernel_stays_inside_at_ragged_sizes[pointers]",
+        ("fused/stats.py", "tl.store(lse + offs, log_sum_exp, mask=is_row)", "tl.store(lse + offs, log_sum_exp)"),
+    ),
 )  # fmt: skip
 
 

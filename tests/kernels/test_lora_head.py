@@ -71,14 +71,17 @@ def test_factors_of_zero_change_nothing() -> None:
     torch.testing.assert_close(found.lse, expected.lse)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_float32_factors_beside_a_16_bit_weight(dtype: torch.dtype) -> None:
+def test_float32_factors_beside_a_16_bit_weight(dtype: torch.dtype, impl: str) -> None:
     """As recipes keep them: the factors' gradients are float32, within the rounding of the 16-bit product."""
+    if impl == "fused":
+        pytest.importorskip("triton")
     case = make_case(64, 17, 32, num_pairs=20)
     down, up = factors(case)
     ours = leaf(case.hidden.to(dtype), down, up)
     found = sftmix_loss(
-        ours[0], case.weight.to(dtype), case.target, case.lam, lora=(ours[1], ours[2], SCALING)
+        ours[0], case.weight.to(dtype), case.target, case.lam, lora=(ours[1], ours[2], SCALING), impl=impl
     )
     theirs = leaf(case.hidden.to(dtype).float(), down, up)
     summed = case.weight.to(dtype).float() + SCALING * theirs[2] @ theirs[1]

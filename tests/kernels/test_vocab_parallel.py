@@ -123,10 +123,11 @@ def test_plain_next_token_rows(ranks: Results, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_fused_kernels_serve_a_shard(ranks: Results, world: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_kernels_serve_a_shard(ranks: Results, world: int, dtype: str) -> None:
     """A target of another shard leaves the row its softmax part: kernels and carries know nothing of the label."""
     pytest.importorskip("triton")
-    assert_same(joined(ranks[world], "fused"), make("everything"))
+    assert_same(joined(ranks[world], ("fused", dtype)), make("everything", dtype))
 
 
 @pytest.mark.parametrize("world, name", CASES)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from sftmix_kernels import LossHead, linear_cross_entropy, operators, sftmix_loss, token_stats
 from sftmix_kernels.arguments import HeadOptions, Rows, Ways, make_call
 from sftmix_kernels.call import DIFFERENTIABLE
+from tests.interpreter import prepare_the_interpreter
 from tests.parity import Case, make_case
 
 V = 37
@@ -235,6 +236,7 @@ def low_rank(sizes: tuple[int, ...], impl: str) -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
+    prepare_the_interpreter()
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -253,7 +255,8 @@ def main(folder: Path) -> None:
     for dtype in DTYPES:
         results[dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"])
     results["no pairs"] = run_shard(make("plain", num_pairs=0), SIZES[world]["uneven"])
-    results["fused"] = run_shard(make("everything"), SIZES[world]["uneven"], "fused")
+    for dtype in ("float32", "bfloat16"):
+        results["fused", dtype] = run_shard(make("everything", dtype), SIZES[world]["uneven"], "fused")
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
         results["dtensors"] = dtensors(mesh)
