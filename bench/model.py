@@ -76,7 +76,7 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
         return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]
-        moved = planes * event.sizes[0] * a["width"] * itemsize * (3 if a["WANT_GRADIENT"] else 1)
+        moved = planes * event.sizes[0] * a["width"] * itemsize * 3
         share = (1 if planes == 2 else 1 / 3) * schedule.EPILOGUE_OPS["stored"]
         work = event.sizes[0] * a["vocab_size"] * share / chip.vector_ops
         return 0, moved, max(schedule.pass_s(chip, moved), work)
