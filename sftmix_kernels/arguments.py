@@ -90,6 +90,8 @@ def make_call(
         hidden, weight, needs, impl=ways.impl, schedule=ways.schedule, scratch_bytes=ways.scratch_bytes,
         rows=ways.rows, vocab_parallel=shard is not None, main_grad=ways.main_grad is not None,
     )  # fmt: skip
+    if choice.impl != "reference":
+        checks.check_transforms(choice.impl, hidden, weight, bias, low, up)
     side, scalars = _side_inputs(hidden, target, rows, None if shard else weight.shape[0])
     checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
     plan = Plan(*map(int, needs), int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -180,6 +181,20 @@ def check_tokens(
     return torch.where(value == ignore_index, -1, value)
 
 
+def check_transforms(impl: str, *tensors: Tensor | None) -> None:
+    """No forward-mode or functional derivative of an implementation that has neither: it would be a silent 0."""
+    if torch.compiler.is_compiling():
+        return
+    found = "torch.func or vmap" if torch._C._functorch.peek_interpreter_stack() is not None else None
+    if forward_ad._current_level >= 0:
+        dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        found = found or ("forward-mode derivatives" if dual else None)
+    if found:
+        raise ValueError(
+            f"impl: expected impl='reference' under {found}, got impl={impl!r}, which has the derivatives of a backward alone"
+        )
+
+
 def check_shift(shift: object, target: Tensor) -> int:
     """shift: False, True or an int from 0 to T, the size of target's last dimension; as an int."""
     size = target.shape[-1] if target.ndim else 0
@@ -253,7 +268,7 @@ def scalar(name: str, value: object, device: torch.device) -> Scalar:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             _fail(name, "a number >= 0 or a 0-d tensor", value)
         return None, number(name, value, positive=False)
-    if value.ndim != 0 or value.dtype.is_complex:
+    if value.ndim != 0 or value.dtype.is_complex or value.dtype == torch.bool:
         _fail(name, "a number >= 0 or a 0-d tensor", value)
     if value.dtype in (torch.float16, torch.bfloat16):
         _fail(name, "a number, or a 0-d tensor of float32, float64 or integers" + ROUNDED, value)

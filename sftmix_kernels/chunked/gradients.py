@@ -118,16 +118,21 @@ class _Chunks:
         """Hidden states (n, D) with 0 in rows that bear no loss, which may hold NaN: 0 times it would not be 0."""
         if not self.has_dead:
             return rows
-        dead = group.of(self.work.row, chunk) == 0
+        dead = self.dead(group, chunk)
         if group.sides == 2:
             dead = dead & (self.work.pair[chunk] == 0)[None]
-        for each in (self.work.upstream or ())[2:]:
-            if each is not None:
-                dead = dead & (group.of(each, chunk) == 0).view(*dead.shape, -1).all(dim=-1)
         dead = dead.flatten()
         if readable(rows) and bool(rows[dead].isfinite().all()):
             return rows
         return rows.masked_fill(dead[:, None], 0)
+
+    def dead(self, group: Group, part: slice) -> Tensor:
+        """Which rows (sides, n) have no upstream of their own."""
+        dead = group.of(self.work.row, part) == 0
+        for each in (self.work.upstream or ())[2:]:
+            if each is not None:
+                dead = dead & (group.of(each, part) == 0).view(*dead.shape, -1).all(dim=-1)
+        return dead
 
     def _products_of_rows(self, group: Group, chunk: slice, gradient: Tensor) -> None:
         """dhidden = G W and dlow = G up, summed over slices of a widened weight before they are rounded."""
@@ -216,7 +221,7 @@ def _finish_rows(
     row_max, sums = exponentials_(logits, of_rows)
     filled.write_rows(group, rows, target, own_logit, row_max, sums)
     if head.token_scaling and work.kept is None:
-        coef = times(torch.exp(sums.logprob(own_logit)), coef)
+        coef = times(coef, torch.exp(sums.logprob(own_logit)))
     return sums, coef
 
 
@@ -236,6 +241,8 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
         logits.add_(extra)
     if slope is not None:
         logits.mul_(slope)
+        if state.has_dead:
+            clear_(logits, state.dead(group, rows), sums.lse)
     elif head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
 
@@ -288,6 +295,8 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
     if slope is not None and slope_x is not None:
         logits.mul_(slope)
         mixed.mul_(slope_x)
+        if state.has_dead:
+            clear_(logits, state.dead(group, rows), sums.lse)
     share = torch.stack([lam, 1 - lam])
     pairs = Pairs(target, share, weight, own, other, logit_x, sums, sums_x, slopes)
     add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, work.pair[rows]), state.has_dead)

@@ -259,10 +259,10 @@ def add_mixture_gradient_(
     gradient.addcmul_(exponentials_x, factor[..., None])
     other = other_label(head, target.flip(0), sums.logprob(block.other_logit), sums, weight)
     own = own_label(head, target, sums.logprob(block.own_logit), sums, weight)
-    own, other = product(row_coef, own), product(row_coef, other)
     if block.slopes is not None:
         slope_own, slope_other, slope_x = block.slopes
         own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x
+    own, other = product(row_coef, own), product(row_coef, other)
     mixed = product(mixed_coef, residual_x)
     crossed = product(mixed_coef, residual_x.flip(0))
     # The row's own label is written last: when both labels are one column, its residual holds both parts.
