@@ -131,7 +131,7 @@ class RowSums(NamedTuple):
 
 
 def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infinities: bool) -> None:
-    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side, and inf - inf is not formed."""
+    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side, and there is no inf - inf."""
     if not has_infinities:
         torch.lerp(partner, confident, lam[:, None], out=out)
         return
@@ -142,7 +142,7 @@ def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infin
 
 
 def may_be_infinite(head: Head) -> bool:
-    """Whether logits of valid rows may be infinite: a bias masks columns by -inf. Elsewhere than on a CPU: if there is one."""
+    """Whether logits of valid rows may be infinite: by a bias that masks columns. Only on a CPU is it looked at."""
     if head.bias is None:
         return False
     return not readable(head.bias) or not bool(head.bias.isfinite().all())
@@ -173,8 +173,10 @@ def may_be_zero(coef: Tensor) -> bool:
 
 
 def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
-    """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN: where ``suspects`` [...] are not
-    finite, which only a CPU looks at first."""
+    """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN.
+
+    That is where ``suspects`` [...] are not finite, which only a CPU looks at first.
+    """
     if not readable(rows) or bool((dead & ~suspects.isfinite()).any()):
         rows.masked_fill_(dead[..., None], 0)
 

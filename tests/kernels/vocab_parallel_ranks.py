@@ -118,9 +118,15 @@ def opchecks(sizes: tuple[int, ...]) -> list[dict[str, str]]:
     case, mine = make("cap, scale, bias"), columns(sizes, dist.get_rank())
     assert case.bias is not None
     down, up = factors(case)
-    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], down, up[mine])]
-    ways = Ways((leaves[3], leaves[4], SCALING), dist.group.WORLD, impl="chunked", scratch_bytes=4096, rows=True)
-    call, _ = make_call(*leaves[:2], case.target, leaves[2], HeadOptions(4.0, 0.7), Rows(case.lam, mixup_weight=0.2), ways)
+    leaves = [
+        t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], down, up[mine])
+    ]
+    ways = Ways(
+        (leaves[3], leaves[4], SCALING), dist.group.WORLD, impl="chunked", scratch_bytes=4096, rows=True
+    )
+    call, _ = make_call(
+        *leaves[:2], case.target, leaves[2], HeadOptions(4.0, 0.7), Rows(case.lam, mixup_weight=0.2), ways
+    )
     call = call._replace(**{name: getattr(call, name).detach().requires_grad_() for name in DIFFERENTIABLE})
     found = [torch.library.opcheck(operators.terms_fwd, tuple(call))]
     with torch.no_grad():
