@@ -196,7 +196,7 @@ def check_transforms(impl: str, *tensors: Tensor | None) -> None:
         found = found or ("forward-mode derivatives" if dual else None)
     if found:
         raise ValueError(
-            f"impl: expected impl='reference' under {found}, got impl={impl!r}, which has a backward's derivatives alone"
+            f"impl: expected impl='reference' under {found}, got impl={impl!r}, which has a backward alone"
         )
 
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .call import Needs
+from .chunked.scratch import DEFAULT_ROWS, DEFAULT_SCRATCH_BYTES
 
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked``
-DEFAULT_ROWS = 4096  # of a chunk of ``stored``: the products' full speed, in one reused buffer of logits
 MEMORY_SHARE = 64  # ``stored`` takes at most this part of a GPU's memory where no bound is named
 _HAS_TRITON = find_spec("triton") is not None
 # Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.

@@ -66,8 +66,8 @@ def sftmix_loss(
         hidden: [N, D] last hidden states (after the final norm); float32, float16, bfloat16 or float64.
         weight: [V, D] output embedding, dtype of ``hidden``.
         target: [N] int64, already shifted: the token that row n must predict, or ``ignore_index``.
-        lam: [M] float32 or float64 in [0, 1], the share of the confident member; 2M at most N. With a share of exactly 0
-            a member adds exactly nothing to its mixture.
+        lam: [M] float32 or float64 in [0, 1], the share of the confident member; 2M at most N. A member whose share is
+            exactly 0 adds exactly nothing to its mixture.
         bias: [V], dtype of ``hidden``.
         mixup_weight: mu of the paper, a number ≥ 0 or a 0-d tensor. The number 0 skips the mixture (``mixup_nll``
             is then NaN); under ``torch.compile`` pass a value that changes between steps as a tensor, and for a CUDA

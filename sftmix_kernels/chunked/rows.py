@@ -131,7 +131,7 @@ class RowSums(NamedTuple):
 
 
 def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infinities: bool) -> None:
-    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side, and there is no inf - inf."""
+    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side; no inf - inf."""
     if not has_infinities:
         torch.lerp(partner, confident, lam[:, None], out=out)
         return

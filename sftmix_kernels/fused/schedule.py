@@ -20,8 +20,7 @@ from functools import lru_cache
 
 import torch
 
-from ..choice import DEFAULT_ROWS
-from ..chunked.scratch import chunk_size
+from ..chunked.scratch import DEFAULT_ROWS, chunk_size
 from .configs import (
     Tile,
     choose_num_splits,
