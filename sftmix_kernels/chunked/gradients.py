@@ -78,6 +78,10 @@ class _Chunks:
         num_rows, vocab_size, num_pairs = call.sizes
         self.call, self.layer, self.head, self.work, self.dtype = call, layer, layer.head, work, dtype
         self.has_infinities = may_be_infinite(self.head)
+        self.weights: Tensor | None = None
+        if call.class_weight is not None:
+            ignored = call.target == call.wanted.ignore_index
+            self.weights = call.class_weight[call.target.masked_fill(ignored, 0)].to(dtype)
         self.has_dead = may_be_zero(work.row) or (num_pairs > 0 and may_be_zero(work.pair))
         self.sizes: Sizes = choose_sizes(
             num_rows, num_pairs, vocab_size, dtype=layer.dtype, wide_dtype=dtype, device=call.hidden.device.type,
@@ -107,6 +111,10 @@ class _Chunks:
         if readable(rows) and bool(rows[dead].isfinite().all()):
             return rows
         return rows.masked_fill(dead[:, None], 0)
+
+    def weight(self, group: Group, rows: slice) -> Tensor | float:
+        """c at each row's target (sides, n), which may be a column of another shard; 1 without class weights."""
+        return 1.0 if self.weights is None else group.of(self.weights, rows)
 
     def dead(self, group: Group, part: slice) -> Tensor:
         """Which rows (sides, n) have no upstream of their own."""
@@ -183,7 +191,7 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
     own_logit = at_column(logits, target)
     copy = state.kept_logits(logits)
     sums, coef = _finish_rows(state, group, rows, logits, own_logit)
-    weight, logprob = head.weight_at(target), sums.logprob(own_logit)
+    weight, logprob = state.weight(group, rows), sums.logprob(own_logit)
     extra = None if state.work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, coef, sums, weight, state.has_dead)
     own = own_label(head, target, logprob, sums, weight)
@@ -240,7 +248,7 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
     sums, row_coef = _finish_rows(state, group, rows, logits, own)
     _, sums_x = exponentials_(mixed, None if work.sums is None else RowSums(*(t[rows] for t in work.sums[1])))
     state.filled.write_mixtures(rows, target, logit_x, sums_x)
-    weight = head.weight_at(target)
+    weight = state.weight(group, rows)
     extra = None if work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, row_coef, sums, weight, state.has_dead)
     if slope is not None and slope_x is not None:

@@ -37,13 +37,13 @@ class Head(NamedTuple):
     spread: float | Tensor = 0.0  # e / V sum of c over the whole vocabulary
     token_scaling: bool = False
 
-    def weight_at(self, target: Tensor) -> Tensor | float:
-        """c at each target, 1 without class weights."""
-        return 1.0 if self.class_weight is None else self.class_weight[target.clamp(min=0)]
-
     def uniform_at(self, target: Tensor) -> Tensor | float:
-        """e c / V at each target."""
-        return self.uniform if self.class_weight is None else self.uniform * self.weight_at(target)
+        """e c / V at each target among these columns."""
+        return (
+            self.uniform
+            if self.class_weight is None
+            else self.uniform * self.class_weight[target.clamp(min=0)]
+        )
 
 
 def head_of(call: Call) -> Head:
