@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import INTERPRETED
-from .tiles import RowPart
+from .tiles import RowPart, exp
 
 
 class FusedStats(NamedTuple):
@@ -95,9 +95,9 @@ def fold(
     new = tl.maximum(top, tl.max(z, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     z = z - shift[:, None]
-    e = tl.exp(z)
+    e = exp(z)
     down = tl.where(top == float("-inf"), 0.0, top - shift)
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp(down))
+    fade = tl.where(top == float("-inf"), 0.0, exp(down))
     if MOMENT == 1:
         finite = tl.where(e > 0.0, z, 0.0)
         moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
@@ -153,7 +153,7 @@ def _sftmix_fwd_combine_kernel(
         shift = tl.where(new == float("-inf"), 0.0, new)
         down_old = tl.where(top == float("-inf"), 0.0, top - shift)
         down_new = tl.where(m == float("-inf"), 0.0, m - shift)
-        fade_old, fade_new = tl.exp(down_old), tl.exp(down_new)
+        fade_old, fade_new = exp(down_old), exp(down_new)
         part = tl.load(part_sum + at, mask=mask, other=1.0)
         if MOMENT != 0:
             part_t = tl.load(part_moment + at, mask=mask & (offs < num_rows), other=0.0)

@@ -17,9 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import INTERPRETED, Tile, choose_rank_block, choose_tile, current_arch
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Flushes results under 2^-126 to 0: keeping them costs tl.exp2 three instructions for each that counts.
+_exp2 = tl.exp2 if INTERPRETED else libdevice.exp2
 
 
 @triton.jit
@@ -129,9 +134,15 @@ def add_low_rank(
 
 
 @triton.jit
+def exp(x):
+    """exp to 2^-22 relative; 0 under 2^-126."""
+    return _exp2(x * LOG2E)
+
+
+@triton.jit
 def tanh(x, EXACT: tl.constexpr):
     """tanh to 2e-7 relative (EXACT), or to 2e-7 absolute in half the work: 1 - 2 / (e^2x + 1) cancels near 0."""
-    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    far = 1.0 - 2.0 / (exp(2.0 * x) + 1.0)
     if not EXACT:
         return far
     else:
