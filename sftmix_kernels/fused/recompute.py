@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import checks
 from .configs import Tile, choose_slice_width
+from .exponentials import capped, exp
 from .products import add_product, write_product
 from .tiles import (
     Problem,
@@ -31,7 +32,6 @@ from .tiles import (
     add_low_rank,
     any_inside,
     can_describe,
-    capped,
     launch_arguments,
     load_target,
     logits_tile,
@@ -72,7 +72,7 @@ def _scaled_softmax(z, slope, terms, stride_terms, SMOOTHED: tl.constexpr):
 
     terms: pointers to each row's lse, then its coefficient, and in the fourth plane what smoothing subtracts.
     """
-    g = tl.exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None]
+    g = exp(z - tl.load(terms)[:, None]) * tl.load(terms + stride_terms)[:, None]
     if SMOOTHED:
         g -= tl.load(terms + 3 * stride_terms)[:, None]
     return g * slope

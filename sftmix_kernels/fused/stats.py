@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import INTERPRETED
-from .tiles import RowPart, exp
+from .exponentials import exp
+from .tiles import RowPart
 
 
 class FusedStats(NamedTuple):
@@ -95,12 +96,13 @@ def fold(
     new = tl.maximum(top, tl.max(z, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     z = z - shift[:, None]
+    if MOMENT == 1:
+        z = tl.maximum(z, -87.0)  # a product with exp of less is 0, or the NaN of 0 times -inf
     e = exp(z)
     down = tl.where(top == float("-inf"), 0.0, top - shift)
     fade = tl.where(top == float("-inf"), 0.0, exp(down))
     if MOMENT == 1:
-        finite = tl.where(e > 0.0, z, 0.0)
-        moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
+        moment = fade * (moment + total * down) + tl.sum(e * z, axis=1)
     if EXACT:
         total, lost = exact_sum(fade * total, tl.sum(e, axis=1))
         rest = fade * rest + lost

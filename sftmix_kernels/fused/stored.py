@@ -26,9 +26,10 @@ from ..chunked import ChunkedResult
 from ..rows import Head, Needs, affine, gather_rows, unit_scale
 from ..scratch import chunk_size
 from .configs import choose_row_block
+from .exponentials import capped, exp
 from .products import add_product, write_product
 from .stats import fold, no_columns, settled
-from .tiles import Problem, capped, on_device
+from .tiles import Problem, on_device
 
 # Without a bound: enough rows for the products' full speed, while the logits' traffic stays in one reused buffer.
 DEFAULT_ROWS = 4096
@@ -104,7 +105,7 @@ def _row_gradient(z, slope, coef, stats, smoothing, vocab_size, z_loss, SMOOTHED
     """A row's own gradient away from its label; z (1, columns) or (1, 1)."""
     top, total, _ = stats
     bulk = coef * (1.0 + 2.0 * z_loss * (top + tl.log(total))) / total
-    g = tl.exp(z - top[:, None]) * bulk[:, None]
+    g = exp(z - top[:, None]) * bulk[:, None]
     if SMOOTHED:
         g -= (coef * (smoothing / vocab_size))[:, None]
     return g * slope
@@ -206,7 +207,7 @@ def _sftmix_stored_kernel(
                 z, slope = capped(
                     share[:, None] * a + (1.0 - share)[:, None] * b, SOFTCAP, LOGIT_SCALE, EXACT
                 )
-                g_x = tl.exp(z - stats_x[0][:, None]) * bulk_x[:, None] * slope
+                g_x = exp(z - stats_x[0][:, None]) * bulk_x[:, None] * slope
                 g_c += share[:, None] * g_x
                 z, slope = capped(b, SOFTCAP, LOGIT_SCALE, EXACT)
                 g_u = _row_gradient(z, slope, coef_u, stats_u, smoothing, vocab_size, z_loss, SMOOTHED)

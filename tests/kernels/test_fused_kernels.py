@@ -233,6 +233,7 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
     bias = torch.full((101,), float("-inf"))
     bias[allowed] = 0.0
     case.target = allowed[torch.arange(40) % 31]
+    case.lam[:2] = torch.tensor([0.0, 1.0])  # a mixture of one row alone: 0 times -inf
     stats = fused_forward(
         case.hidden, case.weight, case.target, case.lam, bias=bias, tile=tile, want_entropy=True
     )
