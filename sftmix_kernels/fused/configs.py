@@ -58,9 +58,9 @@ _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
     },
     "sm_100": {
         ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
-        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
+        ("forward", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
         ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
-        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
     },
     "gfx942": {
         ("forward", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
@@ -78,12 +78,14 @@ _TILES_16BIT_SOFTCAP: dict[str, dict[tuple[str, bool], Tile]] = {
     },
     "sm_100": {
         ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
     },
 }
 
 # A bias beside 128 x 128 leaves 168 bytes of the recomputing kernel on the stack, beside 64 x 128 none.
 _TILES_16BIT_BIAS: dict[str, dict[tuple[str, bool], Tile]] = {
     "sm_90": {("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK)},
+    "sm_100": {("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK)},
 }
 
 # Class weights or the largest column take one more load or reduction for each row: 70 to 550 bytes of stack on sm_100.
