@@ -151,12 +151,12 @@ def test_the_cost_model_has_the_counted_cycles_and_programs() -> None:
 
 
 def test_no_compiler_takes_the_maximum_from_an_unrounded_logit() -> None:
-    """cap * t - m is two operations: beside the plain kernel's additions a cap has the one of each of 192 tanh."""
+    """cap * t - m is two operations: beside the plain kernel's additions a cap has the two of each of 192 tanh."""
     added = {
         line["variant"]: line["rest"]["names"]["FADD"] for line in COUNTS["kernels"]
         if (line["operation"], line["arch"], line["paired"]) == ("forward", "sm_90", True)
     }  # fmt: skip
-    assert added["softcap"] >= added["plain"] + 192
+    assert added["softcap"] >= added["plain"] + 2 * 192
 
 
 def test_the_forward_of_pairs_leaves_the_exponentials_as_its_bound() -> None:
