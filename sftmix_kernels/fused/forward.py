@@ -21,6 +21,7 @@ from ..call import Call, Statistics
 from .configs import Tile, choose_num_splits, programs_per_processor
 from .stats import empty_stats, first_column, fold, fold_splits, moment_of, no_columns, settled
 from .tiles import (
+    CHANGING,
     Problem,
     RowPart,
     add_low_rank,
@@ -124,7 +125,12 @@ def _fold_pairs(
     return stats_c, stats_u, stats_x, best_c, best_u
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "target_c", "target_u", "lam", "target_logit_c", "target_logit_u", "target_logit_xc", "target_logit_xu",
+    ),
+)  # fmt: skip
 def _sftmix_fwd_kernel(
     hidden_c,  # (rows, D) pointer or descriptor
     hidden_u,  # (rows, D)
