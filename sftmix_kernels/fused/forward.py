@@ -22,6 +22,7 @@ from .configs import Tile, choose_num_splits, programs_per_processor
 from .exponentials import capped
 from .stats import empty_stats, first_column, fold, fold_splits, moment_of, no_columns, settled
 from .tiles import (
+    CHANGING,
     Problem,
     RowPart,
     add_low_rank,
@@ -189,7 +190,12 @@ def _store_stats(part_max, part_sum, part_moment, at, mask, stats, MOMENT: tl.co
         tl.store(part_moment + at, moment, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "target_c", "target_u", "lam", "target_logit_c", "target_logit_u", "target_logit_xc", "target_logit_xu",
+    ),
+)  # fmt: skip
 def _sftmix_fwd_kernel(
     hidden_c,  # (rows, D) pointer or descriptor
     hidden_u,  # (rows, D)

@@ -24,6 +24,7 @@ from .exponentials import capped, exp
 from .products import add_product, write_product
 from .row_terms import GradientTerms, gradient_terms, living
 from .tiles import (
+    CHANGING,
     Problem,
     RowPart,
     add_low_rank,
@@ -100,7 +101,10 @@ def _store_tile(out, value, first_n, first_v, num_rows, vocab_size, stride_on, U
         tl.store(ptrs, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=("target_c", "target_u", "row_terms_c", "row_terms_u"),
+)
 def _sftmix_recompute_kernel(
     hidden_c,  # (rows, D) pointer or descriptor
     hidden_u,  # (rows, D)

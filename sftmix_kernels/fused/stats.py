@@ -23,7 +23,7 @@ from torch import Tensor
 from ..call import Call, Statistics
 from .configs import INTERPRETED
 from .exponentials import exp
-from .tiles import RowPart
+from .tiles import CHANGING, RowPart
 
 
 @triton.jit
@@ -106,7 +106,13 @@ def _nll(target_ptrs, logit_ptrs, mask, lse, low, vocab_size):
     return tl.where((y >= 0) & (y < vocab_size), (lse - z) + low, 0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "target", "target_logit", "target_logit_xc", "target_logit_xu", "max_logit", "moment_out", "predicted",
+        "row_carry", "pair_carry",
+    ),
+)  # fmt: skip
 def _sftmix_fwd_combine_kernel(
     part_max,  # (splits, rows + mixed): the rows' planes, then the mixtures'
     part_sum,  # (splits, rows + mixed)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .exponentials import capped, exp
 from .stats import first_column, fold, no_columns, settled
+from .tiles import CHANGING
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def _row_gradient(z, slope, terms, top, offs, vocab_size, class_weight, SMOOTHED
     return tl.where((coef != 0.0)[:, None], g * slope, 0.0)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam",))
 def _sftmix_stored_kernel(
     logits,  # (rows or 2 * rows, width) in: W h + b; out: dlogits; the partners follow the confident rows
     target,  # (N,) int64

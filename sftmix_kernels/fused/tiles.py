@@ -23,6 +23,13 @@ from ..call import Call
 from ..terms import class_weights
 from .configs import INTERPRETED, Tile, choose_rank_block, choose_tile, current_arch
 
+# What differs from step to step, with N, M and the number of splits. Triton compiles a kernel anew where an integer
+# becomes 1 or divisible by 16; no load or store of several elements at a time rests on these.
+CHANGING = (
+    "num_rows", "num_pairs", "num_mixed", "num_blocks_n", "num_splits", "tiles_per_split", "first_row", "chunk_rows",
+    "first_column", "num_columns", "num_tokens", "stride_carry", "stride_terms",
+)  # fmt: skip
+
 
 @triton.jit
 def tile_coordinates(num_blocks_n, num_blocks_v, GROUP_N: tl.constexpr):
