@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ..call import Call, Gradients, Kept, Upstream, empty_gradients
 from .configs import Tile, choose_slice_width
+from .exponentials import capped, exp
 from .products import add_product, write_product
 from .row_terms import GradientTerms, gradient_terms, living
 from .tiles import (
+    CHANGING,
     Problem,
     RowPart,
     add_low_rank,
     any_inside,
     can_describe,
-    capped,
     launch_arguments,
     load_target,
     logits_tile,
@@ -66,7 +67,7 @@ def _scaled_softmax(
     times class weights where there are any, in the fifth what z - lse adds to the factor.
     """
     down = z - tl.load(terms)[:, None]
-    g = tl.exp(down)
+    g = exp(down)
     factor = tl.load(terms + stride_terms)[:, None]
     if ENTROPY:
         factor += tl.load(terms + 4 * stride_terms)[:, None] * tl.where(g > 0.0, down, 0.0)
@@ -100,7 +101,10 @@ def _store_tile(out, value, first_n, first_v, num_rows, vocab_size, stride_on, U
         tl.store(ptrs, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=("target_c", "target_u", "row_terms_c", "row_terms_u"),
+)
 def _sftmix_recompute_kernel(
     hidden_c,  # (rows, D) pointer or descriptor
     hidden_u,  # (rows, D)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..call import Call, Statistics
 from .configs import INTERPRETED
-from .tiles import RowPart
+from .exponentials import exp
+from .tiles import CHANGING, RowPart
 
 
 @triton.jit
@@ -83,12 +84,12 @@ def fold(
     new = tl.maximum(top, tl.max(z, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     z = z - shift[:, None]
-    e = tl.exp(z)
+    e = exp(z)
     down = tl.where(top == float("-inf"), 0.0, top - shift)
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp(down))
+    fade = tl.where(top == float("-inf"), 0.0, exp(down))
     if MOMENT == 1:
-        finite = tl.where(e > 0.0, z, 0.0)
-        moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
+        # exp of less is 0, and 0 times -inf NaN; a NaN stays one in e
+        moment = fade * (moment + total * down) + tl.sum(e * tl.maximum(z, -87.0), axis=1)
     if EXACT:
         total, lost = exact_sum(fade * total, tl.sum(e, axis=1))
         rest = fade * rest + lost
@@ -105,7 +106,13 @@ def _nll(target_ptrs, logit_ptrs, mask, lse, low, vocab_size):
     return tl.where((y >= 0) & (y < vocab_size), (lse - z) + low, 0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "target", "target_logit", "target_logit_xc", "target_logit_xu", "max_logit", "moment_out", "predicted",
+        "row_carry", "pair_carry",
+    ),
+)  # fmt: skip
 def _sftmix_fwd_combine_kernel(
     part_max,  # (splits, rows + mixed): the rows' planes, then the mixtures'
     part_sum,  # (splits, rows + mixed)
@@ -144,7 +151,7 @@ def _sftmix_fwd_combine_kernel(
         shift = tl.where(new == float("-inf"), 0.0, new)
         down_old = tl.where(top == float("-inf"), 0.0, top - shift)
         down_new = tl.where(m == float("-inf"), 0.0, m - shift)
-        fade_old, fade_new = tl.exp(down_old), tl.exp(down_new)
+        fade_old, fade_new = exp(down_old), exp(down_new)
         part = tl.load(part_sum + at, mask=mask, other=1.0)
         if MOMENT != 0:
             part_t = tl.load(part_moment + at, mask=mask & (offs < num_rows), other=0.0)

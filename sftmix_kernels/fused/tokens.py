@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
+from .tiles import CHANGING
 
 GATHERED_BYTES = 32 * 2**20  # of gathered rows at a time, where a call names no bound
 
@@ -69,7 +70,7 @@ def sums_of_equals(tokens: Tensor, values: Tensor, scratch_bytes: int) -> Tensor
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("tokens",))
 def _sftmix_tokens_kernel(
     dlogits,  # (N, V_s) a slice
     tokens,  # (N, K) int64 columns of the whole vocabulary, -1: none

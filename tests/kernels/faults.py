@@ -34,9 +34,9 @@ REPORTED = (
         "Liger 512", "a 16-bit running sum over chunks",
         COMPLAINTS + "test_liger_512_dweight_sums_do_not_stall[chunked-bfloat16]",
         (
-            "chunked/gradients.py",
-            "elif self.product_scale is None:\n                self.dweight[columns] += product\n",
-            "elif self.product_scale is None:\n"
+            "chunked/products.py",
+            "elif self.scale is None:\n                self.dweight[columns] += product\n",
+            "elif self.scale is None:\n"
             "                self.dweight[columns] = self.dweight[columns].to(product.dtype) + product\n",
         ),
     ),
@@ -115,9 +115,9 @@ REPORTED = (
         "unsloth 5230", "a chunk without gradients when its first row is ignored",
         COMPLAINTS + "test_unsloth_5230_last_turn_masks[chunked]",
         (
-            "chunked/gradients.py", "    state.products(group, chunk, hidden, low, stored)\n",
+            "chunked/gradients.py", "    state.products.add(group, chunk, hidden, low, stored)\n",
             "    stored.mul_(group.of(state.work.column, chunk)[0, 0] >= 0)\n"
-            "    state.products(group, chunk, hidden, low, stored)\n",
+            "    state.products.add(group, chunk, hidden, low, stored)\n",
         ),
     ),
     fault(

@@ -115,7 +115,7 @@ OWN = (
     ),
     fault(
         "Garbage in ignored rows", "0 times its term",
-        "tests/kernels/test_ignored_garbage.py::test_loss_statistics_and_gradients[NaN-smoothed-stored]",
+        "tests/kernels/test_ignored_garbage.py::test_rows_of_their_own_upstream[NaN-chunked]",
         ("terms.py", "term = torch.where(valid, term, 0.0)\n", "term = valid * term\n"),
     ),
     fault(
@@ -189,8 +189,8 @@ OWN = (
         "Token scaling", "its factor differentiated, in `chunked`",
         "tests/kernels/test_row_options.py::test_token_scaling_weighs_by_the_probability[chunked]",
         (
-            "chunked/gradients.py", "coef = times(torch.exp(sums.logprob(own_logit)), coef)",
-            "coef = times(torch.exp(sums.logprob(own_logit)) * (1 + sums.logprob(own_logit)), coef)",
+            "chunked/gradients.py", "coef = times(coef, torch.exp(sums.logprob(own_logit)))",
+            "coef = times(coef, torch.exp(sums.logprob(own_logit)) * (1 + sums.logprob(own_logit)))",
         ),
     ),
     fault(

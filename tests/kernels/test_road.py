@@ -33,9 +33,9 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = {
-    "chunked": Bounds(24, 4, 77, 62),
-    "recompute": Bounds(28, 5, 52, 36),
-    "stored": Bounds(27, 6, 40, 24),
+    "chunked": Bounds(28, 4, 86, 70),
+    "recompute": Bounds(29, 5, 54, 38),
+    "stored": Bounds(28, 6, 42, 26),
 }
 
 
