@@ -264,7 +264,9 @@ def fused_backward(
     for total in (found.dhidden, found.dlow):
         if terms.scale is not None:
             total.mul_(terms.scale)
-    return found if call.place is not None else Gradients(*(each.to(call.hidden.dtype) for each in found))
+    dtype, is_shard = call.hidden.dtype, call.place is not None
+    del call, problem  # and the copy of hidden, before a rounded dhidden is made beside the float32 one
+    return found if is_shard else Gradients(*(each.to(dtype) for each in found))
 
 
 def _empty(call: Call) -> Gradients:
