@@ -73,7 +73,8 @@ def test_peak_of_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sch
     wide = size < 4
     if schedule == "recompute":
         columns = scratch // (N * size)
-        bound = scratch + wide * 4 * N * D + (dtype is F16) * 4 * columns * D
+        # hidden's copy is gone before a 16-bit dhidden is made, which was taken off
+        bound = scratch + 4 * N * D + (dtype is F16) * 4 * columns * D
     else:
         rows = scratch // (V * size)
         bound = (

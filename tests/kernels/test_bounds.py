@@ -170,7 +170,7 @@ def test_every_kernel_stays_inside_at_ragged_sizes(monkeypatch: pytest.MonkeyPat
             assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
         stats = token_stats(
             hidden, weight, case.target, tokens=case.target[:, None].expand(-1, 3), differentiable=True, **common
-        )
+        )  # fmt: skip
         assert stats.entropy.isfinite().all() and stats.token_logprob is not None
         total = stats.entropy.sum() + stats.token_logprob.sum()
         assert all(g.isfinite().all() for g in torch.autograd.grad(total, (hidden, weight)))
