@@ -76,7 +76,7 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
         return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]
-        moved = planes * event.sizes[0] * a["width"] * itemsize * (3 if a["WANT_GRADIENT"] else 1)
+        moved = planes * event.sizes[0] * a["width"] * itemsize * 3
         columns = event.sizes[0] * a["vocab_size"]
         work = schedule.epilogue_s(arch, "stored", columns=columns, paired=planes == 2)
         return 0, moved, max(schedule.pass_s(chip, moved), work)

@@ -125,9 +125,11 @@ def _product(name: str, args: Any, out: Tensor) -> Event:
 
 @contextmanager
 def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
-    """Kernel launches go to ``trace``, and to the kernels too if ``launching``."""
+    """Kernel launches go to ``trace``, and to the kernels too if ``launching``; else any device's tensors will do."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
+
+    from sftmix_kernels import choice
 
     interpret, run = GridExecutor.__call__, JITFunction.run
 
@@ -139,7 +141,11 @@ def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
         trace.launch(kernel.__name__, grid, arguments)
         return run(kernel, *args, grid=grid, warmup=warmup, **arguments) if launching else None
 
-    with patch.object(GridExecutor, "__call__", interpreted), patch.object(JITFunction, "run", compiled):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(GridExecutor, "__call__", interpreted))
+        stack.enter_context(patch.object(JITFunction, "run", compiled))
+        if not launching:
+            stack.enter_context(patch.object(choice, "why_not_fused", lambda hidden: None))
         yield
 
 
