@@ -36,6 +36,9 @@ BEGIN = "<!-- predicted: written by `python -m bench.model --write`, do not edit
 END = "<!-- end of predicted -->"
 ARCH = "sm_90"
 SPECS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
+ROW_KERNELS = tuple(
+    f"_sftmix_{name}_kernel" for name in ("prepare", "finish", "upstream", "scale", "gradient_terms")
+)
 # H200, bfloat16, next-token loss forward and backward at V = 128256, D = 4096: Liger-Kernel pull request 1356.
 PUBLISHED_MS = {
     "quack": {2048: 7.96, 4096: 16.78, 8192: 35.47, 16384: 73.7},
@@ -71,6 +74,9 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
 
     chip, a = schedule.CHIPS[schedule.table_arch(arch)], event.arguments
     planes = 2 if a.get("PAIRED") else 1
+    if event.name in ROW_KERNELS:  # at most 64 bytes of a row
+        moved = 64 * (a["num_rows"] + a["num_pairs"])
+        return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_fwd_combine_kernel":
         moved = 8 * a["num_splits"] * (a["num_rows"] + a["num_mixed"])
         return 0, moved, schedule.pass_s(chip, moved)
