@@ -60,8 +60,8 @@ def _check_values(name: str, ok: Tensor, expected: str, got: Callable[[], str]) 
 
 
 MADE_IN_KERNELS = (
-    "target, lam, row_weight, pair_weight, mixup_weight, ntp_denominator or mixup_denominator: expected class indices in "
-    "[0, V) or ignore_index, lam in [0, 1], finite weights, and numbers >= 0 with no 0 below a sum of something"
+    "target, lam, row_weight, pair_weight, mixup_weight, ntp_denominator or mixup_denominator: expected class indices "
+    "in [0, V) or ignore_index, lam in [0, 1], finite weights, and numbers >= 0 with no 0 below a sum of something"
 )
 
 
