@@ -51,6 +51,12 @@ def tanh(x):
 
 
 @triton.jit
+def _rounded_product(x, y):
+    """fl(x y). Compilers make `x * y - m` one operation, so that a logit less itself, the maximum, is not 0."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def capped(z, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr):
     """f(z) of affine logits z, and f' over the scale: 1 without a cap, 1 - (f / cap)^2 with one.
 
@@ -58,11 +64,11 @@ def capped(z, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.conste
     """
     if SOFTCAP == 0.0:
         if LOGIT_SCALE != 1.0:
-            z = z * LOGIT_SCALE
+            z = _rounded_product(z, LOGIT_SCALE)
         return z, 1.0
     else:
         if EXACT:
             t = tanh(z * LOGIT_SCALE * (1.0 / SOFTCAP))
         else:
             t = 1.0 - _ratio(2.0, _exp2(z * (2.0 * LOG2E * LOGIT_SCALE / SOFTCAP)) + 1.0)
-        return SOFTCAP * t, 1.0 - t * t
+        return _rounded_product(t, SOFTCAP), 1.0 - t * t
