@@ -255,14 +255,8 @@ def section() -> str:
         "of the library's rate, and beside it the cycles of [SASS.md](SASS.md)."
     )
     tiles = f"Kernels of pairs at {groups[0][0]}, ms (misfit: left out by the compiler's report):"
-    parts = (
-        constants,
-        counted_table(groups),
-        targets.table(predict(groups)),
-        tiles,
-        tile_table(groups[0][0]),
-    )
-    return "\n\n".join(parts)
+    tables = counted_table(groups), targets.table(predict(groups)), tiles, tile_table(groups[0][0])
+    return "\n\n".join((constants, *tables))
 
 
 def confront(measured: Iterable[Figure]) -> str:
