@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Needs, Options
-from .choice import Choice, choose
+from .choice import Choice, choose, choose_impl
 from .lora_head import LoRA, low_rank
 from .reference import sum_dtype
 from .vocab_parallel import Shard, check_target, reference_shard, resolve_shard
@@ -73,9 +73,11 @@ def make_call(
     Raises ValueError naming the argument.
     """
     shard: Shard | None = None
+    values = True
     if ways.vocab_parallel is None:
         checks.check_head(hidden, weight, bias)
-        checks.check_target(target, hidden.shape[0], weight.shape[0], rows.ignore_index)
+        values = not _left_to_kernels(hidden, rows, ways)
+        checks.check_target(target, hidden.shape[0], weight.shape[0], rows.ignore_index, values=values)
         checks.check_devices(hidden.device, target=target)
     else:
         shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
@@ -97,7 +99,9 @@ def make_call(
     )  # fmt: skip
     if choice.impl != "reference":
         checks.check_transforms(choice.impl, hidden, weight, bias, low, up)
-    side, scalars = _side_inputs(hidden, target, rows, weight.shape[0] if shard is None else shard.place[1])
+    side, scalars = _side_inputs(
+        hidden, target, rows, weight.shape[0] if shard is None else shard.place[1], values
+    )
     checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
     wanted = (int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
     plan = [*(int(needed) for needed in needs), *wanted]
@@ -109,6 +113,12 @@ def make_call(
     return call, choice
 
 
+def _left_to_kernels(hidden: Tensor, rows: Rows, ways: Ways) -> bool:
+    """Whether the values of what stands beside the rows are checked by the kernels that read them."""
+    plain = ways.vocab_parallel is None and rows.class_weight is None and rows.tokens is None
+    return plain and checks.left_to_kernels(choose_impl(ways.impl, hidden), hidden, plain=plain)
+
+
 def _needs(*tensors: Tensor | None) -> Needs:
     """Which of hidden, weight, bias, low and up get a gradient from this call."""
     grad = torch.is_grad_enabled()
@@ -116,18 +126,21 @@ def _needs(*tensors: Tensor | None) -> Needs:
 
 
 def _side_inputs(
-    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor
+    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor, values: bool
 ) -> tuple[dict[str, Any], tuple[float, ...]]:
     """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
     device, num_rows = hidden.device, hidden.shape[0]
+    names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
+    found = [checks.scalar(name, getattr(rows, name), device, values=values) for name in names]
+    without_pairs = found[0][0] is None and found[0][1] == 0
     if rows.lam is None:
         lam = torch.empty(0, dtype=sum_dtype(hidden.dtype), device=device)
     else:
         lam = rows.lam
-        checks.check_lam(lam, num_rows)
+        checks.check_lam(lam, num_rows, values=values or without_pairs)
     num_pairs = lam.shape[0]
-    checks.check_weights("row_weight", rows.row_weight, {"N": num_rows})
-    checks.check_weights("pair_weight", rows.pair_weight, {"M": num_pairs})
+    checks.check_weights("row_weight", rows.row_weight, {"N": num_rows}, values=values)
+    checks.check_weights("pair_weight", rows.pair_weight, {"M": num_pairs}, values=values or without_pairs)
     checks.check_class_weight(rows.class_weight, vocab_size)
     checks.check_flag("token_scaling", rows.token_scaling)
     tokens = checks.check_tokens(rows.tokens, num_rows, vocab_size, rows.ignore_index)
@@ -135,11 +148,10 @@ def _side_inputs(
         device, lam=lam, row_weight=rows.row_weight, pair_weight=rows.pair_weight, class_weight=rows.class_weight,
         tokens=tokens,
     )  # fmt: skip
-    names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
-    found = [checks.scalar(name, getattr(rows, name), device) for name in names]
-    checks.check_denominators(found[1], found[2], target, num_pairs, rows.ignore_index)
+    if values:
+        checks.check_denominators(found[1], found[2], target, num_pairs, rows.ignore_index)
     pair_weight = rows.pair_weight
-    if num_pairs and found[0][0] is None and found[0][1] == 0:
+    if num_pairs and without_pairs:
         lam, pair_weight = lam[:0], None
     tensors = {
         "lam": lam.to(sum_dtype(hidden.dtype)),

@@ -59,6 +59,18 @@ def _check_values(name: str, ok: Tensor, expected: str, got: Callable[[], str]) 
         torch._assert_async(holds, f"{name}: expected {expected}")
 
 
+MADE_IN_KERNELS = (
+    "target, lam, row_weight, pair_weight, mixup_weight, ntp_denominator or mixup_denominator: expected class indices "
+    "in [0, V) or ignore_index, lam in [0, 1], finite weights, and numbers >= 0 with no 0 below a sum of something"
+)
+
+
+def left_to_kernels(impl: str | None, hidden: Tensor, *, plain: bool) -> bool:
+    """Whether values are checked in the kernel that reads them (fused/rows.py). ``plain``: no class weights, tokens,
+    shards."""
+    return plain and impl == "fused" and hidden.device.type != "cpu"
+
+
 def check_head(hidden: object, weight: object, bias: object) -> None:
     """hidden [N, D], weight [V, D] and bias [V]: floating, of one dtype, on one device, V and D at least 1."""
     for name, value in (("hidden", hidden), ("weight", weight)):
@@ -84,12 +96,16 @@ def check_devices(device: torch.device, **tensors: object) -> None:
             _fail(name, f"a tensor on {device} like hidden", f"one on {value.device}")
 
 
-def check_target(target: object, num_rows: int, vocab_size: int, ignore_index: int) -> None:
-    """target [N] int64, each in [0, V) or equal to ``ignore_index``."""
+def check_target(
+    target: object, num_rows: int, vocab_size: int, ignore_index: int, *, values: bool = True
+) -> None:
+    """target [N] int64, each in [0, V) or equal to ``ignore_index``; ``values``: look at them here."""
     if type(ignore_index) is not int:
         _fail("ignore_index", "an int", ignore_index)
     check_tensor("target", target, {"N": num_rows}, (torch.int64,))
     assert isinstance(target, Tensor)
+    if not values:
+        return
     ok = ((target >= 0) & (target < vocab_size)) | (target == ignore_index)
     expected = f"class indices in [0, V={vocab_size}) or ignore_index={ignore_index}"
     _check_values(
@@ -105,7 +121,7 @@ COUNT_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, t
 SIDE_DTYPES = (torch.float32, torch.float64, *COUNT_DTYPES)
 
 
-def check_lam(lam: object, num_rows: int) -> None:
+def check_lam(lam: object, num_rows: int, *, values: bool = True) -> None:
     """lam [M] float32 or float64 with values in [0, 1] and 2M at most N."""
     if not isinstance(lam, Tensor) or lam.ndim != 1 or lam.dtype not in (torch.float32, torch.float64):
         is_half = isinstance(lam, Tensor) and lam.dtype in (torch.float16, torch.bfloat16)
@@ -113,10 +129,11 @@ def check_lam(lam: object, num_rows: int) -> None:
     assert isinstance(lam, Tensor)
     if 2 * lam.shape[0] > num_rows:
         _fail("lam", f"[M] with 2M at most N={num_rows}, M confident rows and M partners", lam)
-    ok = (lam >= 0) & (lam <= 1)
-    _check_values(
-        "lam", ok, "values in [0, 1]", lambda: f"{lam[~ok][0].item()} at pair {(~ok).nonzero()[0].item()}"
-    )
+    if values:
+        ok = (lam >= 0) & (lam <= 1)
+        _check_values(
+            "lam", ok, "values in [0, 1]", lambda: f"{lam[~ok][0].item()} at pair {(~ok).nonzero()[0].item()}"
+        )
     check_no_grad(lam=lam)
 
 
@@ -135,7 +152,7 @@ def check_side_dtype(name: str, value: Tensor, expected: str) -> None:
         _fail(name, expected, value)
 
 
-def check_weights(name: str, value: object, shape: dict[str, int]) -> None:
+def check_weights(name: str, value: object, shape: dict[str, int], *, values: bool = True) -> None:
     """row_weight [N] or pair_weight [M]: None or a tensor of numbers, finite."""
     if value is None:
         return
@@ -144,7 +161,7 @@ def check_weights(name: str, value: object, shape: dict[str, int]) -> None:
         check_side_dtype(name, value, f"float32, float64, bool or integers [{size_name}]")
     check_tensor(name, value, shape, SIDE_DTYPES)
     assert isinstance(value, Tensor)
-    if value.is_floating_point():
+    if values and value.is_floating_point():
         ok = value.detach().isfinite()
         _check_values(name, ok, "finite values", lambda: f"{value[~ok][0].item()}")
     check_no_grad(**{name: value})
@@ -254,7 +271,7 @@ Scalar = tuple[
 ]  # one of the two: 0-d on the rows' device, or a number; (None, NaN): not given
 
 
-def scalar(name: str, value: object, device: torch.device) -> Scalar:
+def scalar(name: str, value: object, device: torch.device, *, values: bool = True) -> Scalar:
     """mixup_weight or a denominator: None, a finite number at least 0, or a 0-d tensor of one, moved to ``device``.
 
     A tensor of a CPU beside rows of a GPU would be frozen into a CUDA graph at its present value: refused there.
@@ -276,11 +293,12 @@ def scalar(name: str, value: object, device: torch.device) -> Scalar:
         _fail(name, "a number, or a 0-d tensor of float32, float64 or integers" + ROUNDED, value)
     check_no_grad(**{name: value})
     tensor = value.detach()
-    ok = tensor >= 0
-    _check_values(
-        name, ok & tensor.isfinite() if tensor.is_floating_point() else ok, "a finite value >= 0",
-        lambda: f"{tensor.item()}",
-    )  # fmt: skip
+    if values or tensor.device != device:
+        ok = tensor >= 0
+        _check_values(
+            name, ok & tensor.isfinite() if tensor.is_floating_point() else ok, "a finite value >= 0",
+            lambda: f"{tensor.item()}",
+        )  # fmt: skip
     if tensor.device != device:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             _fail(name, f"a number or a 0-d tensor on {device} while a CUDA graph is captured", value)

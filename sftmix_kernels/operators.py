@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import terms
 from .call import (
     DIFFERENTIABLE,
     SCHEMA,
@@ -29,7 +30,7 @@ from .call import (
     empty_gradients,
 )
 from .checks import readable
-from .terms import Terms, coefficients, finish, upstream_of
+from .terms import Terms
 
 Tensors = tuple[Tensor, ...]
 CALL, CALL_INTO = (SCHEMA.replace("{mutated}", mutated) for mutated in ("", "(a!)"))
@@ -53,6 +54,11 @@ def engine_of(call: Call) -> ModuleType:
     from . import fused
 
     return fused
+
+
+def made_by(call: Call, step: str) -> Any:
+    """A step of terms.py, as the engine has it where it has one of its own."""
+    return getattr(engine_of(call), step, None) or getattr(terms, step)
 
 
 def local(call: Call, column: Tensor) -> tuple[Call, Tensor]:
@@ -84,9 +90,15 @@ def statistics(call: Call, column: Tensor) -> Statistics:
 def terms_fwd(*arguments: Any) -> Tensors:
     """Terms, then what the backward recomputes from, which is no memory of theirs: KEPT."""
     call = Call(*arguments)
-    coef = coefficients(call)
+    coef = made_by(call, "coefficients")(call)
     found = statistics(call, coef.column)
-    return (*finish(call, coef, found), *coef, found.entropy, found.row_carry, found.pair_carry)
+    return (
+        *made_by(call, "finish")(call, coef, found),
+        *coef,
+        found.entropy,
+        found.row_carry,
+        found.pair_carry,
+    )
 
 
 def _fake_terms(call: Call) -> tuple[Tensors, Tensors]:
@@ -97,7 +109,7 @@ def _fake_terms(call: Call) -> tuple[Tensors, Tensors]:
         return call.hidden.new_empty(shape, dtype=kind)
 
     tokens = (0, 0) if call.tokens is None else call.tokens.shape
-    terms = Terms(
+    empty = Terms(
         new(), new(num_rows), new(num_rows), new(num_rows if wanted.entropy else 0), new(*tokens), new(num_rows),
         new(num_rows, kind=torch.bool), new(num_rows if wanted.predicted else 0, kind=torch.int64), new(num_pairs),
         new(),
@@ -105,13 +117,13 @@ def _fake_terms(call: Call) -> tuple[Tensors, Tensors]:
     coef = Coefficients(
         new(num_rows, kind=torch.int64), *(new(n, kind=torch.float64) for n in (num_rows, num_pairs))
     )
-    return terms, (*coef, torch.empty_like(terms.entropy), new(3, num_rows), new(4, num_pairs))
+    return empty, (*coef, torch.empty_like(empty.entropy), new(3, num_rows), new(4, num_pairs))
 
 
 @terms_fwd.register_fake
 def _(*arguments: Any) -> Tensors:
-    terms, kept = _fake_terms(Call(*arguments))
-    return (*terms, *kept)
+    found, kept = _fake_terms(Call(*arguments))
+    return (*found, *kept)
 
 
 @operator("terms_bwd", f"{UPSTREAM}, {CALL}, {KEPT}", 5)
@@ -134,7 +146,7 @@ def kept_of(kept: Tensors) -> Kept:
 def _gradients(*arguments: Any) -> Tensors:
     grads, rest, kept = arguments[:5], arguments[5:-NUM_KEPT], arguments[-NUM_KEPT:]
     call, coef = Call(*rest), Coefficients(*kept[:3])
-    upstream = upstream_of(call, coef, kept[4][2], grads)
+    upstream = made_by(call, "upstream_of")(call, coef, kept[4][2], grads)
     if call.place is None:
         return cast(Tensors, engine_of(call).gradients(call, coef.column, kept_of(kept), upstream))
     from .vocab_parallel import sum_over_shards
@@ -150,12 +162,8 @@ def _gradients(*arguments: Any) -> Tensors:
     )
 
 
-@terms_bwd.register_fake
-def _(*arguments: Any) -> Tensors:
-    return empty_gradients(Call(*arguments[5:-NUM_KEPT]))
-
-
-terms_bwd_into.register_fake(lambda *arguments: empty_gradients(Call(*arguments[5:-NUM_KEPT])))
+for bwd in (terms_bwd, terms_bwd_into):
+    bwd.register_fake(lambda *arguments: empty_gradients(Call(*arguments[5:-NUM_KEPT])))
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -212,11 +220,11 @@ NUM_MADE = NUM_TERMS + 1 + len(Gradients._fields)
 def made_fwd(*arguments: Any) -> Tensors:
     """Terms, then scale and the gradients of loss / scale, of weight, bias and up in the dtype of sums."""
     call = Call(*arguments)
-    coef = coefficients(call)
+    coef = made_by(call, "coefficients")(call)
     # dweight is made here whether or not a main gradient is to take it.
     made = engine_of(call).statistics_with_gradients(call._replace(main_grad=None), coef)
     found, scale, gradients = made
-    return (*finish(call, coef, found), scale, *gradients)
+    return (*made_by(call, "finish")(call, coef, found), scale, *gradients)
 
 
 @made_fwd.register_fake
@@ -270,10 +278,8 @@ def _(grad_loss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, *rest:
 
 def _fake_scaled(*rest: Any) -> Tensors:
     dhidden, dweight, dbias, dlow, dup, dtype = rest
-    layer = (torch.empty_like(each, dtype=dtype) for each in (dweight, dbias, dup))
-    like = (torch.empty_like(dhidden), torch.empty_like(dlow))
-    dweight, dbias, dup = layer
-    return like[0], dweight, dbias, like[1], dup
+    dweight, dbias, dup = (torch.empty_like(each, dtype=dtype) for each in (dweight, dbias, dup))
+    return torch.empty_like(dhidden), dweight, dbias, torch.empty_like(dlow), dup
 
 
 def _made_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

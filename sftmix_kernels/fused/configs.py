@@ -95,6 +95,7 @@ _TILES_16BIT_COLUMNS: dict[str, dict[tuple[str, bool], Tile]] = {
         ("forward", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 64, 64, num_warps=8, num_stages=4, **_BULK),
         ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
     },
 }
 

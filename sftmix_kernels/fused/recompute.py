@@ -22,7 +22,8 @@ from ..call import Call, Gradients, Kept, Upstream, empty_gradients
 from .configs import Tile, choose_slice_width
 from .exponentials import capped, exp
 from .products import add_product, write_product
-from .row_terms import GradientTerms, gradient_terms, living
+from .row_terms import GradientTerms
+from .rows import living_terms
 from .tiles import (
     CHANGING,
     Problem,
@@ -35,6 +36,7 @@ from .tiles import (
     logits_tile,
     on_device,
     operand,
+    refuse_cpu,
     row_parts,
     tile_coordinates,
     with_bias,
@@ -248,11 +250,12 @@ def fused_backward(
     Raises ValueError on CPU tensors outside the interpreter.
     """
     needs, num_rows = call.needs, call.sizes[0]
-    call = living(call, upstream)
-    problem, found = Problem.of(call, column), _empty(call)
+    refuse_cpu(call.hidden)
+    found = _empty(call)
     if num_rows == 0:
         return Gradients(*(each.zero_().to(call.hidden.dtype) for each in found))
-    terms = gradient_terms(call, column, kept, upstream)
+    call, terms = living_terms(call, column, kept, upstream)
+    problem = Problem.of(call, column)
     tiles = {
         part: tile or problem.choose_tile("recompute", part) for part in row_parts(num_rows, call.sizes[2])
     }

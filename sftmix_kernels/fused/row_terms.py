@@ -42,8 +42,8 @@ def _residual(nll: Tensor, mass: Tensor, rest: Tensor) -> Tensor:
     return torch.where(mass >= 0.5, torch.expm1(-nll) + rest, torch.exp(-nll) - mass)
 
 
-def living(call: Call, upstream: Upstream) -> Call:
-    """The call with hidden and low 0 in rows of which nothing is asked."""
+def dead_rows(call: Call, upstream: Upstream) -> Tensor:
+    """Rows (N,) of which nothing is asked, bool."""
     num_pairs = call.sizes[2]
     dead = upstream.row == 0
     if num_pairs:
@@ -53,6 +53,11 @@ def living(call: Call, upstream: Upstream) -> Call:
     for each in upstream[2:]:
         if each is not None:
             dead &= (each == 0).all(dim=1) if each.ndim == 2 else each == 0
+    return dead
+
+
+def living(call: Call, dead: Tensor) -> Call:
+    """The call with hidden and low 0 in the ``dead`` rows (N,)."""
     hidden, low = (None if t is None else t.masked_fill(dead[:, None], 0) for t in (call.hidden, call.low))
     assert hidden is not None
     return call._replace(hidden=hidden, low=low)

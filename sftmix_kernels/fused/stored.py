@@ -20,10 +20,11 @@ import triton
 from torch import Tensor
 
 from ..call import Call, Coefficients, Gradients, Statistics, empty_gradients
-from ..chunked.rows import Head, affine, gather_rows, unit_scale
+from ..chunked.rows import Head, affine, gather_rows
 from ..chunked.scratch import DEFAULT_ROWS, chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
+from .rows import Scaled, scaled_coefficients
 from .stored_kernel import _sftmix_stored_kernel
 from .tiles import on_device, refuse_cpu, weights_of_columns
 from .tokens import token_logits
@@ -57,20 +58,15 @@ def _chunks(num_rows: int, num_pairs: int, row_bytes: int, scratch_bytes: int) -
 class _Loop:
     """The results, filled chunk by chunk, and the buffer of logits that every chunk reuses."""
 
-    def __init__(self, call: Call, coef: Coefficients, scale: Tensor, chunks: list[_Rows]) -> None:
+    def __init__(self, call: Call, column: Tensor, coef: Scaled, chunks: list[_Rows]) -> None:
         num_rows, vocab_size, num_pairs = call.sizes
-        self.call, self.target = call, coef.column.contiguous()
+        self.call, self.target, self.coef = call, column.contiguous(), coef
         self.layer = Head(call.weight, call.bias, up=call.up)
-        self.row_coef, self.pair_coef = (
-            (t.float() / scale) * call.options.logit_scale for t in (coef.row, coef.pair)
-        )
         self.class_weight = weights_of_columns(call)
         self.class_mean = None if self.class_weight is None else self.class_weight.double().mean().float()
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=call.hidden.device)
-
-        self.row_stats, self.pair_stats = floats(5, num_rows), floats(6, num_pairs)
+        stats = torch.zeros(6 * (num_rows + num_pairs), dtype=torch.float32, device=call.hidden.device)
+        self.row_stats = stats[: 6 * num_rows].view(6, num_rows)
+        self.pair_stats = stats[6 * num_rows :].view(6, num_pairs)
         self.predicted = call.hidden.new_empty(num_rows, dtype=torch.int64) if call.wanted.predicted else None
         self.gradients = empty_gradients(call, torch.float32)
         for total in (self.gradients.dbias, self.gradients.dup):
@@ -108,7 +104,7 @@ class _Loop:
         call, options = self.call, self.call.options
         num_rows, vocab_size, num_pairs = call.sizes
         _sftmix_stored_kernel[(chunk.size,)](
-            logits=stored, target=self.target, lam=call.lam, row_coef=self.row_coef, pair_coef=self.pair_coef,
+            logits=stored, target=self.target, lam=call.lam, row_coef=self.coef.row, pair_coef=self.coef.pair,
             class_weight=self.class_weight, class_mean=self.class_mean, row_stats=self.row_stats,
             pair_stats=self.pair_stats, predicted=self.predicted, first_row=chunk.start, num_rows=num_rows,
             num_pairs=num_pairs, chunk_rows=chunk.size, vocab_size=vocab_size, width=stored.stride(0),
@@ -120,20 +116,17 @@ class _Loop:
 
     def _living(self, chunk: _Rows, rows: Tensor) -> Tensor:
         """A chunk's hidden states (n, D) with 0 in rows that bear no loss, which may hold NaN; a pair's in place."""
-        dead = gather_rows(self.row_coef, chunk.slices(self.call.sizes[2])) == 0
-        if not chunk.paired:
-            return rows.masked_fill(dead[:, None], 0)
-        no_pair = self.pair_coef[chunk.start : chunk.start + chunk.size] == 0
-        return rows.masked_fill_((dead & no_pair.repeat(2))[:, None], 0)
+        dead = gather_rows(self.coef.dead, chunk.slices(self.call.sizes[2]))[:, None]
+        return rows.masked_fill_(dead, 0) if chunk.paired else rows.masked_fill(dead, 0)
 
     def statistics(self) -> Statistics:
-        nll, lse, max_logit, target_logit, mean_logit = self.row_stats
-        nothing, smoothed = nll.new_empty(0), self.call.options.label_smoothing != 0
+        max_logit, target_logit, mean_logit = self.row_stats[3:]
+        nothing, smoothed = max_logit.new_empty(0), self.call.options.label_smoothing != 0
         return Statistics(
             max_logit, target_logit, mean_logit if smoothed else nothing, nothing,
             nothing.long() if self.predicted is None else self.predicted,
-            nll.new_empty(0, 0) if self.call.tokens is None else token_logits(self.call), self.pair_stats[4:],
-            torch.stack([lse, torch.zeros_like(lse), nll]), self.pair_stats[:4],
+            nothing.new_empty(0, 0) if self.call.tokens is None else token_logits(self.call), self.pair_stats[4:],
+            self.row_stats[:3], self.pair_stats[:4],
         )  # fmt: skip
 
 
@@ -150,16 +143,14 @@ def statistics_with_gradients(call: Call, coef: Coefficients) -> tuple[Statistic
     Raises ValueError on CPU tensors outside the interpreter.
     """
     refuse_cpu(call.hidden)
-    scale = torch.ones((), dtype=torch.float32, device=call.hidden.device)
-    if call.hidden.dtype != torch.float32:
-        scale = unit_scale(coef.row.float(), coef.pair.float())
+    scaled = scaled_coefficients(call, coef)
     num_rows, vocab_size, num_pairs = call.sizes
     row_bytes = triton.cdiv(vocab_size, 16) * 16 * call.hidden.element_size()
     chunks = _chunks(num_rows, num_pairs, row_bytes, call.wanted.scratch_bytes)
-    loop = _Loop(call._replace(lam=call.lam.contiguous()), coef, scale, chunks)
+    loop = _Loop(call._replace(lam=call.lam.contiguous()), coef.column, scaled, chunks)
     with on_device(call.hidden):
         for chunk in chunks:
             loop.run(chunk)
     if not chunks:
         loop.gradients.dweight.zero_()
-    return loop.statistics(), scale, loop.gradients
+    return loop.statistics(), scaled.scale, loop.gradients

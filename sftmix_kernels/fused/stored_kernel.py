@@ -70,14 +70,14 @@ def _fold_row(
 
 @triton.jit
 def _store_row_stats(row_stats, row, num_rows, stats, z, has_target, vocab_size, MOMENT: tl.constexpr):
-    """Planes of row_stats: nll, lse, maximum, target logit, mean logit. z (1,): the logit at the target."""
+    """Planes of row_stats: lse, 0, nll, maximum, target logit, mean logit. z (1,): the logit at the target."""
     top, total, moment = stats
-    tl.store(row_stats + row, tl.where(has_target, tl.log(total) - (z - top), 0.0))
-    tl.store(row_stats + num_rows + row, top + tl.log(total))
-    tl.store(row_stats + 2 * num_rows + row, top)
-    tl.store(row_stats + 3 * num_rows + row, tl.where(has_target, z, 0.0))
+    tl.store(row_stats + row, top + tl.log(total))
+    tl.store(row_stats + 2 * num_rows + row, tl.where(has_target, tl.log(total) - (z - top), 0.0))
+    tl.store(row_stats + 3 * num_rows + row, top)
+    tl.store(row_stats + 4 * num_rows + row, tl.where(has_target, z, 0.0))
     if MOMENT != 0:
-        tl.store(row_stats + 4 * num_rows + row, moment / vocab_size)
+        tl.store(row_stats + 5 * num_rows + row, moment / vocab_size)
 
 
 @triton.jit
@@ -139,8 +139,8 @@ def _sftmix_stored_kernel(
     pair_coef,  # (M,)
     class_weight,  # (V,) float32, or None with the next
     class_mean,  # ()
-    row_stats,  # (5, N) nll, lse, maximum, target logit, mean logit
-    pair_stats,  # (6, M) lse_x, 0, nll of X at y_c and y_u, X at both
+    row_stats,  # (6, N) lse, 0, nll, maximum, target logit, mean logit; zeros
+    pair_stats,  # (6, M) lse_x, 0, nll of X at y_c and y_u, X at both; zeros
     predicted,  # (N,) int64 or None
     first_row,
     num_rows,  # N

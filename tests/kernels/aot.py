@@ -60,6 +60,8 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -200,7 +202,7 @@ def sass_cases() -> Iterator[Case]:
                 yield Case(*base, "bias", {"bias": True})
                 yield Case(*base, "softcap", {"softcap": 30.0, "logit_scale": 0.5})
                 if operation == "forward":
-                    yield Case(*base, "entropy", {"want_entropy": True})
+                    yield Case(*base, "entropy", {"entropy": True})
     for operation in ("forward", "recompute"):
         for tile in tune.sizes_of(True, bulk=True):
             if tile.use_descriptors:
@@ -277,7 +279,7 @@ def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
             if not plain and not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[name] = parameter.annotation_type or "fp32"
         else:
             signature[name] = "i32"
             assert isinstance(value, int) and value < 2**31, f"{name}: expected an int32, got {value!r}"

@@ -111,7 +111,9 @@ OWN = (
     fault(
         "Garbage in ignored rows", "and in `fused`",
         "tests/kernels/test_ignored_garbage.py::test_loss_statistics_and_gradients[NaN-smoothed-recompute]",
-        ("fused/recompute.py", "    call = living(call, upstream)\n", ""),
+        (
+            "fused/rows.py", "return row_terms.living(call, dead), GradientTerms", "return call, GradientTerms",
+        ),
     ),
     fault(
         "Garbage in ignored rows", "0 times its term",

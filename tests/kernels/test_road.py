@@ -33,9 +33,9 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = {
-    "chunked": Bounds(28, 4, 86, 70),
-    "recompute": Bounds(29, 5, 54, 38),
-    "stored": Bounds(28, 6, 42, 26),
+    "chunked": Bounds(31, 4, 89, 73),
+    "recompute": Bounds(43, 5, 64, 47),
+    "stored": Bounds(37, 6, 53, 35),
 }
 
 
