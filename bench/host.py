@@ -30,8 +30,8 @@ RESULTS = ROOT / "bench" / "results" / "host.json"
 # Operations that launch nothing: they make or view memory, or ask for sizes.
 NO_LAUNCH = (
     "empty new_empty empty_like empty_strided _unsafe_view alias as_strided detach expand permute select slice split "
-    "squeeze t numpy_T transpose unbind unsqueeze view _reshape_alias lift_fresh unsafe_split split_with_sizes diagonal "
-    "is_same_size set_"
+    "squeeze t numpy_T transpose unbind unsqueeze view _reshape_alias lift_fresh unsafe_split split_with_sizes "
+    "diagonal is_same_size set_"
 ).split()
 
 
@@ -101,9 +101,7 @@ def _step(schedule: str, num_pairs: int, dtype: torch.dtype, device: str) -> Cal
     from sftmix_kernels import linear_cross_entropy, sftmix_loss
 
     num_rows = 2 if num_pairs else 1
-    hidden, weight = (
-        torch.randn(n, 64, device=device).to(dtype).requires_grad_() for n in (num_rows, 512)
-    )
+    hidden, weight = (torch.randn(n, 64, device=device).to(dtype).requires_grad_() for n in (num_rows, 512))
     target, lam = (
         torch.zeros(num_rows, dtype=torch.int64, device=device),
         torch.ones(num_pairs, device=device),

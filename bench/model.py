@@ -36,7 +36,9 @@ BEGIN = "<!-- predicted: written by `python -m bench.model --write`, do not edit
 END = "<!-- end of predicted -->"
 ARCH = "sm_90"
 SPECS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
-ROW_KERNELS = tuple(f"_sftmix_{name}_kernel" for name in ("prepare", "finish", "upstream", "scale", "gradient_terms"))
+ROW_KERNELS = tuple(
+    f"_sftmix_{name}_kernel" for name in ("prepare", "finish", "upstream", "scale", "gradient_terms")
+)
 # H200, bfloat16, next-token loss forward and backward at V = 128256, D = 4096: Liger-Kernel pull request 1356.
 PUBLISHED_MS = {
     "quack": {2048: 7.96, 4096: 16.78, 8192: 35.47, 16384: 73.7},
@@ -80,9 +82,9 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
         return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]
-        moved = planes * event.sizes[0] * a["width"] * itemsize * (3 if a["WANT_GRADIENT"] else 1)
-        share = (1 if planes == 2 else 1 / 3) * schedule.EPILOGUE_OPS["stored"]
-        work = event.sizes[0] * a["vocab_size"] * share / chip.vector_ops
+        moved = planes * event.sizes[0] * a["width"] * itemsize * 3
+        columns = event.sizes[0] * a["vocab_size"]
+        work = schedule.epilogue_s(arch, "stored", columns=columns, paired=planes == 2)
         return 0, moved, max(schedule.pass_s(chip, moved), work)
     tile, itemsize = _tile(a), a["weight"][1]
     rows, columns, inner = planes * a["num_rows"], a["vocab_size"], a["hidden_size"]
@@ -90,7 +92,7 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
     moved = (schedule.weight_reads(tile, a["num_rows"]) * columns + rows) * inner * itemsize
     moved += 8 * a["part_max"][0][0] if is_forward else rows * columns * itemsize
     seconds = schedule.kernel_s(
-        chip, tile, num_programs=event.sizes[0], tiles_per_program=a["tiles_per_split"] if is_forward else 1,
+        arch, tile, num_programs=event.sizes[0], tiles_per_program=a["tiles_per_split"] if is_forward else 1,
         hidden_size=inner, itemsize=itemsize, planes=planes, operation="forward" if is_forward else "recompute",
         memory_bytes=moved,
     )  # fmt: skip
@@ -229,7 +231,7 @@ def tile_table(shape: Shape) -> str:
                 -(-tiles // choose_num_splits(blocks, tiles, slots)) if operation == "forward" else 1
             )
             seconds = schedule.kernel_s(
-                chip, tile, num_programs=blocks * -(-tiles // per_program), tiles_per_program=per_program,
+                ARCH, tile, num_programs=blocks * -(-tiles // per_program), tiles_per_program=per_program,
                 hidden_size=shape.D, itemsize=2, planes=2, operation=operation, memory_bytes=0,
             )  # fmt: skip
             misfit = tune.source(tile) in tune.misfits(operation, True)
@@ -250,8 +252,8 @@ def section() -> str:
     constants = (
         f"{chip.name}: {chip.tensor_flops / 1e12:.0f} TFLOP/s in 16-bit library products, "
         f"{chip.memory_bytes / 1e12:.1f} TB/s of memory, {chip.l2_bytes / 1e12:.1f} TB/s of L2,\n"
-        f"{chip.vector_ops / 1e12:.1f} T vector instructions/s, {chip.launch * 1e6:.0f} µs a launch; a Triton "
-        f"main loop at {chip.share:.0%} of the library's rate."
+        f"{chip.clock / 1e9:.3g} GHz, {chip.launch * 1e6:.0f} µs a launch; a Triton main loop at {chip.share:.0%} "
+        "of the library's rate, and beside it the cycles of [SASS.md](SASS.md)."
     )
     tiles = f"Kernels of pairs at {groups[0][0]}, ms (misfit: left out by the compiler's report):"
     parts = (

@@ -146,12 +146,14 @@ def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
 @contextmanager
 def on_chip(arch: str, num_processors: int) -> Iterator[None]:
     """The kernels' own functions choose tiles, splits and products as on a chip of ``arch``."""
+    from sftmix_kernels import choice
     from sftmix_kernels.fused import configs, forward, products, recompute, stored, tiles
 
     def slots(device: torch.device, tile: configs.Tile) -> int:
         return num_processors * configs.programs_per_processor(tile)
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(choice, "why_not_fused", lambda hidden: None))
         stack.enter_context(patch.object(tiles, "current_arch", lambda device: arch))
         stack.enter_context(patch.object(forward, "_num_program_slots", slots))
         assert products.add_product is recompute.add_product is stored.add_product

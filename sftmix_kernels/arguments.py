@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .call import Call, Needs, Options, Plan
+from .call import Call, Needs, Options
 from .choice import Choice, choose, choose_impl
 from .lora_head import LoRA, low_rank
 from .reference import sum_dtype
@@ -84,20 +84,29 @@ def make_call(
         weight, bias = shard.weight, shard.bias
         check_target(target, hidden.shape[0], rows.ignore_index, shard)
     numbers = options.checked()
-    low, up = (None, None) if ways.lora is None else low_rank(hidden, weight, target != rows.ignore_index, ways.lora)
+    low, up = (
+        (None, None)
+        if ways.lora is None
+        else low_rank(hidden, weight, target != rows.ignore_index, ways.lora)
+    )
     if ways.detached:
-        hidden, weight, bias, low, up = (None if t is None else t.detach() for t in (hidden, weight, bias, low, up))
+        hidden, weight = hidden.detach(), weight.detach()
+        bias, low, up = (None if t is None else t.detach() for t in (bias, low, up))
     needs = _needs(hidden, weight, bias, low, up)
     choice = choose(
         hidden, weight, needs, impl=ways.impl, schedule=ways.schedule, scratch_bytes=ways.scratch_bytes,
         rows=ways.rows, vocab_parallel=shard is not None, main_grad=ways.main_grad is not None,
     )  # fmt: skip
-    side, scalars = _side_inputs(hidden, target, rows, None if shard else weight.shape[0], values)
+    if choice.impl != "reference":
+        checks.check_transforms(choice.impl, hidden, weight, bias, low, up)
+    whole = weight.shape[0] if shard is None else shard.place[1]
+    side, scalars = _side_inputs(hidden, target, rows, whole, values=values)
     checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
-    plan = Plan(*map(int, needs), int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
+    wanted = (int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
+    plan = [*(int(needed) for needed in needs), *wanted]
     call = Call(
         hidden, weight, bias, low, up, ways.main_grad, target, **side, place=None if shard is None else shard.place,
-        numbers=list(Options(*(float(number or 0.0) for number in numbers), *scalars)), plan=list(plan),
+        numbers=list(Options(*(float(number or 0.0) for number in numbers), *scalars)), plan=plan,
         engine=choice.impl, group_name="" if shard is None else shard.group_name,
     )  # fmt: skip
     return call, choice
@@ -116,8 +125,8 @@ def _needs(*tensors: Tensor | None) -> Needs:
 
 
 def _side_inputs(
-    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | None, values: bool
-) -> tuple[dict[str, Tensor | None], tuple[float, ...]]:
+    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor, *, values: bool
+) -> tuple[dict[str, Any], tuple[float, ...]]:
     """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
     device, num_rows = hidden.device, hidden.shape[0]
     names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
@@ -166,20 +175,30 @@ class _AddTo(torch.autograd.Function):
         return None, None
 
 
-def for_reference(call: Call) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """hidden, weight and target, and the keywords for what else is of the layer; main_grad gets weight's gradient."""
+def for_reference(call: Call) -> dict[str, Any]:
+    """The reference's keywords for rows, layer and its numbers; main_grad gets weight's gradient."""
     hidden, weight, low = call.hidden, call.weight, call.low
     if call.main_grad is not None:
         weight = _AddTo.apply(weight, call.main_grad)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     join: Callable[[Tensor], Tensor] | None = None
     if call.place is not None:
         hidden, low, join = reference_shard(hidden, low, call.group_name)
-    layer = {"bias": call.bias, "low": low, "up": call.up, "join": join}
-    return (hidden, weight, call.target), layer
+    return {
+        "hidden": hidden, "weight": weight, "target": call.target, "bias": call.bias, "low": low, "up": call.up,
+        "join": join, "softcap": call.options.softcap or None, "logit_scale": call.options.logit_scale,
+        "ignore_index": call.wanted.ignore_index,
+    }  # fmt: skip
+
+
+def for_reference_loss(call: Call) -> dict[str, Any]:
+    """The same, and what stands beside the rows' terms."""
+    options = call.options
+    numbers = {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
+    beside = {"class_weight": call.class_weight, "token_scaling": bool(options.token_scaling)}
+    return for_reference(call) | numbers | beside
 
 
 def number_or_tensor(call: Call, name: str) -> float | Tensor | None:
     """A coefficient of the call as the reference takes it; None where it is a count."""
     tensor, number = getattr(call, name), getattr(call.options, name)
     return tensor if tensor is not None else None if number != number else number
-

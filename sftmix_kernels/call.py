@@ -64,7 +64,9 @@ class Call(NamedTuple):
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    low: Tensor | None  # (N, r) low-rank rows, with up: the affine logits are hidden weight^T + low up^T + bias
+    low: (
+        Tensor | None
+    )  # (N, r) low-rank rows, with up: the affine logits are hidden weight^T + low up^T + bias
     up: Tensor | None  # (V, r)
     main_grad: Tensor | None  # (V, D) float32: dweight is added here
     target: Tensor  # (N,) int64
@@ -117,7 +119,7 @@ DIFFERENTIABLE = ("hidden", "weight", "bias", "low", "up")  # the first fields, 
 
 
 class Coefficients(NamedTuple):
-    """What each row's and pair's term is multiplied by in the loss: weights, denominators, mixup weight; 0 if ignored."""
+    """What terms of rows and pairs are multiplied by in the loss: weights over denominators, mu; 0 where ignored."""
 
     column: Tensor  # (N,) int64: the target's column in the whole vocabulary, -1 at ignored rows
     row: Tensor  # (N,) float64

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -59,8 +60,8 @@ def _check_values(name: str, ok: Tensor, expected: str, got: Callable[[], str]) 
 
 
 MADE_IN_KERNELS = (
-    "target, lam, row_weight, pair_weight, mixup_weight, ntp_denominator or mixup_denominator: expected class indices in "
-    "[0, V) or ignore_index, lam in [0, 1], finite weights, and numbers >= 0 with no 0 below a sum of something"
+    "target, lam, row_weight, pair_weight, mixup_weight, ntp_denominator or mixup_denominator: expected class indices "
+    "in [0, V) or ignore_index, lam in [0, 1], finite weights, and numbers >= 0 with no 0 below a sum of something"
 )
 
 
@@ -166,7 +167,7 @@ def check_weights(name: str, value: object, shape: dict[str, int], *, values: bo
     check_no_grad(**{name: value})
 
 
-def check_class_weight(value: object, vocab_size: int | None) -> None:
+def check_class_weight(value: object, vocab_size: int | Tensor) -> None:
     """class_weight: None or float32 or float64 [V], finite and at least 0; V of the whole vocabulary."""
     if value is None:
         return
@@ -174,27 +175,46 @@ def check_class_weight(value: object, vocab_size: int | None) -> None:
         _fail("class_weight", "a float32 or float64 tensor [V]", value)
     assert isinstance(value, Tensor)
     check_side_dtype("class_weight", value, "float32 or float64 [V]")
-    size = value.shape[0] if vocab_size is None else vocab_size
+    size = value.shape[0] if isinstance(vocab_size, Tensor) else vocab_size
     check_tensor("class_weight", value, {"V": size}, (torch.float32, torch.float64))
+    if isinstance(vocab_size, Tensor):
+        expected = "[V], V that of all shards"
+        _check_values("class_weight", vocab_size == size, expected, lambda: f"{size} with V={vocab_size}")
     ok = (value.detach() >= 0) & value.detach().isfinite()
     _check_values("class_weight", ok, "finite values >= 0", lambda: f"{value[~ok][0].item()}")
     check_no_grad(class_weight=value)
 
 
-def check_tokens(
-    value: object, num_rows: int, vocab_size: int | None, ignore_index: int
-) -> Tensor | None:
+def check_tokens(value: object, num_rows: int, vocab_size: int | Tensor, ignore_index: int) -> Tensor | None:
     """tokens: None or int64 [N, K], each in [0, V) or ``ignore_index``; as columns, -1 where there is none."""
     if value is None:
         return None
     count = value.shape[1] if isinstance(value, Tensor) and value.ndim == 2 else 1
     check_tensor("tokens", value, {"N": num_rows, "K": count}, (torch.int64,))
     assert isinstance(value, Tensor)
-    ok = (value >= 0) | (value == ignore_index)
-    if vocab_size is not None:
-        ok = ok & (value < vocab_size)
-    _check_values("tokens", ok, f"class indices or ignore_index={ignore_index}", lambda: f"{value[~ok][0].item()}")
+    ok = ((value >= 0) & (value < vocab_size)) | (value == ignore_index)
+    expected = f"class indices in [0, V) or ignore_index={ignore_index}"
+    _check_values("tokens", ok, expected, lambda: f"{value[~ok][0].item()}")
     return torch.where(value == ignore_index, -1, value)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _fail(name, "True or False", value)
+
+
+def check_transforms(impl: str, *tensors: Tensor | None) -> None:
+    """No forward-mode or functional derivative of an implementation that has neither: it would be a silent 0."""
+    if torch.compiler.is_compiling():
+        return
+    found = "torch.func or vmap" if torch._C._functorch.peek_interpreter_stack() is not None else None
+    if forward_ad._current_level >= 0:
+        dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        found = found or ("forward-mode derivatives" if dual else None)
+    if found:
+        raise ValueError(
+            f"impl: expected impl='reference' under {found}, got impl={impl!r}, which has a backward alone"
+        )
 
 
 def check_shift(shift: object, target: Tensor) -> int:
@@ -204,11 +224,6 @@ def check_shift(shift: object, target: Tensor) -> int:
         _fail("shift", f"an int from 0 to T={size}", shift)
     assert isinstance(shift, int)
     return int(shift)
-
-
-def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        _fail(name, "True or False", value)
 
 
 def check_main_grad(main_grad: object, weight: Tensor, dtype: torch.dtype) -> None:
@@ -251,7 +266,9 @@ def number(name: str, value: object, *, positive: bool = True, most: float = flo
     return value
 
 
-Scalar = tuple[Tensor | None, float]  # one of the two: 0-d on the rows' device, or a number; (None, NaN): not given
+Scalar = tuple[
+    Tensor | None, float
+]  # one of the two: 0-d on the rows' device, or a number; (None, NaN): not given
 
 
 def scalar(name: str, value: object, device: torch.device, *, values: bool = True) -> Scalar:
@@ -270,7 +287,7 @@ def scalar(name: str, value: object, device: torch.device, *, values: bool = Tru
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             _fail(name, "a number >= 0 or a 0-d tensor", value)
         return None, number(name, value, positive=False)
-    if value.ndim != 0 or value.dtype.is_complex:
+    if value.ndim != 0 or value.dtype.is_complex or value.dtype == torch.bool:
         _fail(name, "a number >= 0 or a 0-d tensor", value)
     if value.dtype in (torch.float16, torch.bfloat16):
         _fail(name, "a number, or a 0-d tensor of float32, float64 or integers" + ROUNDED, value)
@@ -289,9 +306,7 @@ def scalar(name: str, value: object, device: torch.device, *, values: bool = Tru
     return tensor, float("nan")
 
 
-def check_denominators(
-    ntp: Scalar, mixup: Scalar, target: Tensor, num_pairs: int, ignore_index: int
-) -> None:
+def check_denominators(ntp: Scalar, mixup: Scalar, target: Tensor, num_pairs: int, ignore_index: int) -> None:
     """A denominator of 0 may stand under a sum of nothing: 0 / 0 is 0 here."""
     for name, (tensor, given) in (("ntp_denominator", ntp), ("mixup_denominator", mixup)):
         if tensor is None and given != 0:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .call import Needs
+from .chunked.scratch import DEFAULT_ROWS, DEFAULT_SCRATCH_BYTES
 
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked``
-DEFAULT_ROWS = 4096  # of a chunk of ``stored``: the products' full speed, in one reused buffer of logits
 MEMORY_SHARE = 64  # ``stored`` takes at most this part of a GPU's memory where no bound is named
 _HAS_TRITON = find_spec("triton") is not None
 # Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.
@@ -29,7 +28,10 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # (modifier, with what): why. A test walks it, and tries every other pair.
 REFUSED = {
-    ("vocab_parallel", "stored"): "it makes gradients in the forward, before the log-sum-exp of all shards is known",
+    (
+        "vocab_parallel",
+        "stored",
+    ): "it makes gradients in the forward, before the log-sum-exp of all shards is known",
     ("rows", "stored"): "it makes gradients in the forward, before each row's upstream is known",
 }
 
@@ -70,7 +72,11 @@ def why_not_chip(device: torch.device) -> str | None:
     if torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} has too little shared memory for its tiles"
+    return (
+        None
+        if major >= 8
+        else f"compute capability {major}.{minor} has too little shared memory for its tiles"
+    )
 
 
 def choose_impl(impl: str | None, hidden: Tensor) -> str:
@@ -103,7 +109,7 @@ def choose(
     if scratch_bytes is not None and (type(scratch_bytes) is not int or scratch_bytes < 1):
         raise ValueError(f"scratch_bytes: expected an int > 0 or None, got {scratch_bytes!r}")
     for name, given in (("vocab_parallel", vocab_parallel), ("rows", rows)):
-        if given and (name, schedule) in REFUSED:
+        if given and schedule is not None and (name, schedule) in REFUSED:
             what = "an upstream for each row (reduction='none')" if name == "rows" else name
             raise ValueError(
                 f"schedule: expected 'recompute' or None with {what}, got {schedule!r}: {REFUSED[name, schedule]}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, reference
-from .arguments import HeadOptions, Rows, Ways, for_reference, make_call, number_or_tensor
+from .arguments import HeadOptions, Rows, Ways, for_reference, for_reference_loss, make_call, number_or_tensor
 from .autocast import follows_autocast
 from .call import Call
 from .choice import Choice
@@ -22,14 +22,6 @@ from .terms import Terms
 def _run(call: Call, choice: Choice) -> Terms:
     found = (made_fwd if choice.made else terms_fwd)(*call)
     return Terms(*found[: len(Terms._fields)])
-
-
-def _reference_options(call: Call, *names: str) -> dict[str, Any]:
-    """The reference's keywords for the call's numbers."""
-    options = call.options
-    found: dict[str, Any] = {"softcap": options.softcap or None, "logit_scale": options.logit_scale}
-    found |= {name: getattr(options, name) for name in names}
-    return {**found, "ignore_index": call.wanted.ignore_index}
 
 
 @follows_autocast
@@ -74,40 +66,51 @@ def sftmix_loss(
         hidden: [N, D] last hidden states (after the final norm); float32, float16, bfloat16 or float64.
         weight: [V, D] output embedding, dtype of ``hidden``.
         target: [N] int64, already shifted: the token that row n must predict, or ``ignore_index``.
-        lam: [M] float32 in [0, 1], the share of the confident member; 2M at most N.
+        lam: [M] float32 or float64 in [0, 1], the share of the confident member; 2M at most N. A member whose share is
+            exactly 0 adds exactly nothing to its mixture.
         bias: [V], dtype of ``hidden``.
         mixup_weight: mu of the paper, a number ≥ 0 or a 0-d tensor. The number 0 skips the mixture (``mixup_nll``
-            is then NaN); under ``torch.compile`` pass a value that changes between steps as a tensor.
-        row_weight: [N] weights of the rows' next-token terms. pair_weight: [M] weights of the pairs' Mixup terms.
-        ntp_denominator, mixup_denominator: what the two sums are divided by, a number > 0 or a 0-d tensor; by
-            default the supervised rows and the valid pairs of this call (counts, not weights, at least 1).
-        ignore_index: target value of rows that bear no loss.
+            is then NaN); under ``torch.compile`` pass a value that changes between steps as a tensor, and for a CUDA
+            graph as a tensor on hidden's device: one of the CPU would be frozen into it, and is refused.
+        row_weight: [N] weights of the rows' next-token terms. pair_weight: [M] weights of the pairs' Mixup terms;
+            float32, float64, bool or integers.
+        class_weight: [V] float32 or float64, at least 0: c of the rows' next-token terms, as torch's cross_entropy has
+            it; with ``vocab_parallel`` that of the whole vocabulary. ``nll`` and the mixture have none.
+        ntp_denominator, mixup_denominator: what the two sums are divided by, a number or a 0-d tensor (float32, float64
+            or integers; not 16 bits, which round counts); by default the supervised rows (with ``class_weight`` the sum
+            of their targets') and the valid pairs of this call. 0 / 0 is 0; 0 under something is refused.
+        ignore_index: target value of rows that bear no loss: whatever such a row holds, NaN too, changes nothing.
         softcap: logits become ``softcap * tanh(logits / softcap)``, after mixing. logit_scale: factor before that.
-        label_smoothing, z_loss: e in [0, 1) and z ≥ 0; a row's next-token term becomes
-            (1 - e) nll + e (lse - mean logit) + z lse². The mixture has neither, and ``nll`` stays -log p.
+        label_smoothing, z_loss: e in [0, 1] and z ≥ 0; a row's next-token term becomes
+            (1 - e) c[y] nll + e/V sum_v c_v (lse - z_v) + z lse². The mixture has neither, and ``nll`` stays -log p.
+        token_scaling: a row's term is multiplied by its target's probability, detached (DFT, arXiv 2508.05629).
+        want_predicted: give the token of each row's largest logit, too.
         lora: (A [r, D], B [V, r], scaling): the output layer is ``weight + scaling * B @ A``, which is not formed;
             A and B get gradients. The weight is not copied, and costs nothing more where it is frozen (lora_head.py).
         vocab_parallel: a ProcessGroup or a 1-D DeviceMesh over whose ranks the rows of ``weight`` (and ``bias``, and
             B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
             and the same rows. Every rank gets the same loss and the whole gradients of hidden and of A
-            (vocab_parallel.py). Not with "stored", which makes gradients before all columns' sums are known.
+            (vocab_parallel/). Not with "stored", which makes gradients before all columns' sums are known.
         main_grad: [V, D] float32 (float64 for float64 inputs): the gradient of weight is added here in the backward,
             unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
-            then; "chunked" makes the logits again in the backward, 4 products instead of 3). Not beside lora or
-            vocab_parallel, and not under FSDP2, which owns its gradients (main_grad.py).
+            then; "chunked" makes the logits again in the backward, 4 products instead of 3). With ``vocab_parallel``
+            the shard's, [V_r, D]. Not under FSDP2, which owns its gradients. Under DDP it is not reduced over ranks:
+            DDP sees gradients of parameters alone, so all-reduce the buffer after the backward.
         impl: "reference", "chunked", "fused"; None takes "fused" on a GPU whose triton has the dtype, else "chunked".
         schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
             one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
-            fused/schedule.py's cost model, on this chip; "recompute" with vocab_parallel, when interpreted, and with
-            main_grad, which is asked for to save the memory that "stored" would take.
+            fused/schedule.py's cost model, on this chip, "stored" only where that takes at most 1/64 of the GPU's
+            memory; "recompute" with vocab_parallel, when interpreted, and with main_grad. "recompute" and "chunked"
+            give the same loss with gradients as without; "stored" rounds each logit of 16-bit inputs once in between,
+            so that where None changes schedule with N, a 16-bit loss changes by that rounding.
         scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice, or
             the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule None "stored"
-            is taken only where its float32 dweight fits too, and its chunk gets the rest.
+            is taken only where its float32 dweight fits into it too, and its chunk gets the rest.
 
     Returns:
         SFTMixLoss: ``loss`` is differentiable in hidden, weight and bias; everything else is detached. With no
-        supervised row ``loss`` is 0 and its gradients are 0.
+        supervised row ``loss`` is 0 and its gradients are 0. ``z_loss`` is the part of ``loss`` that the z-loss is.
 
     Memory above inputs and gradients, with S = ``scratch_bytes`` and O(N + M) of statistics:
         no gradient needed: nothing by "fused", S by "chunked" (CPU: at most 8 MiB); "recompute": S + 4 N D, float32 S;
@@ -121,23 +124,20 @@ def sftmix_loss(
 
     Source: Xiao et al., arXiv 2410.05248, section 3: L = L_NTP + mu * L_Mixup.
     """
+    checks.check_flag("want_predicted", want_predicted)
     rows = Rows(
         lam, row_weight, pair_weight, class_weight, mixup_weight, ntp_denominator, mixup_denominator, None,
         ignore_index, token_scaling,
     )  # fmt: skip
-    ways = Ways(
-        lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, predicted=want_predicted
-    )
+    ways = Ways(lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, predicted=want_predicted)
     options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
     call, choice = make_call(hidden, weight, target, bias, options, rows, ways)
     if choice.impl == "reference":
-        arguments, layer = for_reference(call)
-        coefficients = ("mixup_weight", "ntp_denominator", "mixup_denominator")
+        names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
+        numbers: dict[str, Any] = {name: number_or_tensor(call, name) for name in names}
         result = reference.sftmix_loss(
-            *arguments, call.lam, row_weight=call.row_weight, pair_weight=call.pair_weight,
-            class_weight=call.class_weight, token_scaling=token_scaling, want_predicted=want_predicted, **layer,
-            **{name: number_or_tensor(call, name) for name in coefficients},
-            **_reference_options(call, "label_smoothing", "z_loss"),
+            lam=call.lam, row_weight=call.row_weight, pair_weight=call.pair_weight, want_predicted=want_predicted,
+            **numbers, **for_reference_loss(call),
         )  # fmt: skip
     else:
         found = _run(call, choice)
@@ -177,7 +177,9 @@ def linear_cross_entropy(
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``target``, without the logits: the case M = 0.
 
     Args as in :func:`sftmix_loss`; ``hidden`` may have any batch dimensions, or none, and ``target`` the same.
-    ``reduction`` is "mean" (over rows that are not ignored; 0, not NaN, when all are), "sum" or "none". With "none"
+    ``reduction`` is "mean" (over rows that are not ignored, with ``class_weight`` over the sum of their targets'
+    weights; 0, not NaN, when all are), "sum" or "none". ``shift`` k (True is 1): row t of a last dimension of T rows is
+    scored against target t + k, without a copy of hidden; "none" then returns T - k of them. With "none"
     any upstream gradient per row is right, so the backward recomputes the logits: 4 products instead of 3 where
     ``chunked`` runs, no difference for ``fused``, whose ``schedule`` must then not be "stored".
 
@@ -209,16 +211,13 @@ def linear_cross_entropy(
         if reduction != "none":
             return found.loss
         terms = found.term
+    elif reduction != "none":
+        denominator = number_or_tensor(call, "ntp_denominator")
+        return reference.sftmix_loss(
+            lam=call.lam, mixup_weight=0.0, ntp_denominator=denominator, **for_reference_loss(call)
+        ).loss
     else:
-        arguments, layer = for_reference(call)
-        layer |= _reference_options(call, "label_smoothing", "z_loss")
-        layer |= {"class_weight": call.class_weight, "token_scaling": token_scaling}
-        if reduction != "none":
-            denominator = number_or_tensor(call, "ntp_denominator")
-            return reference.sftmix_loss(
-                *arguments, call.lam, mixup_weight=0.0, ntp_denominator=denominator, **layer
-            ).loss
-        terms = reference.row_losses(*arguments, **layer)
+        terms = reference.row_losses(**for_reference_loss(call))
     terms = terms.reshape(target.shape)
     return terms[..., : target.shape[-1] - shift] if shift else terms
 
@@ -241,16 +240,22 @@ def token_stats(
     impl: str | None = None,
     scratch_bytes: int | None = None,
 ) -> TokenStats:
-    """Log-probability, log-sum-exp, entropy and top-1 hit of each row, forward only and without the logits.
+    """Log-probability, log-sum-exp, entropy and top-1 hit of each row, without the logits.
 
-    Args as in :func:`sftmix_loss`. A tie for the largest logit counts as a hit.
+    Args as in :func:`sftmix_loss`. ``tokens`` [N, K] int64: further tokens of each row whose log-probabilities are
+    wanted, ``ignore_index`` where there are fewer. ``differentiable``: log-probabilities, lse and entropy carry
+    gradients, right for any upstream; the backward makes the logits again. ``want_predicted``: the token of each row's
+    largest logit, too, the first of equals. A tie for the largest logit counts as a hit.
 
-    Returns: TokenStats of [N] tensors, detached, float32 (float64 for float64 inputs) in nats, ``is_top1`` bool;
-        log-probability 0 and no hit at ignored rows. Entropy is lse z - sum_j p_j z_j, p = softmax z.
+    Returns: TokenStats of [N] tensors, detached but for ``differentiable``, float32 (float64 for float64 inputs) in
+        nats, ``is_top1`` bool; log-probability 0 and no hit at ignored rows. Entropy is lse z - sum_j p_j z_j,
+        p = softmax z. ``predicted`` [N] and ``token_logprob`` [N, K] are None where they are not asked for.
     Raises: ValueError as :func:`sftmix_loss` does.
-    Memory: O(N) by "fused"; by "chunked" ``scratch_bytes``, on a CPU at most 8 MiB of it, the entropy's tile included.
+    Memory: O(N K) by "fused"; by "chunked" ``scratch_bytes``, on a CPU at most 8 MiB of it, the entropy's tile
+        included. The backward of differentiable ones: as of :func:`sftmix_loss`, and the entropy's logits once more.
     """
     checks.check_flag("differentiable", differentiable)
+    checks.check_flag("want_predicted", want_predicted)
     rows = Rows(ignore_index=ignore_index, tokens=tokens)
     ways = Ways(
         lora, vocab_parallel, None, impl, None, scratch_bytes, rows=True, detached=not differentiable, entropy=True,
@@ -258,11 +263,10 @@ def token_stats(
     )  # fmt: skip
     call, choice = make_call(hidden, weight, target, bias, HeadOptions(softcap, logit_scale), rows, ways)
     if choice.impl == "reference":
-        arguments, layer = for_reference(call)
-        found = reference.token_stats(
-            *arguments, tokens=tokens, want_predicted=want_predicted, **layer, **_reference_options(call)
-        )
-        return found if differentiable else TokenStats(*(None if t is None else t.detach() for t in found))
+        found = reference.token_stats(tokens=tokens, want_predicted=want_predicted, **for_reference(call))
+        if differentiable:
+            return found
+        return TokenStats._make(None if value is None else value.detach() for value in found)
     terms = _run(call, choice)
     return TokenStats(
         -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from . import terms
-from .call import DIFFERENTIABLE, SCHEMA, TENSORS, Call, Coefficients, Gradients, Kept, Statistics, empty_gradients
+from .call import (
+    DIFFERENTIABLE,
+    SCHEMA,
+    TENSORS,
+    Call,
+    Coefficients,
+    Gradients,
+    Kept,
+    Statistics,
+    empty_gradients,
+)
 from .checks import readable
 from .terms import Terms
 
@@ -82,7 +92,13 @@ def terms_fwd(*arguments: Any) -> Tensors:
     call = Call(*arguments)
     coef = made_by(call, "coefficients")(call)
     found = statistics(call, coef.column)
-    return (*made_by(call, "finish")(call, coef, found), *coef, found.entropy, found.row_carry, found.pair_carry)
+    return (
+        *made_by(call, "finish")(call, coef, found),
+        *coef,
+        found.entropy,
+        found.row_carry,
+        found.pair_carry,
+    )
 
 
 def _fake_terms(call: Call) -> tuple[Tensors, Tensors]:
@@ -122,17 +138,22 @@ def terms_bwd_into(*arguments: Any) -> Tensors:
     return _gradients(*arguments)
 
 
+def kept_of(kept: Tensors) -> Kept:
+    entropy, row_carry, pair_carry = kept[3:]
+    return Kept(row_carry, pair_carry, entropy)
+
+
 def _gradients(*arguments: Any) -> Tensors:
     grads, rest, kept = arguments[:5], arguments[5:-NUM_KEPT], arguments[-NUM_KEPT:]
     call, coef = Call(*rest), Coefficients(*kept[:3])
     upstream = made_by(call, "upstream_of")(call, coef, kept[4][2], grads)
     if call.place is None:
-        return cast(Tensors, engine_of(call).gradients(call, coef.column, Kept(*kept[4:], kept[3]), upstream))
+        return cast(Tensors, engine_of(call).gradients(call, coef.column, kept_of(kept), upstream))
     from .vocab_parallel import sum_over_shards
 
     own, column = local(call, coef.column)
     if call.weight.shape[0]:
-        found = engine_of(call).gradients(own, column, Kept(*kept[4:], kept[3]), upstream)
+        found = engine_of(call).gradients(own, column, kept_of(kept), upstream)
     else:
         found = Gradients(*(each.zero_() for each in empty_gradients(call)))
     dtype, group = call.hidden.dtype, call.group_name
@@ -288,8 +309,8 @@ def _made_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -
     if grad_loss is None:
         return (None,) * len(Call._fields)
     scale, *made = ctx.saved_tensors
-    none = (None,) * len(Call._fields)
-    call = Call(*none)._replace(plan=ctx.plan, main_grad=ctx.main_grad)
+    nothing: tuple[Any, ...] = (None,) * len(Call._fields)
+    call = Call(*nothing)._replace(plan=ctx.plan, main_grad=ctx.main_grad)
     if ctx.main_grad is not None:
         refuse_grad_mode()
         return of_inputs(made_bwd_into(grad_loss, scale, *made, ctx.main_grad, ctx.weight_dtype), call)

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Coefficients, Gradients, Kept, Statistics, Upstream, empty_gradients
+from ..call import Call, Coefficients, Gradients, Kept, Statistics, Upstream
 from ..checks import readable
 from ..terms import times
 from .layer import Layer
+from .products import Products
 from .rows import (
     Pairs,
     RowSums,
@@ -43,7 +44,7 @@ from .rows import (
     unit_scale,
     write_label_,
 )
-from .scratch import PRODUCT_COLUMNS, Sizes, blocks, choose_sizes
+from .scratch import Sizes, blocks, choose_sizes
 from .statistics import Filled, Group, groups_of, weighted_sum
 
 
@@ -59,7 +60,11 @@ class _Work(NamedTuple):
     @property
     def sums(self) -> tuple[RowSums, RowSums] | None:
         """Of all rows and mixtures, where they are known."""
-        return None if self.kept is None else (RowSums(*self.kept.row_carry[:2]), RowSums(*self.kept.pair_carry[:2]))
+        return (
+            None
+            if self.kept is None
+            else (RowSums(*self.kept.row_carry[:2]), RowSums(*self.kept.pair_carry[:2]))
+        )
 
 
 class _Chunks:
@@ -73,6 +78,10 @@ class _Chunks:
         num_rows, vocab_size, num_pairs = call.sizes
         self.call, self.layer, self.head, self.work, self.dtype = call, layer, layer.head, work, dtype
         self.has_infinities = may_be_infinite(self.head)
+        self.weights: Tensor | None = None
+        if call.class_weight is not None:
+            ignored = call.target == call.wanted.ignore_index
+            self.weights = call.class_weight[call.target.masked_fill(ignored, 0)].to(dtype)
         self.has_dead = may_be_zero(work.row) or (num_pairs > 0 and may_be_zero(work.pair))
         self.sizes: Sizes = choose_sizes(
             num_rows, num_pairs, vocab_size, dtype=layer.dtype, wide_dtype=dtype, device=call.hidden.device.type,
@@ -81,14 +90,7 @@ class _Chunks:
         self.stored = call.hidden.new_empty(self.sizes.stored, vocab_size, dtype=layer.dtype)
         self.wide = call.hidden.new_empty(self.sizes.wide, vocab_size, dtype=dtype)
         self.filled = Filled(call, exact=False)
-        self.gradients = empty_gradients(call, dtype)
-        self.gradients.dup.zero_()
-        self.dweight = self.gradients.dweight if call.main_grad is None else call.main_grad
-        self.is_written = call.main_grad is not None
-        # What a dweight product is multiplied by on its way to main_grad.
-        self.product_scale = scale if call.main_grad is not None and call.hidden.dtype != dtype else None
-        # float64, so that it does not matter how many chunks there are: V numbers cost nothing.
-        self.dbias = torch.zeros_like(self.gradients.dbias, dtype=torch.float64)
+        self.products = Products(call, layer, scale)
 
     def run(self) -> Gradients:
         num_rows, _, num_pairs = self.call.sizes
@@ -96,74 +98,31 @@ class _Chunks:
             size = self.sizes.pairs if group.sides == 2 else self.sizes.singles
             for chunk in blocks(0, group.length, size):
                 _chunk(self, group, chunk)
-        if not self.is_written:
-            self.dweight.zero_()
-        return self.gradients._replace(dbias=self.dbias.to(self.dtype))
-
-    def products(
-        self, group: Group, chunk: slice, hidden: Tensor, low: Tensor | None, gradient: Tensor
-    ) -> None:
-        """dhidden and dlow of a chunk's rows and its share of dweight, dbias and dup, from dlogits [n, V]."""
-        needs = self.call.needs
-        if needs.dbias:
-            self.dbias += gradient.sum(dim=0, dtype=self.dtype)
-        if needs.dhidden or needs.dlow:
-            self._products_of_rows(group, chunk, gradient)
-        if needs.dweight:
-            self.add_to_dweight(self.living(group, chunk, hidden), gradient)
-        if needs.dup and low is not None:
-            self.gradients.dup.add_(torch.mm(gradient.t(), self.living(group, chunk, low)))
+        return self.products.result()
 
     def living(self, group: Group, chunk: slice, rows: Tensor) -> Tensor:
         """Hidden states (n, D) with 0 in rows that bear no loss, which may hold NaN: 0 times it would not be 0."""
         if not self.has_dead:
             return rows
-        dead = group.of(self.work.row, chunk) == 0
+        dead = self.dead(group, chunk)
         if group.sides == 2:
             dead = dead & (self.work.pair[chunk] == 0)[None]
-        for each in (self.work.upstream or ())[2:]:
-            if each is not None:
-                dead = dead & (group.of(each, chunk) == 0).view(*dead.shape, -1).all(dim=-1)
         dead = dead.flatten()
         if readable(rows) and bool(rows[dead].isfinite().all()):
             return rows
         return rows.masked_fill(dead[:, None], 0)
 
-    def _products_of_rows(self, group: Group, chunk: slice, gradient: Tensor) -> None:
-        """dhidden = G W and dlow = G up, summed over slices of a widened weight before they are rounded."""
-        dhidden: Tensor | None = None
-        dlow: Tensor | None = None
-        needs = self.call.needs
-        for columns, head in self.layer.slices():
-            part = gradient[:, columns]
-            if needs.dhidden:
-                dhidden = (
-                    torch.mm(part, head.weight) if dhidden is None else dhidden.addmm_(part, head.weight)
-                )
-            if needs.dlow and head.up is not None:
-                dlow = torch.mm(part, head.up) if dlow is None else dlow.addmm_(part, head.up)
-        for into, found in ((self.gradients.dhidden, dhidden), (self.gradients.dlow, dlow)):
-            if found is not None:
-                into_rows = group.of(into, chunk)
-                into_rows.copy_(found.view(into_rows.shape))
+    def weight(self, group: Group, rows: slice) -> Tensor | float:
+        """c at each row's target (sides, n), which may be a column of another shard; 1 without class weights."""
+        return 1.0 if self.weights is None else group.of(self.weights, rows)
 
-    def add_to_dweight(self, hidden: Tensor, gradient: Tensor) -> None:
-        """dweight += G^T hidden; the first chunk writes it. 16-bit products are rounded, then summed in float32."""
-        written, self.is_written = self.is_written, True
-        if hidden.dtype == self.dtype:
-            if self.product_scale is not None:
-                hidden = hidden * self.product_scale
-            torch.addmm(self.dweight, gradient.t(), hidden, beta=1 if written else 0, out=self.dweight)
-            return
-        # In slices of the vocabulary, so that no second [V, D] is made.
-        for columns in blocks(0, gradient.shape[1], PRODUCT_COLUMNS):
-            product = torch.mm(gradient[:, columns].t(), hidden)
-            if not written:
-                self.dweight[columns] = product
-            elif self.product_scale is None:
-                self.dweight[columns] += product
-            else:
-                self.dweight[columns] += product.to(self.dtype).mul_(self.product_scale)
+    def dead(self, group: Group, part: slice) -> Tensor:
+        """Which rows (sides, n) have no upstream of their own."""
+        dead = group.of(self.work.row, part) == 0
+        for each in (self.work.upstream or ())[2:]:
+            if each is not None:
+                dead = dead & (group.of(each, part) == 0).view(*dead.shape, -1).all(dim=-1)
+        return dead
 
     def kept_logits(self, logits: Tensor) -> Tensor | None:
         """A copy of final logits where the entropy's gradient will need them beside their exponentials."""
@@ -199,13 +158,18 @@ def _chunk(state: _Chunks, group: Group, chunk: slice) -> None:
             _single_rows(state, group, rows, block)
         if planes.dtype != block.dtype:  # round the block's gradient to where its logits were
             planes[:, part].copy_(block)
-    state.products(group, chunk, hidden, low, stored)
+    if call.needs.dweight or call.needs.dup:
+        hidden, low = (
+            state.living(group, chunk, hidden),
+            None if low is None else state.living(group, chunk, low),
+        )
+    state.products.add(group, chunk, hidden, low, stored)
 
 
 def _finish_rows(
     state: _Chunks, group: Group, rows: slice, logits: Tensor, own_logit: Tensor
 ) -> tuple[RowSums, Tensor]:
-    """Statistics of a block's rows from their final logits [sides, b, V], which become exponentials; and coefficients."""
+    """Sums and coefficients of a block's rows from their final logits [sides, b, V], which become exponentials."""
     head, filled, work = state.head, state.filled, state.work
     target, coef = group.of(work.column, rows), group.of(work.row, rows)
     if filled.predicted.numel():
@@ -216,7 +180,7 @@ def _finish_rows(
     row_max, sums = exponentials_(logits, of_rows)
     filled.write_rows(group, rows, target, own_logit, row_max, sums)
     if head.token_scaling and work.kept is None:
-        coef = times(torch.exp(sums.logprob(own_logit)), coef)
+        coef = times(coef, torch.exp(sums.logprob(own_logit)))
     return sums, coef
 
 
@@ -227,7 +191,7 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
     own_logit = at_column(logits, target)
     copy = state.kept_logits(logits)
     sums, coef = _finish_rows(state, group, rows, logits, own_logit)
-    weight, logprob = head.weight_at(target), sums.logprob(own_logit)
+    weight, logprob = state.weight(group, rows), sums.logprob(own_logit)
     extra = None if state.work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, coef, sums, weight, state.has_dead)
     own = own_label(head, target, logprob, sums, weight)
@@ -236,6 +200,8 @@ def _single_rows(state: _Chunks, group: Group, rows: slice, block: Tensor) -> No
         logits.add_(extra)
     if slope is not None:
         logits.mul_(slope)
+        if state.has_dead:
+            clear_(logits, state.dead(group, rows), sums.lse)
     elif head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
 
@@ -282,12 +248,14 @@ def _pair_rows(state: _Chunks, group: Group, rows: slice, block: Tensor, mixed: 
     sums, row_coef = _finish_rows(state, group, rows, logits, own)
     _, sums_x = exponentials_(mixed, None if work.sums is None else RowSums(*(t[rows] for t in work.sums[1])))
     state.filled.write_mixtures(rows, target, logit_x, sums_x)
-    weight = head.weight_at(target)
+    weight = state.weight(group, rows)
     extra = None if work.upstream is None else _extra_(state, group, rows, logits, copy, sums)
     next_token_gradient_(head, logits, row_coef, sums, weight, state.has_dead)
     if slope is not None and slope_x is not None:
         logits.mul_(slope)
         mixed.mul_(slope_x)
+        if state.has_dead:
+            clear_(logits, state.dead(group, rows), sums.lse)
     share = torch.stack([lam, 1 - lam])
     pairs = Pairs(target, share, weight, own, other, logit_x, sums, sums_x, slopes)
     add_mixture_gradient_(head, pairs, logits, mixed, (row_coef, work.pair[rows]), state.has_dead)

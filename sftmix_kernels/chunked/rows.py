@@ -37,13 +37,13 @@ class Head(NamedTuple):
     spread: float | Tensor = 0.0  # e / V sum of c over the whole vocabulary
     token_scaling: bool = False
 
-    def weight_at(self, target: Tensor) -> Tensor | float:
-        """c at each target, 1 without class weights."""
-        return 1.0 if self.class_weight is None else self.class_weight[target.clamp(min=0)]
-
     def uniform_at(self, target: Tensor) -> Tensor | float:
-        """e c / V at each target."""
-        return self.uniform if self.class_weight is None else self.uniform * self.weight_at(target)
+        """e c / V at each target among these columns."""
+        return (
+            self.uniform
+            if self.class_weight is None
+            else self.uniform * self.class_weight[target.clamp(min=0)]
+        )
 
 
 def head_of(call: Call) -> Head:
@@ -131,7 +131,7 @@ class RowSums(NamedTuple):
 
 
 def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infinities: bool) -> None:
-    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side, and inf - inf is not formed."""
+    """out [n, V] = lam c + (1 - lam) u. With infinities a share of 0 takes the other side; no inf - inf."""
     if not has_infinities:
         torch.lerp(partner, confident, lam[:, None], out=out)
         return
@@ -142,7 +142,7 @@ def mix_(confident: Tensor, partner: Tensor, lam: Tensor, out: Tensor, has_infin
 
 
 def may_be_infinite(head: Head) -> bool:
-    """Whether logits of valid rows may be infinite: a bias masks columns by -inf. Elsewhere than on a CPU: if there is one."""
+    """Whether logits of valid rows may be infinite: by a bias that masks columns. Only on a CPU is it looked at."""
     if head.bias is None:
         return False
     return not readable(head.bias) or not bool(head.bias.isfinite().all())
@@ -173,8 +173,10 @@ def may_be_zero(coef: Tensor) -> bool:
 
 
 def clear_(rows: Tensor, dead: Tensor, suspects: Tensor) -> None:
-    """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN: where ``suspects`` [...] are not
-    finite, which only a CPU looks at first."""
+    """0 in the ``dead`` [...] rows of [..., V], where products with 0 may have left NaN.
+
+    That is where ``suspects`` [...] are not finite, which only a CPU looks at first.
+    """
     if not readable(rows) or bool((dead & ~suspects.isfinite()).any()):
         rows.masked_fill_(dead[..., None], 0)
 
@@ -259,10 +261,10 @@ def add_mixture_gradient_(
     gradient.addcmul_(exponentials_x, factor[..., None])
     other = other_label(head, target.flip(0), sums.logprob(block.other_logit), sums, weight)
     own = own_label(head, target, sums.logprob(block.own_logit), sums, weight)
-    own, other = product(row_coef, own), product(row_coef, other)
     if block.slopes is not None:
         slope_own, slope_other, slope_x = block.slopes
         own, other, residual_x = own * slope_own, other * slope_other, residual_x * slope_x
+    own, other = product(row_coef, own), product(row_coef, other)
     mixed = product(mixed_coef, residual_x)
     crossed = product(mixed_coef, residual_x.flip(0))
     # The row's own label is written last: when both labels are one column, its residual holds both parts.

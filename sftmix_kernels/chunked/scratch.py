@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-DEFAULT_SCRATCH_BYTES = 64 * 2**20
+DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked``
+DEFAULT_ROWS = 4096  # of a chunk of ``stored``: the products' full speed, in one reused buffer of logits
 # Stays in a CPU's caches. On other devices a block is a quarter of the scratch, a tile all of it: larger launches.
 CACHE_BYTES = 8 * 2**20
 # Logits of all rows that take no more than this are one chunk: cutting them would cost more than it saves.

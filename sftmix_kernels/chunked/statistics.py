@@ -103,7 +103,7 @@ class _Running:
         self.top = self.shift = self.total = self.moment = self.sum_logits = self.best = torch.empty(0)
 
     def fold_(self, logits: Tensor, weights: Tensor, first: int, class_weight: Tensor | None) -> None:
-        """A tile's final logits from column ``first`` on, overwritten; ``weights``, of their size, is the entropy's scratch."""
+        """A tile's final logits from column ``first`` on, overwritten; ``weights``, as large, is scratch."""
         tile_sum = weighted_sum(logits, class_weight).double() if self.has_mean else None
         top = self._top(logits, first)
         # A row of -inf alone has a finite shift, so that its exponentials are 0 and not NaN.
@@ -150,7 +150,7 @@ def weighted_sum(logits: Tensor, class_weight: Tensor | None) -> Tensor:
 
 
 def _read(into: Tensor | None, logits: Tensor, target: Tensor, columns: slice) -> Tensor:
-    """logits [..., c] at ``target`` [..., K] where it is one of ``columns``, elsewhere what ``into`` has, or anything."""
+    """logits [..., c] at ``target`` [..., K] where that is one of ``columns``, elsewhere ``into``, or anything."""
     column = target - columns.start
     found = logits.gather(-1, column.clamp(0, logits.shape[-1] - 1))
     if into is None:

@@ -2,8 +2,9 @@
 
 The entries come from a compile-only study (registers, stack, matrix instructions): two accumulators of
 block_n x block_v float32 take ``2 * block_n * block_v / (32 * num_warps)`` registers a thread, and 128 is the most
-that leaves room for the epilogue. Of those that compile well, sm_90 takes a pair's tile of 128 x 128: it reads 85 flops
-a byte from L2 where 64 x 128 reads 64, too few for what L2 delivers (predicted, not measured: bench/NOTES.md).
+that leaves room for the epilogue. Of those that compile well the cost model ranks (schedule.py; bench/NOTES.md, nothing
+is measured): sm_90 takes a pair's tile of 128 x 128, which reads 85 flops a byte from L2 where 64 x 128 reads 64, too
+few for what L2 delivers; sm_100's rows run two programs a multiprocessor, one's epilogue under the other's products.
 tests/kernels/test_compile_matrix.py compiles each entry and holds that.
 """
 
@@ -54,13 +55,13 @@ _TILES_16BIT: dict[str, dict[tuple[str, bool], Tile]] = {
         ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 256, 64, num_warps=8, num_stages=3, **_BULK),
         ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
-        ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
+        ("recompute", False): Tile(256, 128, 64, num_warps=8, num_stages=3, **_BULK),
     },
     "sm_100": {
         ("forward", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
-        ("forward", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
+        ("forward", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
         ("recompute", True): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
-        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=4, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=4, num_stages=3, **_BULK),
     },
     "gfx942": {
         ("forward", True): Tile(128, 128, 32, num_warps=8, num_stages=2),
@@ -78,12 +79,14 @@ _TILES_16BIT_SOFTCAP: dict[str, dict[tuple[str, bool], Tile]] = {
     },
     "sm_100": {
         ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
     },
 }
 
 # A bias beside 128 x 128 leaves 168 bytes of the recomputing kernel on the stack, beside 64 x 128 none.
 _TILES_16BIT_BIAS: dict[str, dict[tuple[str, bool], Tile]] = {
     "sm_90": {("recompute", True): Tile(64, 128, 64, num_warps=4, num_stages=3, **_BULK)},
+    "sm_100": {("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK)},
 }
 
 # Class weights or the largest column take one more load or reduction for each row: 70 to 550 bytes of stack on sm_100.
@@ -115,6 +118,13 @@ def current_arch(device: torch.device | None = None) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def table_arch(arch: str) -> str:
@@ -192,6 +202,7 @@ def programs_per_processor(tile: Tile) -> int:
     return 2 if tile.num_warps <= 4 else 1
 
 
+@lru_cache(maxsize=4096)  # the search takes 0.1 ms
 def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int) -> int:
     """Into how many stretches the forward cuts the vocabulary.
 

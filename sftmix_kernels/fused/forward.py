@@ -18,15 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Statistics
-from .configs import Tile, choose_num_splits, programs_per_processor
+from .configs import Tile, choose_num_splits, num_processors, programs_per_processor
+from .exponentials import capped
 from .stats import empty_stats, first_column, fold, fold_splits, moment_of, no_columns, settled
 from .tiles import (
     CHANGING,
     Problem,
     RowPart,
     add_low_rank,
-    any_inside,
-    capped,
+    any_bit,
+    column_inside,
     launch_arguments,
     load_target,
     logits_tile,
@@ -40,34 +41,144 @@ from .tokens import token_logits
 
 @triton.jit
 def _logits(
-    affine,  # (rows, columns) W h
-    bias,
-    offs_v,
+    z,  # (rows, columns) W h + b
+    first_v,
+    vocab_size,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EXACT: tl.constexpr,
+    STEP: tl.constexpr = 1,
+    OFFSET: tl.constexpr = 0,
+):
+    """f(z), -inf in the vocabulary's tail; z is every STEP-th column of a tile, from OFFSET."""
+    z, _ = capped(z, SOFTCAP, LOGIT_SCALE, EXACT)
+    if not EVEN_V:
+        if first_v + STEP * z.shape[1] > vocab_size:  # in one tile of many
+            offs_v = first_v + tl.arange(0, z.shape[1]) * STEP + OFFSET
+            z = tl.where((offs_v < vocab_size)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _mixed(share, a, b):
+    """lam a + (1 - lam) b, rounded alike in a tile and in a row's target logit; share is lam, shaped as a and b are."""
+    return tl.fma(share, a, (1.0 - share) * b)
+
+
+@triton.jit
+def _selected(share, a, b, x):
+    """Of rows (rows,): x, or a where lam is 1 and b where it is 0, whose mixture with an infinite logit is NaN."""
+    return tl.where(share == 1.0, a, tl.where(share == 0.0, b, x))
+
+
+@triton.jit
+def _selected_stats(share, stats_c, stats_u, stats_x):
+    """The stats of X; X is A where lam is 1 and B where it is 0. Here and not in a tile: it costs nothing here."""
+    return (
+        _selected(share, stats_c[0], stats_u[0], stats_x[0]),
+        _selected(share, stats_c[1], stats_u[1], stats_x[1]),
+        stats_x[2],
+        _selected(share, stats_c[3], stats_u[3], stats_x[3]),
+    )
+
+
+@triton.jit
+def _at_column(z, column):
+    """The entry of each row (rows,) at its column, 0 where that is -1. z (rows, columns)."""
+    here = tl.arange(0, z.shape[1])[None, :] == column[:, None]
+    return tl.sum(tl.where(here, z, 0.0), axis=1)
+
+
+@triton.jit
+def _places(column_c, column_u):
+    """Which halves of a pair's tile hold any target, as bits: bit 0 of y_c the even columns, 1 the odd; 2 and 3 of y_u.
+
+    columns (rows,), -1 where the target is elsewhere.
+    """
+    bits_c = tl.where(column_c < 0, 0, 1 << column_c % 2)
+    return any_bit(bits_c | tl.where(column_u < 0, 0, 4 << column_u % 2))
+
+
+@triton.jit
+def _store_pair_targets(
+    outs,  # pointers (rows,) to A at y_c, B at y_u, X at y_c and at y_u
+    rows,
+    half_a,  # (rows, columns) W h_c + b, every second column from HALF
+    half_b,  # (rows, columns) W h_u + b
+    share,  # (rows,) lam
+    columns,  # of y_c and y_u in the tile, (rows,) each
+    places,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The target logits that are in this half; most tiles hold none and skip it."""
+    for label in tl.static_range(2):
+        if places & (1 << (2 * label + HALF)):
+            column = tl.where(columns[label] % 2 == HALF, columns[label] // 2, -1)
+            a = _at_column(half_a, column)
+            b = _at_column(half_b, column)
+            own, _ = capped(b if label else a, SOFTCAP, LOGIT_SCALE, EXACT)
+            mixed, _ = capped(_selected(share, a, b, _mixed(share, a, b)), SOFTCAP, LOGIT_SCALE, EXACT)
+            tl.store(outs[label] + rows, own, mask=column >= 0)
+            tl.store(outs[2 + label] + rows, mixed, mask=column >= 0)
+
+
+@triton.jit
+def _fold_mixture(
+    stats,  # of X
+    a,  # (rows, columns) W h_c + b
+    b,  # (rows, columns) W h_u + b
+    share,  # (rows,) lam
+    targets,  # outs, rows and columns of _store_pair_targets
+    first_v,
     vocab_size,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     EVEN_V: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """f(affine + bias), -inf in the vocabulary's tail."""
-    z, _ = capped(with_bias(affine, bias, offs_v, vocab_size), SOFTCAP, LOGIT_SCALE, EXACT)
-    if not EVEN_V:
-        z = tl.where((offs_v < vocab_size)[None, :], z, float("-inf"))
-    return z
+    """Fold a pair's tile of X and store its target logits.
+
+    Even columns, then odd ones: the mixture of half a tile is all that is live beside A and B.
+    """
+    outs, rows, columns = targets
+    places = _places(columns[0], columns[1])
+    halves_a = a.reshape(a.shape[0], a.shape[1] // 2, 2).split()
+    halves_b = b.reshape(b.shape[0], b.shape[1] // 2, 2).split()
+    for half in tl.static_range(2):
+        _store_pair_targets(
+            outs, rows, halves_a[half], halves_b[half], share, columns, places, SOFTCAP, LOGIT_SCALE, EXACT, half
+        )  # fmt: skip
+        x = _mixed(share[:, None], halves_a[half], halves_b[half])
+        x = _logits(x, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, 2, half)
+        stats = fold(stats, x, 0, 0, None, 0, EXACT)
+    return stats
 
 
 @triton.jit
-def _store_target_logit(out, rows, z, label, STEP: tl.constexpr, OFFSET: tl.constexpr):
-    """out[row] = z[row, target] where z holds the target. label: the targets' columns in the tile, any of them in it.
-
-    z is every STEP-th column of the tile from OFFSET. The branch skips the gathering in most tiles.
-    """
-    target, hit = label
-    if hit:
-        here = (tl.arange(0, z.shape[1]) * STEP + OFFSET)[None, :] == target[:, None]
-        # Said by arithmetic: a second reduction over the columns costs 500 bytes of stack on sm_90.
-        found = (target >= 0) & (target < STEP * z.shape[1]) & (target % STEP == OFFSET)
-        tl.store(out + rows, tl.sum(tl.where(here, z, 0.0), axis=1), mask=found)
+def _fold_rows(
+    stats,
+    best,  # (rows,) the first column of the maximum so far
+    z,  # (rows, columns) W h + b
+    first_v,
+    class_weight,
+    vocab_size,
+    PREDICTED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EXACT: tl.constexpr,
+    MOMENT: tl.constexpr,
+):
+    """Fold a tile of A or of B."""
+    z = _logits(z, first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
+    offs_v = first_v + tl.arange(0, z.shape[1])
+    if PREDICTED:
+        best = first_column(best, stats[0], z, offs_v)
+    return fold(stats, z, offs_v, vocab_size, class_weight, MOMENT, EXACT), best
 
 
 @triton.jit
@@ -77,52 +188,6 @@ def _store_stats(part_max, part_sum, part_moment, at, mask, stats, MOMENT: tl.co
     tl.store(part_sum + at, total, mask=mask)
     if MOMENT != 0:
         tl.store(part_moment + at, moment, mask=mask)
-
-
-@triton.jit
-def _fold_pairs(
-    a,  # (rows, columns) W h_c
-    b,  # (rows, columns) W h_u
-    share,  # (rows,) lam
-    stats,  # of A, B and X
-    best,  # first columns of the maxima of A and B
-    labels,  # of the confident and of the partner
-    outs,  # pointers to target logits: A at y_c, B at y_u, X at y_c and at y_u
-    rows,
-    first_v,
-    bias,
-    class_weight,
-    vocab_size,
-    PREDICTED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    EXACT: tl.constexpr,
-    MOMENT: tl.constexpr,
-    STEP: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """Fold every STEP-th column of a pair's tile, from OFFSET: one of the three sets of logits at a time."""
-    stats_c, stats_u, stats_x = stats
-    best_c, best_u = best
-    label_c, label_u = labels
-    offs_v = first_v + tl.arange(0, a.shape[1]) * STEP + OFFSET
-    x = share[:, None] * a + (1.0 - share)[:, None] * b
-    x = _logits(x, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[2], rows, x, label_c, STEP, OFFSET)
-    _store_target_logit(outs[3], rows, x, label_u, STEP, OFFSET)
-    stats_x = fold(stats_x, x, offs_v, vocab_size, None, 0, EXACT)
-    b = _logits(b, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[1], rows, b, label_u, STEP, OFFSET)
-    if PREDICTED:
-        best_u = first_column(best_u, stats_u[0], b, offs_v)
-    stats_u = fold(stats_u, b, offs_v, vocab_size, class_weight, MOMENT, EXACT)
-    a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-    _store_target_logit(outs[0], rows, a, label_c, STEP, OFFSET)
-    if PREDICTED:
-        best_c = first_column(best_c, stats_c[0], a, offs_v)
-    stats_c = fold(stats_c, a, offs_v, vocab_size, class_weight, MOMENT, EXACT)
-    return stats_c, stats_u, stats_x, best_c, best_u
 
 
 @triton.jit(
@@ -183,13 +248,14 @@ def _sftmix_fwd_kernel(
     row_mask = rows < num_rows
     y_c = load_target(target_c, rows, row_mask, 0, vocab_size)
     y_u = load_target(target_u, rows, row_mask, 0, vocab_size)
-    share = tl.load(lam + rows, mask=row_mask & PAIRED, other=0.0)
+    share = tl.load(lam + rows, mask=row_mask & PAIRED, other=0.5)
     zero = tl.zeros([BLOCK_N], dtype=tl.float32)
     stats_c = no_columns(zero)
     stats_u = no_columns(zero)
     stats_x = no_columns(zero)
     best_c = tl.zeros([BLOCK_N], dtype=tl.int32)
     best_u = tl.zeros([BLOCK_N], dtype=tl.int32)
+    outs = (target_logit_c, target_logit_u, target_logit_xc, target_logit_xu)
 
     begin = split.to(tl.int32) * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -204,28 +270,30 @@ def _sftmix_fwd_kernel(
                 a, b, low_c, low_u, up, first_n, first_v, num_rows, vocab_size, rank, stride_ln, stride_uv, PAIRED,
                 PRECISION, BLOCK_R,
             )  # fmt: skip
-        label_c = (y_c - first_v, any_inside(y_c - first_v, BLOCK_V))
-        label_u = (y_u - first_v, any_inside(y_u - first_v, BLOCK_V))
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        a = with_bias(a, bias, offs_v, vocab_size)
+        column_c = column_inside(y_c, first_v, BLOCK_V)
         if PAIRED:
-            # Even columns, then odd ones: the mixture of half a tile is all that must be live beside A and B.
-            outs = (target_logit_c, target_logit_u, target_logit_xc, target_logit_xu)
-            halves_a = a.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
-            halves_b = b.reshape(BLOCK_N, BLOCK_V // 2, 2).split()
-            for half in tl.static_range(2):
-                stats_c, stats_u, stats_x, best_c, best_u = _fold_pairs(
-                    halves_a[half], halves_b[half], share, (stats_c, stats_u, stats_x), (best_c, best_u),
-                    (label_c, label_u), outs, rows, first_v, bias, class_weight, vocab_size, part_best is not None,
-                    SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT, MOMENT, 2, half,
-                )  # fmt: skip
-        else:
-            offs_v = first_v + tl.arange(0, BLOCK_V)
-            a = _logits(a, bias, offs_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V, EXACT)
-            _store_target_logit(target_logit_c, rows, a, label_c, 1, 0)
-            if part_best is not None:
-                best_c = first_column(best_c, stats_c[0], a, offs_v)
-            stats_c = fold(stats_c, a, offs_v, vocab_size, class_weight, MOMENT, EXACT)
+            b = with_bias(b, bias, offs_v, vocab_size)
+            columns = (column_c, column_inside(y_u, first_v, BLOCK_V))
+            stats_x = _fold_mixture(
+                stats_x, a, b, share, (outs, rows, columns), first_v, vocab_size, SOFTCAP, LOGIT_SCALE, EVEN_V,
+                EXACT,
+            )  # fmt: skip
+            stats_u, best_u = _fold_rows(
+                stats_u, best_u, b, first_v, class_weight, vocab_size, part_best is not None, SOFTCAP, LOGIT_SCALE,
+                EVEN_V, EXACT, MOMENT,
+            )  # fmt: skip
+        elif any_bit((column_c >= 0).to(tl.int32)):
+            own, _ = capped(_at_column(a, column_c), SOFTCAP, LOGIT_SCALE, EXACT)
+            tl.store(target_logit_c + rows, own, mask=column_c >= 0)
+        stats_c, best_c = _fold_rows(
+            stats_c, best_c, a, first_v, class_weight, vocab_size, part_best is not None, SOFTCAP, LOGIT_SCALE,
+            EVEN_V, EXACT, MOMENT,
+        )  # fmt: skip
 
     at = split * (3 if PAIRED else 1) * num_rows + rows
+    stats_x = _selected_stats(share, stats_c, stats_u, stats_x)
     _store_stats(part_max, part_sum, part_moment, at, row_mask, stats_c, MOMENT, EXACT)
     if part_best is not None:
         tl.store(part_best + at, best_c, mask=row_mask)
@@ -240,8 +308,7 @@ def _num_program_slots(device: torch.device, tile: Tile) -> int:
     """Programs of ``tile`` that run at once on ``device``; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
-    num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return num_processors * programs_per_processor(tile)
+    return num_processors(device) * programs_per_processor(tile)
 
 
 def _forward_part(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..call import Call, Gradients, Kept, Upstream, empty_gradients
 from .configs import Tile, choose_slice_width
+from .exponentials import capped, exp
 from .products import add_product, write_product
 from .row_terms import GradientTerms
 from .rows import living_terms
@@ -30,7 +31,6 @@ from .tiles import (
     add_low_rank,
     any_inside,
     can_describe,
-    capped,
     launch_arguments,
     load_target,
     logits_tile,
@@ -69,7 +69,7 @@ def _scaled_softmax(
     times class weights where there are any, in the fifth what z - lse adds to the factor.
     """
     down = z - tl.load(terms)[:, None]
-    g = tl.exp(down)
+    g = exp(down)
     factor = tl.load(terms + stride_terms)[:, None]
     if ENTROPY:
         factor += tl.load(terms + 4 * stride_terms)[:, None] * tl.where(g > 0.0, down, 0.0)

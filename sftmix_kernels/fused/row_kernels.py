@@ -148,7 +148,17 @@ def _sftmix_prepare_kernel(
         tl.store(pair + at, coef * mu, mask=mask)
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam", "pair_nll"))
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=(
+        "lam",
+        "pair_nll",
+        "row_carry",
+        "max_logit",
+        "target_logit",
+        "mean_logit",
+    ),
+)
 def _sftmix_finish_kernel(
     column,  # (N,)
     row,  # (N,) float64
@@ -198,13 +208,17 @@ def _sftmix_finish_kernel(
         value = tl.where(is_valid, value, 0.0).to(tl.float32)
         total += _times(coef, value.to(tl.float64))
         z_sum += _times(coef, z)
-        hit = tl.load(target_logit + at, mask=mask, other=0.0) >= tl.load(max_logit + at, mask=mask, other=0.0)
+        hit = tl.load(target_logit + at, mask=mask, other=0.0) >= tl.load(
+            max_logit + at, mask=mask, other=0.0
+        )
         tl.store(term + at, value, mask=mask)
         tl.store(lse_out + at, lse_32, mask=mask)
         tl.store(nll_out + at, nll_32, mask=mask)
         tl.store(is_top1 + at, is_valid & hit, mask=mask)
         if best is not None:
-            tl.store(predicted + at, tl.where(is_valid, tl.load(best + at, mask=mask, other=-1), -1), mask=mask)
+            tl.store(
+                predicted + at, tl.where(is_valid, tl.load(best + at, mask=mask, other=-1), -1), mask=mask
+            )
     for first in range(0, num_pairs, BLOCK):
         at = first + lanes
         mask = at < num_pairs
@@ -365,7 +379,9 @@ def _sftmix_gradient_terms_kernel(
         mask = at < num_pairs
         coef = (tl.load(pair + at, mask=mask, other=0.0) * logit_scale).to(tl.float32)
         coef = tl.div_rn(coef, by + tl.zeros_like(coef)).to(tl.float64)
-        same = tl.load(column + at, mask=mask, other=0) == tl.load(column + num_pairs + at, mask=mask, other=0)
+        same = tl.load(column + at, mask=mask, other=0) == tl.load(
+            column + num_pairs + at, mask=mask, other=0
+        )
         share_32 = tl.load(lam + at, mask=mask, other=0.0)
         share = share_32.to(tl.float64)
         lse = tl.load(pair_carry + at, mask=mask, other=0.0)

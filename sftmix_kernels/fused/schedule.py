@@ -3,7 +3,10 @@
 Seconds of a schedule are the sum over its pieces, each bound by the slowest of what it needs:
 
     library product   max(flops / tensor rate of its waves of tiles, bytes / memory rate) + launch
-    Triton kernel     max(flops / (share x tensor rate) + epilogue / vector rate, bytes / memory, bytes / L2) + launch
+    Triton kernel     max(products and epilogue, bytes / memory) + launch
+                      products = max(flops / (share x tensor rate), bytes / L2)
+                      one program a multiprocessor: products + epilogue
+                      two, each under the other's products: max(products, products / 2 + epilogue)
     elementwise pass  bytes / memory rate + launch
 
 The pieces are those of recompute.py and stored.py, their sizes from the functions that those use; bench/model.py
@@ -20,8 +23,7 @@ from functools import lru_cache
 
 import torch
 
-from ..choice import DEFAULT_ROWS
-from ..chunked.scratch import chunk_size
+from ..chunked.scratch import DEFAULT_ROWS, chunk_size
 from .configs import (
     Tile,
     choose_num_splits,
@@ -41,7 +43,7 @@ class Chip:
     float32_flops: float  # IEEE float32 products
     memory_bytes: float  # device memory, bytes read plus bytes written
     l2_bytes: float  # L2 to the multiprocessors
-    vector_ops: float  # float32 instructions of threads
+    clock: float  # cycles of a multiprocessor
     num_processors: int
     launch: float = 4e-6  # seconds from one kernel's end to the next one's start; an assumption
     share: float = 0.9  # of the library's rate that a Triton main loop reaches, epilogue aside; an assumption
@@ -52,16 +54,27 @@ class Chip:
 # float32: datasheet. L2: 5120 bytes a clock (A100 white paper, table 4; H100's is as wide) at 1.755 GHz.
 # The others, never confronted with one: 80 % of the datasheet's dense 16-bit rate, 90 % of its memory rate.
 CHIPS = {
-    "sm_80": Chip("A100 80 GB", 250e12, 19.5e12, 1.8e12, 7.2e12, 108 * 64 * 1.41e9, 108),
-    "sm_90": Chip("H200", 788e12 / 0.97, 60e12, 4.3e12, 9.0e12, 132 * 128 * 1.755e9, 132),
-    "sm_100": Chip("B200", 1800e12, 70e12, 7.2e12, 14e12, 148 * 128 * 1.85e9, 148),
-    "gfx942": Chip("MI300X", 1040e12, 130e12, 4.8e12, 10e12, 304 * 64 * 2.1e9, 304),
+    "sm_80": Chip("A100 80 GB", 250e12, 19.5e12, 1.8e12, 7.2e12, 1.41e9, 108),
+    "sm_90": Chip("H200", 788e12 / 0.97, 60e12, 4.3e12, 9.0e12, 1.755e9, 132),
+    "sm_100": Chip("B200", 1800e12, 70e12, 7.2e12, 14e12, 1.85e9, 148),
+    "gfx942": Chip("MI300X", 1040e12, 130e12, 4.8e12, 10e12, 2.1e9, 304),
 }
 # Output tiles of library products; the one that fills its waves best is taken to be the library's choice.
 LIBRARY_TILES = ((128, 256), (256, 128), (128, 192), (128, 128))
-# Instructions per pair and column beside the products: 25 in the forward by the compile study (bench/NOTES.md), about
-# twice as many where gradients are made and stored. A row without partner has a third of them.
-EPILOGUE_OPS = {"forward": 25, "recompute": 50, "stored": 75}
+# Cycles of a multiprocessor for one pair, then for one row, and column, beside the products: counted in the compiled
+# tiles by bench.sass (bench/SASS.md). On gfx942, which it cannot count, as on sm_80.
+_CYCLES = {
+    "sm_80": {"forward": (0.231, 0.089), "recompute": (0.334, 0.107), "stored": (0.492, 0.179)},
+    "sm_90": {"forward": (0.195, 0.063), "recompute": (0.227, 0.068), "stored": (0.507, 0.181)},
+    "sm_100": {"forward": (0.191, 0.063), "recompute": (0.231, 0.063), "stored": (0.511, 0.167)},
+}
+_CYCLES["gfx942"] = _CYCLES["sm_80"]
+
+
+def epilogue_s(arch: str, operation: str, *, columns: int, paired: bool) -> float:
+    """Seconds that ``columns`` pairs (or rows) times columns take beside the products, every multiprocessor busy."""
+    chip, (pair, row) = CHIPS[table_arch(arch)], _CYCLES[table_arch(arch)][operation]
+    return columns * (pair if paired else row) / (chip.clock * chip.num_processors)
 
 
 def product_s(chip: Chip, rows: int, columns: int, inner: int, *, itemsize: int, output_bytes: int) -> float:
@@ -84,20 +97,23 @@ def pass_s(chip: Chip, moved_bytes: float) -> float:
 
 
 def kernel_s(
-    chip: Chip, tile: Tile, *, num_programs: int, tiles_per_program: int, hidden_size: int, itemsize: int,
+    arch: str, tile: Tile, *, num_programs: int, tiles_per_program: int, hidden_size: int, itemsize: int,
     planes: int, operation: str, memory_bytes: float,
 ) -> float:  # fmt: skip
     """One launch of a kernel that makes logits. ``planes``: 2 where a row of the tile is a pair, else 1."""
-    slots = chip.num_processors * programs_per_processor(tile)
+    chip, programs = CHIPS[table_arch(arch)], programs_per_processor(tile)
+    slots = chip.num_processors * programs
     tiles = math.ceil(num_programs / slots) * slots * tiles_per_program
     columns = tiles * tile.block_n * tile.block_v
     rate = chip.float32_flops if itemsize >= 4 else chip.tensor_flops
-    compute = 2 * planes * columns * hidden_size / (rate * chip.share)
-    compute += columns * EPILOGUE_OPS[operation] * (1 if planes == 2 else 1 / 3) / chip.vector_ops
     loaded = (
         num_programs * tiles_per_program * (planes * tile.block_n + tile.block_v) * hidden_size * itemsize
     )
-    return max(compute, memory_bytes / chip.memory_bytes, loaded / chip.l2_bytes) + chip.launch
+    products = max(2 * planes * columns * hidden_size / (rate * chip.share), loaded / chip.l2_bytes)
+    epilogue = epilogue_s(arch, operation, columns=columns, paired=planes == 2)
+    # A program alone takes up to twice its share of the multiprocessor for its epilogue: a warp a scheduler.
+    compute = products + epilogue if programs == 1 else max(products, products / 2 + epilogue)
+    return max(compute, memory_bytes / chip.memory_bytes) + chip.launch
 
 
 def weight_reads(tile: Tile, num_rows: int) -> int:
@@ -158,7 +174,7 @@ def recompute_s(sizes: Sizes, num_rows: int) -> float:
     per_split = math.ceil(tiles / splits)
     shared = {"hidden_size": D, "itemsize": item, "planes": 2}
     total = kernel_s(
-        chip, tile, num_programs=blocks * math.ceil(tiles / per_split), tiles_per_program=per_split,
+        sizes.arch, tile, num_programs=blocks * math.ceil(tiles / per_split), tiles_per_program=per_split,
         operation="forward", memory_bytes=(weight_reads(tile, pairs) * V + num_rows) * D * item, **shared,
     )  # fmt: skip
     tile = sizes.tile("recompute", pairs)
@@ -166,7 +182,7 @@ def recompute_s(sizes: Sizes, num_rows: int) -> float:
     for columns, count in _pieces(V, width):
         moved = (weight_reads(tile, pairs) * columns + num_rows) * D * item + num_rows * columns * item
         seconds = kernel_s(
-            chip, tile, num_programs=math.ceil(pairs / tile.block_n) * math.ceil(columns / tile.block_v),
+            sizes.arch, tile, num_programs=math.ceil(pairs / tile.block_n) * math.ceil(columns / tile.block_v),
             tiles_per_program=1, operation="recompute", memory_bytes=moved, **shared,
         )  # fmt: skip
         if sizes.need_dhidden:
@@ -188,7 +204,7 @@ def stored_s(sizes: Sizes, num_rows: int) -> float:
     for size, count in _pieces(pairs, chunk_size(pairs, 2 * sizes.row_bytes, budget)):
         rows, logits = 2 * size, 2 * size * sizes.row_bytes
         seconds = product_s(chip, rows, V, D, itemsize=item, output_bytes=logits)
-        work = size * V * EPILOGUE_OPS["stored"] / chip.vector_ops
+        work = epilogue_s(sizes.arch, "stored", columns=size * V, paired=True)
         seconds += max(pass_s(chip, 3 * logits), work) + pass_s(
             chip, 2 * rows * D * item
         )  # and hidden's copy

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..call import Call, Statistics
 from .configs import INTERPRETED
+from .exponentials import exp
 from .tiles import CHANGING, RowPart
 
 
@@ -83,12 +84,12 @@ def fold(
     new = tl.maximum(top, tl.max(z, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     z = z - shift[:, None]
-    e = tl.exp(z)
+    e = exp(z)
     down = tl.where(top == float("-inf"), 0.0, top - shift)
-    fade = tl.where(top == float("-inf"), 0.0, tl.exp(down))
+    fade = tl.where(top == float("-inf"), 0.0, exp(down))
     if MOMENT == 1:
-        finite = tl.where(e > 0.0, z, 0.0)
-        moment = fade * (moment + total * down) + tl.sum(e * finite, axis=1)
+        # exp of less is 0, and 0 times -inf NaN; a NaN stays one in e
+        moment = fade * (moment + total * down) + tl.sum(e * tl.maximum(z, -87.0), axis=1)
     if EXACT:
         total, lost = exact_sum(fade * total, tl.sum(e, axis=1))
         rest = fade * rest + lost
@@ -150,7 +151,7 @@ def _sftmix_fwd_combine_kernel(
         shift = tl.where(new == float("-inf"), 0.0, new)
         down_old = tl.where(top == float("-inf"), 0.0, top - shift)
         down_new = tl.where(m == float("-inf"), 0.0, m - shift)
-        fade_old, fade_new = tl.exp(down_old), tl.exp(down_new)
+        fade_old, fade_new = exp(down_old), exp(down_new)
         part = tl.load(part_sum + at, mask=mask, other=1.0)
         if MOMENT != 0:
             part_t = tl.load(part_moment + at, mask=mask & (offs < num_rows), other=0.0)

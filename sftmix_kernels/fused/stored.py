@@ -20,9 +20,8 @@ import triton
 from torch import Tensor
 
 from ..call import Call, Coefficients, Gradients, Statistics, empty_gradients
-from ..choice import DEFAULT_ROWS
 from ..chunked.rows import Head, affine, gather_rows
-from ..chunked.scratch import chunk_size
+from ..chunked.scratch import DEFAULT_ROWS, chunk_size
 from .configs import choose_row_block
 from .products import add_product, write_product
 from .rows import Scaled, scaled_coefficients

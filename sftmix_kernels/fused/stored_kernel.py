@@ -17,8 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .exponentials import capped, exp
 from .stats import first_column, fold, no_columns, settled
-from .tiles import CHANGING, capped
+from .tiles import CHANGING
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _row_terms(
 def _row_gradient(z, slope, terms, top, offs, vocab_size, class_weight, SMOOTHED: tl.constexpr):
     """A row's own gradient away from its label; z (1, columns) of the columns offs."""
     coef, bulk, uniform, _ = terms
-    g = tl.exp(z - top[:, None]) * bulk[:, None]
+    g = exp(z - top[:, None]) * bulk[:, None]
     if SMOOTHED:
         share = (coef * uniform)[:, None]
         if class_weight is not None:
@@ -129,7 +130,7 @@ def _row_gradient(z, slope, terms, top, offs, vocab_size, class_weight, SMOOTHED
     return tl.where((coef != 0.0)[:, None], g * slope, 0.0)
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam",))
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam", "pair_stats"))
 def _sftmix_stored_kernel(
     logits,  # (rows or 2 * rows, width) in: W h + b; out: dlogits; the partners follow the confident rows
     target,  # (N,) int64
@@ -234,7 +235,7 @@ def _sftmix_stored_kernel(
         if PAIRED:
             b = _load_row(u, offs, width)
             z, slope = capped(_mix(share[:, None], a, b), SOFTCAP, LOGIT_SCALE, EXACT)
-            g_x = tl.exp(z - stats_x[0][:, None]) * (coef_x / stats_x[1])[:, None] * slope
+            g_x = exp(z - stats_x[0][:, None]) * (coef_x / stats_x[1])[:, None] * slope
             g_x = tl.where(is_pair[:, None], g_x, 0.0)
             g_c += share[:, None] * g_x
             z, slope = capped(b, SOFTCAP, LOGIT_SCALE, EXACT)

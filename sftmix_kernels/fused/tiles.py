@@ -138,31 +138,6 @@ def add_low_rank(
 
 
 @triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """tanh to 2e-7 relative (EXACT), or to 2e-7 absolute in half the work: 1 - 2 / (e^2x + 1) cancels near 0."""
-    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    if not EXACT:
-        return far
-    else:
-        u = tl.minimum(x * x, 1.0)
-        p = -0.05374844 + u * (0.020664724 - u * 0.0057311947)
-        near = x + x * u * (-0.33333287 + u * (0.13331561 + u * p))
-        return tl.where(u < 0.39, near, far)
-
-
-@triton.jit
-def capped(z, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """f(z) of affine logits z, and f' over the scale: 1 without a cap, 1 - (f / cap)^2 with one."""
-    if LOGIT_SCALE != 1.0:
-        z = z * LOGIT_SCALE
-    if SOFTCAP == 0.0:
-        return z, 1.0
-    else:
-        t = tanh(z * (1.0 / SOFTCAP), EXACT)
-        return SOFTCAP * t, 1.0 - t * t
-
-
-@triton.jit
 def with_bias(affine, bias, offs_v, vocab_size):
     """affine (rows, columns) plus the bias of its columns offs_v; bias may be None."""
     if bias is None:
@@ -176,6 +151,23 @@ def load_target(target, rows, mask, first_column, num_columns):
     """Targets as int32 columns of the stretch that starts at first_column; -1 where they lie outside, or none is."""
     y = tl.load(target + rows, mask=mask, other=-1) - first_column
     return tl.where((y >= 0) & (y < num_columns), y, -1).to(tl.int32)
+
+
+@triton.jit
+def column_inside(y, first_v, BLOCK_V: tl.constexpr):
+    """Columns of the tile that starts at first_v, from columns y of what it is a tile of; -1 where outside."""
+    return tl.where((y >= first_v) & (y < first_v + BLOCK_V), y - first_v, -1)
+
+
+@triton.jit
+def _or(one, other):
+    return one | other
+
+
+@triton.jit
+def any_bit(bits):
+    """All rows' bits (rows,) in one scalar, so that a tile without any skips what they stand for."""
+    return tl.reduce(bits, 0, _or)
 
 
 @triton.jit

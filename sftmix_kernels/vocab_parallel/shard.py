@@ -110,7 +110,7 @@ def gather(local: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def sum_over_shards(gradient: Tensor, dtype: torch.dtype, group_name: str) -> Tensor:
-    """The ranks' gradients of rows summed in the dtype of sums, then rounded to ``dtype``; an empty one is not needed."""
+    """The ranks' gradients of rows, summed in the dtype of sums and rounded to ``dtype``; (0,) is not needed."""
     total = gradient.to(sum_dtype(dtype))
     if total.numel():
         dist.all_reduce(total, group=group_named(group_name))

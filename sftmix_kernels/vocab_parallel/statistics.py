@@ -41,12 +41,14 @@ def of_no_columns(call: Call) -> Statistics:
 
 
 def whole(local: Statistics, call: Call, column: Tensor) -> Statistics:
-    """Statistics of all columns from this shard's; ``column`` (N,) counts those of the whole vocabulary. One collective."""
+    """Statistics of all columns from this shard's; ``column`` (N,) counts the whole vocabulary's. One collective."""
     assert call.place is not None
     num_pairs, first = call.sizes[2], call.place[0]
     # A column's number is exact in float64 alone.
     total = local.mean_logit.double() * call.weight.shape[0]
-    parts = [t.double() for t in (*local[:2], total, local.entropy, local.predicted + first, local.token_logit)]
+    parts = [
+        t.double() for t in (*local[:2], total, local.entropy, local.predicted + first, local.token_logit)
+    ]
     parts += [t.double() for t in (local.logit_x, local.row_carry[:2], local.pair_carry[:2])]
     packed = gather(torch.cat([part.flatten() for part in parts]), group_named(call.group_name))
     split = packed.split([part.numel() for part in parts], dim=1)

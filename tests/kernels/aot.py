@@ -3,6 +3,7 @@
     python -m tests.kernels.aot [--quick] [--part I/N]      a JSON line per kernel; must run without TRITON_INTERPRET
     python -m tests.kernels.aot --full              for every chip, into bench/results/compile_matrix.json: minutes
     python -m tests.kernels.aot --candidates        bench.tune's tiles on sm_90, into bench/results/tile_candidates.json
+    python -m tests.kernels.aot --sass              tiles on NVIDIA's chips by instruction, into bench/results/sass.json
 
 The public functions are called on meta tensors with the launch replaced by a recorder, so that the kernels see the
 very arguments of a real launch: constants, divisibility, descriptors. Then Triton compiles for a target, and the
@@ -30,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench import tune
+from bench import sass, tune
 from sftmix_kernels.call import Coefficients, Kept, Upstream
 from sftmix_kernels.fused import (
     Tile,
@@ -189,6 +190,25 @@ def candidate_cases() -> Iterator[Case]:
                 yield Case(operation, "sm_90", "bfloat16", paired, tune.source(tile), tile=tile)
 
 
+def sass_cases() -> Iterator[Case]:
+    """The tables' 16-bit tiles on NVIDIA's chips, and what else changes their rest; then the tuner's, of pairs."""
+    for arch in sass.TENSOR_RATE:
+        for operation in OPERATIONS:
+            for paired in (True, False):
+                base = (operation, arch, "bfloat16", paired)
+                yield Case(*base)
+                if operation == "stored":
+                    continue
+                yield Case(*base, "bias", {"bias": True})
+                yield Case(*base, "softcap", {"softcap": 30.0, "logit_scale": 0.5})
+                if operation == "forward":
+                    yield Case(*base, "entropy", {"want_entropy": True})
+    for operation in ("forward", "recompute"):
+        for tile in tune.sizes_of(True, bulk=True):
+            if tile.use_descriptors:
+                yield Case(operation, "sm_90", "bfloat16", True, sass.CANDIDATES, tile=tile)
+
+
 def launches(case: Case) -> list[tuple[JITFunction, dict[str, Any]]]:
     """The kernels that ``case`` launches, with their arguments."""
     recorded: list[tuple[JITFunction, dict[str, Any]]] = []
@@ -268,8 +288,10 @@ def source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: str) -> dict[str, Any]:
-    """Compile one launch for ``arch`` and read its resources and instructions."""
+def compile_launch(
+    kernel: JITFunction, arguments: dict[str, Any], arch: str, *, instructions: bool = False
+) -> dict[str, Any]:
+    """Compile one launch for ``arch`` and read its resources; with ``instructions`` what bench.sass counts, too."""
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {k: arguments[k] for k in ("num_warps", "num_stages", "maxnreg") if k in arguments}
@@ -277,8 +299,10 @@ def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: str) ->
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
     counts = {name: len(re.findall(pattern, assembly)) for name, pattern in COUNTED.items()}
     resources = amd_resources(assembly) if amd else nvidia_resources(compiled.asm["cubin"], assembly, arch)
+    counted = {} if amd or not instructions else sass.count(disassembled(compiled.asm["cubin"]))
     return {
         **resources,
+        **counted,
         "shared": compiled.metadata.shared,
         "warps": arguments.get("num_warps"),
         "counts": counts,
@@ -314,8 +338,41 @@ def nvidia_resources(cubin: bytes, ptx: str, arch: str) -> dict[str, Any]:
     return {"registers": int(found[1]), "stack": int(found[2]), "notes": serialised}
 
 
-def lines(selected: list[Case]) -> Iterator[dict[str, Any]]:
-    """One dictionary per compiled kernel."""
+def disassembled(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "k.cubin"
+        path.write_bytes(cubin)
+        command = [TOOLS / "nvdisasm", "-hex", "-c", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def sass_line(case: Case) -> dict[str, Any]:
+    """One line of bench.sass's counts: the kernel of ``case`` that has the tile, or the rows."""
+    kernel, arguments = next(
+        found for found in launches(case) if found[0] is not stats._sftmix_fwd_combine_kernel
+    )
+    counted = compile_launch(kernel, arguments, case.arch, instructions=True)
+    del counted["counts"]
+    sizes = [arguments[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments]
+    where = {
+        "case": case.name,
+        "operation": case.operation,
+        "arch": case.arch,
+        "paired": case.paired,
+        "variant": case.variant,
+    }
+    columns = {"columns": sizes[0]} if len(sizes) == 1 else {}
+    tile = "x".join(map(str, sizes))
+    return {**where, "tile": tile, "stages": arguments.get("num_stages"), **columns, **counted}
+
+
+def write_sass(path: Path) -> None:
+    text = ",\n".join(json.dumps(sass_line(case)) for case in sass_cases())
+    path.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{text}\n]}}\n', "utf-8")
+
+
+def lines(selected: list[Case], *, instructions: bool = False) -> Iterator[dict[str, Any]]:
+    """One dictionary per compiled kernel; with ``instructions`` what bench.sass counts in those of its chips."""
     for case in selected:
         for kernel, arguments in launches(case):
             # It has no tile, and of the options only the moment is its own.
@@ -324,9 +381,11 @@ def lines(selected: list[Case]) -> Iterator[dict[str, Any]]:
             ):  # fmt: skip
                 continue
             shape = "x".join(str(arguments[k]) for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if k in arguments)
+            counted = instructions and shape and case.name in {known.name for known in sass_cases()}
             yield {
                 "case": case.name, "kernel": kernel.__name__, "arch": case.arch, "dtype": case.dtype, "tile": shape,
-                "variant": case.variant, **compile_launch(kernel, arguments, case.arch),
+                "variant": case.variant,
+                **compile_launch(kernel, arguments, case.arch, instructions=bool(counted)),
             }  # fmt: skip
 
 
@@ -343,7 +402,12 @@ def write_candidates(path: Path) -> None:
     for case in candidate_cases():
         for kernel, arguments in launches(case):
             if kernel is not stats._sftmix_fwd_combine_kernel:
-                where = {"operation": case.operation, "paired": case.paired, "tile": case.variant}
+                where = {
+                    "case": case.name,
+                    "operation": case.operation,
+                    "paired": case.paired,
+                    "tile": case.variant,
+                }
                 rows.append({**where, **compile_launch(kernel, arguments, case.arch)})
     text = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(
@@ -357,7 +421,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the few cases of `make test`")
     parser.add_argument("--full", action="store_true", help="every chip; writes the committed table")
     parser.add_argument("--candidates", action="store_true", help="bench.tune's tiles; writes their table")
+    parser.add_argument("--sass", action="store_true", help="instructions of the tiles; writes their table")
     arguments = parser.parse_args()
+    if arguments.sass:
+        write_sass(sass.COUNTS)
+        return
     if arguments.candidates:
         write_candidates(tune.COMPILED)
         return
@@ -365,7 +433,8 @@ def main() -> None:
         write_table(TABLE)
         return
     part, parts = map(int, arguments.part.split("/"))
-    for line in lines(list(quick_cases() if arguments.quick else cases())[part::parts]):
+    selected = list(quick_cases() if arguments.quick else cases())[part::parts]
+    for line in lines(selected, instructions=True):
         print(json.dumps(line), flush=True)
 
 

@@ -30,9 +30,7 @@ def call_of(
     head = HeadOptions(**{name: options.pop(name) for name in HEAD if name in options})
     scratch = options.pop("scratch_bytes", 4096)
     beside = Rows(case.lam, mixup_weight=options.pop("mixup_weight", 0.2), **options)
-    ways = Ways(
-        None, None, main_grad, impl, None, scratch, rows=rows, entropy=entropy, predicted=predicted
-    )
+    ways = Ways(None, None, main_grad, impl, None, scratch, rows=rows, entropy=entropy, predicted=predicted)
     assert hidden is not None and weight is not None
     call, _ = make_call(hidden, weight, case.target, bias, head, beside, ways)
     if factors is not None:

@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from bench import tune
+from bench import sass, tune
 from sftmix_kernels.fused import configs
 from tests.kernels import aot
 
@@ -102,7 +102,7 @@ def test_the_kernels_compile_for_four_chips(part: str, matrix: list[Line]) -> No
 
 def test_no_spills_and_no_serialised_wgmma_on_sm_90(matrix: list[Line]) -> None:
     for line in matrix:
-        if line["arch"] == "sm_90" and not line["variant"].startswith("control"):
+        if line["arch"] == "sm_90" and not line["variant"].startswith(("control", "ones")):  # V = D = 1
             assert line["stack"] <= MOST_STACK, line
             assert not line["notes"], line
     assert control(matrix, "128x128-w4")["stack"] > 10 * MOST_STACK and control(matrix, "128x128-w4")["notes"]
@@ -194,3 +194,17 @@ def test_the_table_of_candidate_tiles_is_of_these_kernels(part: str, matrix: lis
         (line,) = (line for line in main_kernels(matrix) if line["case"] == case)
         for what in ("registers", "stack", "shared", "counts"):
             assert row[what] == line[what], "run `python -m tests.kernels.aot --candidates`"
+
+
+def test_the_committed_instructions_are_of_these_kernels(part: str, matrix: list[Line]) -> None:
+    counts = json.loads(sass.COUNTS.read_text(encoding="utf-8"))
+    if counts["triton"] != triton.__version__:
+        pytest.skip(f"the table is of triton {counts['triton']}")
+    known = {line["case"]: line for line in counts["kernels"] if line["variant"] != sass.CANDIDATES}
+    counted = [line for line in matrix if "rest" in line]
+    assert len(counted) >= (3 if part == "quick" else 20)
+    for line in counted:
+        for what in ("registers", "stack", "shared", "tile", "rest", "loop", "static"):
+            assert known[line["case"]].get(what) == line.get(what), (
+                "run `python -m bench.sass --count --write`"
+            )

@@ -242,6 +242,7 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
     bias = torch.full((101,), float("-inf"))
     bias[allowed] = 0.0
     case.target = allowed[torch.arange(40) % 31]
+    case.lam[:2] = torch.tensor([0.0, 1.0])  # a mixture of one row alone: 0 times -inf
     stats = forward_of(case.hidden, case.weight, case.target, case.lam, bias=bias, tile=tile, entropy=True)
     kept = Case(case.hidden, case.weight[allowed], case.target - 70, case.lam)
     for name, truth in exact_stats(kept).items():
@@ -253,6 +254,23 @@ def test_a_bias_of_minus_infinity_forbids_columns(tile: Tile) -> None:
     assert not dweight[:70].any() and dweight[70:].isfinite().all() and dweight[70:].any()
 
 
+@both_paths
+def test_a_member_without_a_share_is_left_out_of_the_mixture_whatever_it_is(tile: Tile) -> None:
+    """X is A where lam is 1 and B where it is 0, to the bit: a member of logits +-inf, one of 0 beside large ones."""
+    case = make_case(12, 101, 40, num_pairs=4, bias=True)
+    case.lam = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    case.hidden[:8] *= torch.tensor([1.0, 3e38, 0.0, 1e20, 3e38, 1.0, 1e20, 0.0])[:, None]
+    stats = forward_of(
+        case.hidden, case.weight, case.target, case.lam, bias=case.bias, tile=tile, num_splits=2
+    )
+    pairs, members = torch.arange(4), torch.tensor([0, 5, 2, 7])
+    assert not stats.lse[[1, 4]].isfinite().any()
+    assert torch.equal(stats.pair_carry[0], stats.lse[members])
+    sides = (members >= 4).long()
+    assert torch.equal(stats.logit_x[sides, pairs], stats.target_logit[members])
+    assert torch.equal(stats.pair_carry[2 + sides, pairs], stats.nll[members])
+
+
 @dtypes
 def test_what_is_not_needed_is_empty_and_changes_nothing(dtype: torch.dtype) -> None:
     case = make_case(21, 70, 40, num_pairs=8, dtype=dtype, bias=True)
@@ -262,7 +280,8 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(dtype: torch.dtype) -> 
 
     def backward(*needs: bool) -> Gradients:
         names = ("dhidden", "dweight", "dbias")
-        return backward_of(*arguments, *coefs, bias=case.bias, **dict(zip(names, needs, strict=True)))
+        needed: dict[str, Any] = dict(zip(names, needs, strict=True))
+        return backward_of(*arguments, *coefs, bias=case.bias, **needed)
 
     everything = backward(True, True, True)
     assert [g.dtype for g in everything] == [dtype] * 5 and everything.dlow.shape == (0,)

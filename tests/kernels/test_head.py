@@ -99,7 +99,7 @@ def test_typed_options_are_the_functions_own(options: Any, function: Any) -> Non
         ({"mixup_wieght": 0.1}, "mixup_wieght: expected one of sftmix_loss's options, .*mixup_weight"),
         ({"softcap": 3.0}, "softcap: expected it on the head, where sftmix_loss takes it from"),
         ({"bias": None}, "bias: expected it on the head"),
-        ({"stats": True, "z_loss": 0.1}, "z_loss: expected one of token_stats's options, ignore_index"),
+        ({"stats": True, "z_loss": 0.1}, "z_loss: expected one of token_stats's options, differentiable"),
         ({"stats": True, "lam": torch.rand(2)}, "lam: expected None with stats=True"),
     ],
 )

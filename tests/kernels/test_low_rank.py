@@ -52,7 +52,9 @@ def run(case: Case, rank: int, dtype: torch.dtype | None = None, **options: Any)
     )  # fmt: skip
     out.loss.backward(torch.full_like(out.loss, case.upstream))
     gradients = {f"d{name}": leaf.grad for name, leaf in t.items() if leaf is not None}
-    return {name: value.detach() for name, value in {**out._asdict(), **gradients}.items() if value is not None}
+    return {
+        name: value.detach() for name, value in {**out._asdict(), **gradients}.items() if value is not None
+    }
 
 
 def check(case: Case, rank: int, **options: Any) -> None:

@@ -86,7 +86,7 @@ def library_bytes(dtype: torch.dtype, rows: int) -> int:
 
 
 def chunked_bytes(num_pairs: int, itemsize: int) -> int:
-    """chunked.statistics_with_gradients, then its scaling: the larger of what forward and backward hold above the gradients."""
+    """chunked.statistics_with_gradients, then made_bwd: the larger of what the two hold above the gradients."""
     rows = SCRATCH // (WIDE * itemsize)  # at most
     forward = SCRATCH + 2 * rows * D * itemsize + statistics_bytes(num_pairs)
     if itemsize == 4:

@@ -1,4 +1,4 @@
-"""The kernels of [N]-sized numbers say what terms.py and row_terms.py say in torch, there of float64, to one rounding."""
+"""The kernels of [N]-sized numbers say what terms.py and row_terms.py say in torch of float64, to one rounding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"ntp_denominator": 0.0, "mixup_denominator": 0.0},
 ]
 options = pytest.mark.parametrize("options", OPTIONS, ids=str)
-sizes = pytest.mark.parametrize("num_rows,num_pairs", [(0, 0), (1, 0), (2, 1), (9, 3), (5000, 0), (9001, 4500)])
+sizes = pytest.mark.parametrize(
+    "num_rows,num_pairs", [(0, 0), (1, 0), (2, 1), (9, 3), (5000, 0), (9001, 4500)]
+)
 
 
 def call_of(num_rows: int, num_pairs: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> Call:
@@ -102,14 +104,19 @@ def test_finish(num_rows: int, num_pairs: int, options: dict[str, Any]) -> None:
     coef = terms.coefficients(call)
     found = statistics_of(call, coef.column)
     found.row_carry[2][coef.row != 0] = found.row_carry[2][coef.row != 0].clamp(max=50)  # a finite loss
-    got, want = rows.finish(call, coef, found), terms.finish(call._replace(lam=call.lam.double()), coef, doubled(found))
+    got, want = (
+        rows.finish(call, coef, found),
+        terms.finish(call._replace(lam=call.lam.double()), coef, doubled(found)),
+    )
     assert [t.dtype for t in got] == [t.dtype for t in terms.finish(call, coef, found)]
     same(got, want, ONE_ROUNDING)
     if not call.options.label_smoothing and not call.options.z_loss:
         same(got[1:8], want[1:8], 0)  # nothing is computed here
 
 
-def gradients_of(call: Call, term: Tensor | None, loss: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def gradients_of(
+    call: Call, term: Tensor | None, loss: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(row, pair, planes, scale, living rows) by the kernels and by torch."""
     coef = terms.coefficients(call)
     found = statistics_of(call, coef.column)

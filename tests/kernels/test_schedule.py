@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from sftmix_kernels import LossHead, SFTMixLoss, choice, fused, linear_cross_entropy, sftmix_loss

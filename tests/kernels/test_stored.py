@@ -249,5 +249,7 @@ def test_the_schedule_is_checked() -> None:
             sftmix_loss(*arguments, case.lam, impl=impl, schedule="stored")
     with pytest.raises(ValueError, match="schedule: expected one of recompute, stored or None, got 'kept'"):
         sftmix_loss(*arguments, case.lam, impl="fused", schedule="kept")
-    with pytest.raises(ValueError, match="schedule: expected 'recompute' or None with an upstream for each row"):
+    with pytest.raises(
+        ValueError, match="schedule: expected 'recompute' or None with an upstream for each row"
+    ):
         linear_cross_entropy(*arguments, reduction="none", impl="fused", schedule="stored")

@@ -25,6 +25,7 @@ from .vocab_parallel_ranks import (
     SCALING,
     SIZES,
     columns,
+    every_option,
     factors,
     make,
     upstream_of,
@@ -74,7 +75,7 @@ def joined(results: list[Any], key: Any) -> dict[str, Tensor]:
     found = dict(results[0][key])
     for name in found:
         parts = [result[key][name] for result in results]
-        if name in ("dweight", "dbias"):
+        if name in ("dweight", "dbias", "dup", "dmain"):
             found[name] = torch.cat(parts)
         else:
             assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
@@ -103,6 +104,25 @@ def test_value_statistics_and_gradients_are_those_of_one_process(
     for rank, result in enumerate(ranks[world]):
         assert result[name, options]["dweight"].shape == (sizes[rank], 6)
     assert_same(joined(ranks[world], (name, options)), make(options))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("world, name", CASES)
+def test_every_option_and_modifier_at_once(ranks: Results, world: int, name: str, impl: str) -> None:
+    """Class weights of the whole vocabulary, token scaling, a main gradient beside factors, tokens, predicted columns."""
+    found = joined(ranks[world], (name, "every option", impl))
+    everything = slice(0, len(make("everything").weight))
+    truth, same_dtype = (
+        every_option(everything, "reference", None, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert found.keys() == truth.keys()
+    for key, value in truth.items():
+        if not value.is_floating_point():
+            assert torch.equal(found[key], value), key
+        elif value.ndim:
+            parity.assert_within_contract(key, found[key], same_dtype[key], value)
+        else:
+            torch.testing.assert_close(found[key].double(), value, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -84,6 +84,43 @@ def factors(case: Case) -> tuple[Tensor, Tensor]:
     return torch.randn(R, 6, generator=g) / 6**0.5, torch.randn(V, R, generator=g)
 
 
+def every_option(mine: slice, impl: str, group: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The columns ``mine``: class weights, token scaling, a main gradient beside factors; statistics with gradients."""
+    case = make("everything")
+    assert case.bias is not None
+    down, up = factors(case)
+    whole = {"dhidden": case.hidden, "dweight": case.weight, "dbias": case.bias, "ddown": down, "dup": up}
+    cut = {"dweight", "dbias", "dup"}
+    leaves = {
+        name: (value[mine] if name in cut else value).to(dtype).requires_grad_()
+        for name, value in whole.items()
+    }
+    hidden, weight, bias, down, up = leaves.values()
+    more: dict[str, Any] = {"bias": bias, "lora": (down, up, SCALING), "vocab_parallel": group, "impl": impl}
+    total = torch.full(weight.shape, 0.25, dtype=dtype)
+    out = sftmix_loss(
+        hidden, weight, case.target, case.lam, class_weight=torch.linspace(0, 2, V), token_scaling=True,
+        want_predicted=True, main_grad=total, **case.options, **more,
+    )  # fmt: skip
+    head = {name: case.options[name] for name in ("softcap", "logit_scale")}
+    tokens = torch.tensor([[0, V - 1, 25, 25], [26, 5, -100, 4]]).repeat(7, 1)
+    stats = token_stats(
+        hidden, weight, case.target, tokens=tokens, differentiable=True, want_predicted=True, **head, **more
+    )
+    assert stats.predicted is not None and stats.token_logprob is not None and out.predicted is not None
+    g = torch.Generator().manual_seed(4)
+    fields = (stats.logprob, stats.lse, stats.entropy, stats.token_logprob)
+    loss = sum((torch.randn(t.shape, generator=g) * t).sum() for t in fields)
+    out.loss.backward(retain_graph=True)
+    assert weight.grad is None
+    loss.backward()
+    assert weight.grad is not None
+    found = {"loss": out.loss, "z_loss": out.z_loss, "predicted": out.predicted, "again": stats.predicted}
+    found |= dict(zip(("logprob", "lse", "entropy", "token_logprob"), fields, strict=True))
+    found |= {name: value.grad for name, value in leaves.items() if value.grad is not None}
+    return {name: value.detach() for name, value in {**found, "dmain": total}.items()}
+
+
 def upstream_of(reduction: str) -> Tensor:
     return torch.linspace(-1, 2, 14) if reduction == "none" else torch.tensor(3.0)
 
@@ -118,9 +155,15 @@ def opchecks(sizes: tuple[int, ...]) -> list[dict[str, str]]:
     case, mine = make("cap, scale, bias"), columns(sizes, dist.get_rank())
     assert case.bias is not None
     down, up = factors(case)
-    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], down, up[mine])]
-    ways = Ways((leaves[3], leaves[4], SCALING), dist.group.WORLD, impl="chunked", scratch_bytes=4096, rows=True)
-    call, _ = make_call(*leaves[:2], case.target, leaves[2], HeadOptions(4.0, 0.7), Rows(case.lam, mixup_weight=0.2), ways)
+    leaves = [
+        t.clone().requires_grad_() for t in (case.hidden, case.weight[mine], case.bias[mine], down, up[mine])
+    ]
+    ways = Ways(
+        (leaves[3], leaves[4], SCALING), dist.group.WORLD, impl="chunked", scratch_bytes=4096, rows=True
+    )
+    call, _ = make_call(
+        *leaves[:2], case.target, leaves[2], HeadOptions(4.0, 0.7), Rows(case.lam, mixup_weight=0.2), ways
+    )
     call = call._replace(**{name: getattr(call, name).detach().requires_grad_() for name in DIFFERENTIABLE})
     found = [torch.library.opcheck(operators.terms_fwd, tuple(call))]
     with torch.no_grad():
@@ -248,6 +291,8 @@ def main(folder: Path) -> None:
         results[name, "again"] = run_shard(make("everything"), sizes)
         results[name, "reference"] = run_shard(make("everything"), sizes, "reference")
         for impl in IMPLEMENTATIONS:
+            mine = columns(sizes, rank)
+            results[name, "every option", impl] = every_option(mine, impl, dist.group.WORLD)
             results[name, "statistics", impl] = run_stats(sizes, impl)
             results[name, "low rank", impl] = low_rank(sizes, impl)
             for reduction in REDUCTIONS:
