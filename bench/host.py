@@ -29,9 +29,9 @@ from bench.trace import PRODUCTS, Trace, recording
 RESULTS = ROOT / "bench" / "results" / "host.json"
 # Operations that launch nothing: they make or view memory, or ask for sizes.
 NO_LAUNCH = (
-    "empty new_empty empty_like empty_strided _unsafe_view alias as_strided detach expand permute select slice split "
-    "squeeze t numpy_T transpose unbind unsqueeze view _reshape_alias lift_fresh unsafe_split split_with_sizes "
-    "diagonal is_same_size set_"
+    "empty new_empty empty_like empty_strided _unsafe_view alias as_strided detach expand permute select slice "
+    "split squeeze t numpy_T transpose unbind unsqueeze view _reshape_alias lift_fresh unsafe_split "
+    "split_with_sizes diagonal is_same_size set_"
 ).split()
 
 

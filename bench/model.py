@@ -36,9 +36,7 @@ BEGIN = "<!-- predicted: written by `python -m bench.model --write`, do not edit
 END = "<!-- end of predicted -->"
 ARCH = "sm_90"
 SPECS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
-ROW_KERNELS = tuple(
-    f"_sftmix_{name}_kernel" for name in ("prepare", "finish", "upstream", "scale", "gradient_terms")
-)
+ROW_KERNELS = [f"_sftmix_{n}_kernel" for n in "prepare finish upstream scale gradient_terms".split()]
 # H200, bfloat16, next-token loss forward and backward at V = 128256, D = 4096: Liger-Kernel pull request 1356.
 PUBLISHED_MS = {
     "quack": {2048: 7.96, 4096: 16.78, 8192: 35.47, 16384: 73.7},
@@ -83,8 +81,9 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]
         moved = planes * event.sizes[0] * a["width"] * itemsize * 3
-        columns = event.sizes[0] * a["vocab_size"]
-        work = schedule.epilogue_s(arch, "stored", columns=columns, paired=planes == 2)
+        work = schedule.epilogue_s(
+            arch, "stored", columns=event.sizes[0] * a["vocab_size"], paired=planes == 2
+        )
         return 0, moved, max(schedule.pass_s(chip, moved), work)
     tile, itemsize = _tile(a), a["weight"][1]
     rows, columns, inner = planes * a["num_rows"], a["vocab_size"], a["hidden_size"]
@@ -256,14 +255,8 @@ def section() -> str:
         "of the library's rate, and beside it the cycles of [SASS.md](SASS.md)."
     )
     tiles = f"Kernels of pairs at {groups[0][0]}, ms (misfit: left out by the compiler's report):"
-    parts = (
-        constants,
-        counted_table(groups),
-        targets.table(predict(groups)),
-        tiles,
-        tile_table(groups[0][0]),
-    )
-    return "\n\n".join(parts)
+    tables = counted_table(groups), targets.table(predict(groups)), tiles, tile_table(groups[0][0])
+    return "\n\n".join((constants, *tables))
 
 
 def confront(measured: Iterable[Figure]) -> str:

@@ -125,9 +125,11 @@ def _product(name: str, args: Any, out: Tensor) -> Event:
 
 @contextmanager
 def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
-    """Kernel launches go to ``trace``, and to the kernels too if ``launching``."""
+    """Kernel launches go to ``trace``, and to the kernels too if ``launching``; else any device's tensors will do."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
+
+    from sftmix_kernels import choice
 
     interpret, run = GridExecutor.__call__, JITFunction.run
 
@@ -139,21 +141,23 @@ def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
         trace.launch(kernel.__name__, grid, arguments)
         return run(kernel, *args, grid=grid, warmup=warmup, **arguments) if launching else None
 
-    with patch.object(GridExecutor, "__call__", interpreted), patch.object(JITFunction, "run", compiled):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(GridExecutor, "__call__", interpreted))
+        stack.enter_context(patch.object(JITFunction, "run", compiled))
+        if not launching:
+            stack.enter_context(patch.object(choice, "why_not_fused", lambda hidden: None))
         yield
 
 
 @contextmanager
 def on_chip(arch: str, num_processors: int) -> Iterator[None]:
     """The kernels' own functions choose tiles, splits and products as on a chip of ``arch``."""
-    from sftmix_kernels import choice
     from sftmix_kernels.fused import configs, forward, products, recompute, stored, tiles
 
     def slots(device: torch.device, tile: configs.Tile) -> int:
         return num_processors * configs.programs_per_processor(tile)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(choice, "why_not_fused", lambda hidden: None))
         stack.enter_context(patch.object(tiles, "current_arch", lambda device: arch))
         stack.enter_context(patch.object(forward, "_num_program_slots", slots))
         assert products.add_product is recompute.add_product is stored.add_product

@@ -99,8 +99,9 @@ def make_call(
     )  # fmt: skip
     if choice.impl != "reference":
         checks.check_transforms(choice.impl, hidden, weight, bias, low, up)
-    whole = weight.shape[0] if shard is None else shard.place[1]
-    side, scalars = _side_inputs(hidden, target, rows, whole, values=values)
+    side, scalars = _side_inputs(
+        hidden, target, rows, weight.shape[0] if shard is None else shard.place[1], values
+    )
     checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
     wanted = (int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
     plan = [*(int(needed) for needed in needs), *wanted]
@@ -125,7 +126,7 @@ def _needs(*tensors: Tensor | None) -> Needs:
 
 
 def _side_inputs(
-    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor, *, values: bool
+    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor, values: bool
 ) -> tuple[dict[str, Any], tuple[float, ...]]:
     """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
     device, num_rows = hidden.device, hidden.shape[0]

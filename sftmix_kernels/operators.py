@@ -162,12 +162,8 @@ def _gradients(*arguments: Any) -> Tensors:
     )
 
 
-@terms_bwd.register_fake
-def _(*arguments: Any) -> Tensors:
-    return empty_gradients(Call(*arguments[5:-NUM_KEPT]))
-
-
-terms_bwd_into.register_fake(lambda *arguments: empty_gradients(Call(*arguments[5:-NUM_KEPT])))
+for bwd in (terms_bwd, terms_bwd_into):
+    bwd.register_fake(lambda *arguments: empty_gradients(Call(*arguments[5:-NUM_KEPT])))
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -282,10 +278,8 @@ def _(grad_loss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, *rest:
 
 def _fake_scaled(*rest: Any) -> Tensors:
     dhidden, dweight, dbias, dlow, dup, dtype = rest
-    layer = (torch.empty_like(each, dtype=dtype) for each in (dweight, dbias, dup))
-    like = (torch.empty_like(dhidden), torch.empty_like(dlow))
-    dweight, dbias, dup = layer
-    return like[0], dweight, dbias, like[1], dup
+    dweight, dbias, dup = (torch.empty_like(each, dtype=dtype) for each in (dweight, dbias, dup))
+    return torch.empty_like(dhidden), dweight, dbias, torch.empty_like(dlow), dup
 
 
 def _made_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

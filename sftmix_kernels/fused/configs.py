@@ -95,6 +95,7 @@ _TILES_16BIT_COLUMNS: dict[str, dict[tuple[str, bool], Tile]] = {
         ("forward", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 64, 64, num_warps=8, num_stages=4, **_BULK),
         ("recompute", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
+        ("recompute", False): Tile(128, 128, 64, num_warps=8, num_stages=3, **_BULK),
     },
 }
 
@@ -226,12 +227,13 @@ def choose_slice_width(
     """Columns of one dlogits slice, a multiple of ``block_v``: what ``scratch_bytes`` holds, at least one tile.
 
     By default 32 MiB (a slice is written once and read twice, so it should stay in L2), but at least 4096 columns,
-    under which the products that follow lose speed, and never the whole of a vocabulary of two tiles or more. Slices
-    are made equal, so that the last is not a sliver.
+    under which the products that follow lose speed, unless that is more than 192 MiB, and never the whole of a
+    vocabulary of two tiles or more. Slices are made equal, so that the last is not a sliver.
     """
     num_tiles = -(-vocab_size // block_v)
     if scratch_bytes is None:
-        columns = max(32 * 2**20 // (num_rows * itemsize), 4096)
+        row_bytes = num_rows * itemsize
+        columns = min(max(32 * 2**20 // row_bytes, 4096), 192 * 2**20 // row_bytes)
         most = min(columns // block_v, -(-num_tiles // 2))
     else:
         most = scratch_bytes // (num_rows * itemsize) // block_v

@@ -119,8 +119,8 @@ def living_terms(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> 
         _sftmix_gradient_terms_kernel[(1,)](
             column=column, row=upstream.row, pair=upstream.pair, row_carry=like, pair_carry=kept.pair_carry,
             lam=call.lam.contiguous(), place=call.place, rows_out=rows, pairs_out=pairs, dead=dead, scale=scale,
-            num_rows=num_rows, num_pairs=num_pairs, logit_scale=options.logit_scale, smoothing=e,
-            uniform=e / vocab_size,
+            num_rows=num_rows,
+            num_pairs=num_pairs, logit_scale=options.logit_scale, smoothing=e, uniform=e / vocab_size,
             z_loss=options.z_loss, SMOOTHED=e != 0, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return row_terms.living(call, dead), GradientTerms(rows, pairs, scale, None, None)

@@ -202,7 +202,7 @@ def sass_cases() -> Iterator[Case]:
                 yield Case(*base, "bias", {"bias": True})
                 yield Case(*base, "softcap", {"softcap": 30.0, "logit_scale": 0.5})
                 if operation == "forward":
-                    yield Case(*base, "entropy", {"want_entropy": True})
+                    yield Case(*base, "entropy", {"entropy": True})
     for operation in ("forward", "recompute"):
         for tile in tune.sizes_of(True, bulk=True):
             if tile.use_descriptors:

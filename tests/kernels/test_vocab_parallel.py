@@ -109,7 +109,7 @@ def test_value_statistics_and_gradients_are_those_of_one_process(
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("world, name", CASES)
 def test_every_option_and_modifier_at_once(ranks: Results, world: int, name: str, impl: str) -> None:
-    """Class weights of the whole vocabulary, token scaling, a main gradient beside factors, tokens, predicted columns."""
+    """Class weights of the whole vocabulary, token scaling, a main gradient beside factors, tokens, predictions."""
     found = joined(ranks[world], (name, "every option", impl))
     everything = slice(0, len(make("everything").weight))
     truth, same_dtype = (
