@@ -169,4 +169,9 @@ def test_every_kernel_stays_inside_at_ragged_sizes(monkeypatch: pytest.MonkeyPat
             ).loss  # fmt: skip
             assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
         assert token_stats(hidden, weight, case.target, **common).entropy.isfinite().all()
+        given = case.target[:, None].repeat(1, 2)
+        found = token_stats(hidden, weight, case.target, tokens=given, differentiable=True, **common)
+        assert found.token_logprob is not None
+        upstream = found.entropy.sum() + found.token_logprob.sum()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(upstream, (hidden, weight)))
     assert launched == every_kernel() and len(launched) > 2
