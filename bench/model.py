@@ -36,6 +36,7 @@ BEGIN = "<!-- predicted: written by `python -m bench.model --write`, do not edit
 END = "<!-- end of predicted -->"
 ARCH = "sm_90"
 SPECS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
+MEMORY = 141 * 10**9  # of an H200, datasheet
 ROW_KERNELS = [f"_sftmix_{n}_kernel" for n in "prepare finish upstream scale gradient_terms".split()]
 # H200, bfloat16, next-token loss forward and backward at V = 128256, D = 4096: Liger-Kernel pull request 1356.
 PUBLISHED_MS = {
@@ -187,6 +188,7 @@ def predict(groups: Iterable[tuple[Shape, str]]) -> list[Figure]:
 
 def counted_table(groups: Iterable[tuple[Shape, str]]) -> str:
     """Markdown: what one forward and backward of SFTMix does under each schedule, and what is chosen."""
+    from sftmix_kernels.choice import MEMORY_SHARE
     from sftmix_kernels.fused.schedule import Sizes, choose_schedule
 
     lines = [
@@ -194,7 +196,8 @@ def counted_table(groups: Iterable[tuple[Shape, str]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for shape, dtype in groups:
-        chosen = choose_schedule(shape.N, Sizes(shape.V, shape.D, getattr(torch, dtype), ARCH))
+        sizes = Sizes(shape.V, shape.D, getattr(torch, dtype), ARCH, scratch_bytes=MEMORY // MEMORY_SHARE)
+        chosen = choose_schedule(shape.N, sizes)
         unit = 2 * shape.N * shape.V * shape.D
         gradients = (shape.N + shape.V) * shape.D * getattr(torch, dtype).itemsize
         for schedule in ("recompute", "stored"):

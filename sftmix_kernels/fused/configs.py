@@ -121,6 +121,13 @@ def current_arch(device: torch.device | None = None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 def table_arch(arch: str) -> str:
     """The table's entry that serves ``arch``: chips without wgmma or tcgen05 (sm_8x, sm_12x) take sm_80's."""
     if arch.startswith("gfx"):
@@ -196,6 +203,7 @@ def programs_per_processor(tile: Tile) -> int:
     return 2 if tile.num_warps <= 4 else 1
 
 
+@lru_cache(maxsize=4096)  # the search takes 0.1 ms
 def choose_num_splits(num_row_blocks: int, num_vocab_tiles: int, num_slots: int) -> int:
     """Into how many stretches the forward cuts the vocabulary.
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Statistics
-from .configs import Tile, choose_num_splits, programs_per_processor
+from .configs import Tile, choose_num_splits, num_processors, programs_per_processor
 from .exponentials import capped
 from .stats import empty_stats, first_column, fold, fold_splits, moment_of, no_columns, settled
 from .tiles import (
@@ -308,8 +308,7 @@ def _num_program_slots(device: torch.device, tile: Tile) -> int:
     """Programs of ``tile`` that run at once on ``device``; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
-    num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return num_processors * programs_per_processor(tile)
+    return num_processors(device) * programs_per_processor(tile)
 
 
 def _forward_part(

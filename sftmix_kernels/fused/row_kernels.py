@@ -148,7 +148,10 @@ def _sftmix_prepare_kernel(
         tl.store(pair + at, coef * mu, mask=mask)
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam", "pair_nll"))
+@triton.jit(
+    do_not_specialize=CHANGING,
+    do_not_specialize_on_alignment=("lam", "pair_nll", "row_carry", "max_logit", "target_logit", "mean_logit"),
+)  # fmt: skip
 def _sftmix_finish_kernel(
     column,  # (N,)
     row,  # (N,) float64

@@ -130,7 +130,7 @@ def _row_gradient(z, slope, terms, top, offs, vocab_size, class_weight, SMOOTHED
     return tl.where((coef != 0.0)[:, None], g * slope, 0.0)
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam",))
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=("lam", "pair_stats"))
 def _sftmix_stored_kernel(
     logits,  # (rows or 2 * rows, width) in: W h + b; out: dlogits; the partners follow the confident rows
     target,  # (N,) int64

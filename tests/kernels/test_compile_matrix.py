@@ -102,7 +102,7 @@ def test_the_kernels_compile_for_four_chips(part: str, matrix: list[Line]) -> No
 
 def test_no_spills_and_no_serialised_wgmma_on_sm_90(matrix: list[Line]) -> None:
     for line in matrix:
-        if line["arch"] == "sm_90" and not line["variant"].startswith("control"):
+        if line["arch"] == "sm_90" and not line["variant"].startswith(("control", "ones")):  # V = D = 1
             assert line["stack"] <= MOST_STACK, line
             assert not line["notes"], line
     assert control(matrix, "128x128-w4")["stack"] > 10 * MOST_STACK and control(matrix, "128x128-w4")["notes"]

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from sftmix_kernels import LossHead, SFTMixLoss, linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels import LossHead, SFTMixLoss, checks, linear_cross_entropy, sftmix_loss, token_stats
 from tests.kernels.watching import Bodies
 from tests.parity import make_case
 
@@ -116,6 +116,36 @@ def test_a_host_read_would_be_seen(read: Callable[[Tensor], Any]) -> None:
     ):
         read(torch.empty(4))
     assert {*WAITS, "index"} & set(bodies.called)
+
+
+# --- capture of a CUDA graph ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixup_weight", "ntp_denominator", "mixup_denominator"])
+def test_a_number_of_the_cpu_is_not_frozen_into_a_graph(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A graph would replay a copy of its present value; what is on the rows' device, or a number, is not copied."""
+    cuda, value = torch.device("cuda", 0), torch.tensor(0.3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        ValueError, match=f"^{name}: expected a number or a 0-d tensor on cuda:0 while a CUDA graph"
+    ):
+        checks.scalar(name, value, cuda)
+    assert checks.scalar(name, 0.3, cuda) == (None, 0.3)
+    kept, _ = checks.scalar(name, value, torch.device("cpu"))
+    assert kept is not None and kept.data_ptr() == value.data_ptr()
+
+
+def test_meta_tensors_take_the_portable_loss_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fused`` runs on CPUs' and CUDA's tensors alone; named, it is refused by the device's name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    hidden, weight = (torch.empty(n, 16, device="meta", requires_grad=True) for n in (20, 33))
+    target, lam = torch.empty(20, dtype=torch.int64, device="meta"), torch.empty(6, device="meta")
+    with Bodies() as bodies:
+        sftmix_loss(hidden, weight, target, lam).loss.backward()
+    assert "sftmix_kernels::made_fwd" in bodies.called and hidden.grad is not None and hidden.grad.is_meta
+    with pytest.raises(ValueError, match=r"^impl: expected .*got 'fused': its kernels do not run on meta"):
+        sftmix_loss(hidden, weight, target, lam, impl="fused")
 
 
 # --- export --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The kernels of [N]-sized numbers say what terms.py and row_terms.py say in torch, there of float64, to one rounding."""
+"""The kernels of [N]-sized numbers say what terms.py and row_terms.py say in torch of float64, to one rounding."""
 
 from __future__ import annotations
 
