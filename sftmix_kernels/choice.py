@@ -21,7 +21,7 @@ from .chunked.scratch import DEFAULT_ROWS, DEFAULT_SCRATCH_BYTES
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MEMORY_SHARE = 64  # ``stored`` takes at most this part of a GPU's memory where no bound is named
+MEMORY_SHARE = 32  # ``stored`` takes at most this part of a GPU's memory where no bound is named
 _HAS_TRITON = find_spec("triton") is not None
 # Triton decides at its import whether kernels are interpreted; read once, so that torch.compile sees a constant.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

@@ -100,7 +100,7 @@ def sftmix_loss(
         schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
             one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
-            fused/schedule.py's cost model, on this chip, "stored" only where that takes at most 1/64 of the GPU's
+            fused/schedule.py's cost model, on this chip, "stored" only where that takes at most 1/32 of the GPU's
             memory; "recompute" with vocab_parallel, when interpreted, and with main_grad. "recompute" and "chunked"
             give the same loss with gradients as without; "stored" rounds each logit of 16-bit inputs once in between,
             so that where None changes schedule with N, a 16-bit loss changes by that rounding.
