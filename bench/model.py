@@ -196,8 +196,8 @@ def counted_table(groups: Iterable[tuple[Shape, str]]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for shape, dtype in groups:
-        bound = {"scratch_bytes": MEMORY // MEMORY_SHARE}
-        chosen = choose_schedule(shape.N, Sizes(shape.V, shape.D, getattr(torch, dtype), ARCH, **bound))
+        default = Sizes(shape.V, shape.D, getattr(torch, dtype), ARCH, scratch_bytes=MEMORY // MEMORY_SHARE)
+        chosen = choose_schedule(shape.N, default)
         unit = 2 * shape.N * shape.V * shape.D
         gradients = (shape.N + shape.V) * shape.D * getattr(torch, dtype).itemsize
         for schedule in ("recompute", "stored"):
