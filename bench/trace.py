@@ -109,8 +109,10 @@ class Trace(TorchDispatchMode):
 
 
 def _described(value: Any) -> Any:
-    """An argument without the tensor, which would be held: (shape, bytes of an element)."""
+    """An argument that equals itself: (shape, bytes of an element) of a tensor, which would be held; "nan" of NaN."""
     tensor = getattr(value, "base", value)
+    if isinstance(value, float) and value != value:
+        return "nan"
     return (tuple(tensor.shape), tensor.element_size()) if isinstance(tensor, Tensor) else value
 
 

@@ -110,14 +110,15 @@ def living_terms(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> 
     if any(each is not None for each in beside):
         call = row_terms.living(call, row_terms.dead_rows(call, upstream))
         return call, row_terms.gradient_terms(call, column, kept, upstream)
-    (num_rows, vocab_size, num_pairs), options, like = call.sizes, call.options, kept.row_carry
+    (num_rows, vocab_size, num_pairs), options, like = call.sizes, call.options, kept.row_carry.contiguous()
     e = options.label_smoothing
     rows, pairs = like.new_empty(4 if e else 3, num_rows), like.new_empty(5, num_pairs)
     dead = like.new_empty(num_rows, dtype=torch.bool)
     scale = like.new_empty(()) if call.hidden.dtype == torch.float16 else None
     with on_device(like):
         _sftmix_gradient_terms_kernel[(1,)](
-            column=column, row=upstream.row, pair=upstream.pair, row_carry=like, pair_carry=kept.pair_carry,
+            column=column.contiguous(), row=upstream.row.contiguous(), pair=upstream.pair.contiguous(),
+            row_carry=like, pair_carry=kept.pair_carry.contiguous(),
             lam=call.lam.contiguous(), place=call.place, rows_out=rows, pairs_out=pairs, dead=dead, scale=scale,
             num_rows=num_rows,
             num_pairs=num_pairs, logit_scale=options.logit_scale, smoothing=e, uniform=e / vocab_size,

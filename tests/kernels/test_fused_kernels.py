@@ -369,9 +369,10 @@ class Recorder:
 
 def test_the_grid_of_millions_of_rows_stays_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything on axis 0: the others end at 65535."""
-    from sftmix_kernels.fused import recompute, stats
+    from sftmix_kernels.fused import recompute, rows, stats
 
     recorder = Recorder()
+    monkeypatch.setattr(rows, "_sftmix_gradient_terms_kernel", recorder)
     monkeypatch.setattr(forward, "_sftmix_fwd_kernel", recorder)
     monkeypatch.setattr(recompute, "_sftmix_recompute_kernel", recorder)
     monkeypatch.setattr(stats, "_sftmix_fwd_combine_kernel", recorder)
