@@ -35,13 +35,13 @@ def says(capsys: pytest.CaptureFixture[str]) -> Callable[[Iterable[Finding]], tu
     return verdict
 
 
-Properties = namedtuple("Properties", "name major minor multi_processor_count gcnArchName")
+Properties = namedtuple("Properties", "name major minor multi_processor_count gcnArchName total_memory")
 
 
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch as it is on a machine with one GPU, as far as it is asked."""
-    properties = Properties("NVIDIA H100", 9, 0, 132, "")
+    properties = Properties("NVIDIA H100", 9, 0, 132, "", 80 * 10**9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

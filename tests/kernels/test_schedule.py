@@ -27,6 +27,10 @@ ARCHS = ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]
 llama = Sizes(128256, 4096, BF16, "sm_90")
 
 
+AGAIN, MADE = ["terms_fwd", "terms_bwd"], ["made_fwd"]
+BOUND = 2**40  # bytes that ``stored`` may take by default
+
+
 def call(num_rows: int = 40, *, grad: str = "hw", **options: Any) -> list[str]:
     """Operators of a forward and backward on V = 33, D = 16."""
     case = make_case(num_rows, 33, 16, num_pairs=6)
@@ -41,7 +45,7 @@ def call(num_rows: int = 40, *, grad: str = "hw", **options: Any) -> list[str]:
 
 def test_main_grad_takes_the_schedule_without_a_second_buffer(from_32_rows: list[tuple[Any, ...]]) -> None:
     """Where 40 rows would go to ``stored``; a named schedule is obeyed."""
-    assert call() == ["made_fwd", "made_bwd"]
+    assert call() == MADE
     assert call(main_grad=torch.zeros(33, 16)) == ["terms_fwd", "terms_bwd_into"]
     assert call(main_grad=torch.zeros(33, 16), schedule="stored") == ["made_fwd", "made_bwd_into"]
 
@@ -62,7 +66,7 @@ def from_32_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(choice, "stored_from", threshold)
     monkeypatch.setattr(choice, "architecture", arch)
-    monkeypatch.setattr(choice, "default_bound", choice.constant(lambda device: 2**40))
+    monkeypatch.setattr(choice, "default_bound", choice.constant(lambda device: BOUND))
     return asked
 
 
@@ -123,25 +127,25 @@ def test_every_tile_table_has_a_chip() -> None:
 
 
 def test_without_a_gpu_none_is_recompute() -> None:
-    assert call(64) == ["fused_fwd", "fused_bwd"]
-    assert call(64, schedule="stored") == ["stored_fwd"]
+    assert call(64) == AGAIN
+    assert call(64, schedule="stored") == MADE
 
 
 def test_none_takes_the_schedule_of_the_choice(from_32_rows: list[tuple[Any, ...]]) -> None:
-    assert call(31) == ["fused_fwd", "fused_bwd"]
-    assert call(32) == ["stored_fwd"]
-    assert call(32, schedule="recompute") == ["fused_fwd", "fused_bwd"]
-    assert call(31, schedule="stored") == ["stored_fwd"]
-    assert call(32, grad="h")[0] == call(32, grad="w")[0] == "stored_fwd"
-    assert call(32, grad="") == call(32, grad="", schedule="stored") == ["fused_fwd"]
-    assert from_32_rows[0] == (33, 16, torch.float32, "sm_90", (True, True, False, False, False), None)
-    assert from_32_rows[-1] == (33, 16, torch.float32, "sm_90", (False, True, False, False, False), None)
+    assert call(31) == AGAIN
+    assert call(32) == MADE
+    assert call(32, schedule="recompute") == AGAIN
+    assert call(31, schedule="stored") == MADE
+    assert call(32, grad="h")[0] == call(32, grad="w")[0] == "made_fwd"
+    assert call(32, grad="") == call(32, grad="", schedule="stored") == ["terms_fwd"]
+    assert from_32_rows[0] == (33, 16, torch.float32, "sm_90", (True, True, False, False, False), BOUND)
+    assert from_32_rows[-1] == (33, 16, torch.float32, "sm_90", (False, True, False, False, False), BOUND)
     case = make_case(40, 33, 16)
     with Called() as seen:
         linear_cross_entropy(
             case.hidden.requires_grad_(), case.weight, case.target, impl="fused", reduction="none"
         ).sum().backward()
-    assert seen.names == ["fused_rows_fwd", "fused_bwd"]
+    assert seen.names == AGAIN
 
 
 def test_dweights_sum_comes_off_the_bound(
@@ -156,8 +160,21 @@ def test_dweights_sum_comes_off_the_bound(
     call(scratch_bytes=10_000, grad="h")
     call(scratch_bytes=10_000, schedule="stored")
     call()
-    assert given == [10_000 - 4 * 33 * 16, 10_000, 10_000, 0]
+    usual = choice.DEFAULT_ROWS * 48 * 4  # rows of whole 16 elements
+    assert given == [10_000 - 4 * 33 * 16, 10_000, 10_000, usual]
     assert from_32_rows[0][-1] == 10_000
+
+
+def test_stored_is_taken_by_default_within_a_share_of_the_memory(h100: None) -> None:
+    """80 GB: a float32 dweight of 2.1 GB and a chunk fit 1/32 of it, one of 2.4 GB and a chunk do not."""
+    bound = choice.default_bound(torch.device("cuda"))
+    assert bound == 80 * 10**9 // 32
+    shapes = {(128256, 4096): True, (256000, 2304): False, (49152, 576): True}
+    for (V, D), taken in shapes.items():
+        sizes = Sizes(V, D, BF16, "sm_90", scratch_bytes=bound)
+        assert (stored_from(sizes) is not None) == taken
+        if taken:
+            assert sizes.dweight_bytes + 2 * sizes.row_bytes <= bound
 
 
 def step(hidden: Tensor, weight: Tensor, target: Tensor, lam: Tensor) -> Tensor:
@@ -175,8 +192,13 @@ def test_a_changing_n_compiles_each_side_of_the_choice_once(
         step, fullgraph=True, backend=counter, dynamic=True if how == "dynamic=True" else None
     )
     stored: list[int] = []
-    run = fused.stored_loss
-    monkeypatch.setattr(fused, "stored_loss", lambda *a, **k: stored.append(len(a[0])) or run(*a, **k))
+    run = fused.statistics_with_gradients
+
+    def record(call: Any, coef: Any) -> Any:
+        stored.append(call.sizes[0])
+        return run(call, coef)
+
+    monkeypatch.setattr(fused, "statistics_with_gradients", record)
     sizes, frames = (48, 40, 33, 57, 20, 30, 25, 64), []
     for num_rows in sizes:
         case = make_case(num_rows, 33, 16, num_pairs=num_rows // 4)
