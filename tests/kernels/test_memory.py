@@ -134,8 +134,8 @@ def test_chunked_never_holds_the_logits_of_all_rows_even_when_they_fit(num_pairs
 
 
 def recompute_bytes(num_pairs: int, itemsize: int, columns: int, *, copies: bool = True) -> int:
-    """fused/recompute.fused_backward: a slice of ``columns``; for 16 bits float32 dhidden and the slice of dweight."""
-    total = N * columns * itemsize + statistics_bytes(num_pairs)
+    """fused/recompute.py: a slice of ``columns``, a copy of hidden; for 16 bits float32 dhidden, dweight's slice."""
+    total = N * columns * itemsize + N * D * itemsize + statistics_bytes(num_pairs)
     if itemsize == 2:
         total += 4 * N * D + 4 * columns * D + copies * 4 * (N * columns + max(N, columns) * D)
     return total
@@ -152,7 +152,7 @@ def test_fused_recompute(no_garbage: None, dtype: torch.dtype, num_pairs: int) -
 
 
 def stored_bytes(num_pairs: int, itemsize: int, rows: int, *, copies: bool = True) -> int:
-    """fused/stored.stored_loss: a chunk's logits and hidden states; for 16 bits float32 dweight and dhidden too."""
+    """fused/stored.py: a chunk's logits and hidden states; for 16 bits float32 dweight and dhidden too."""
     total = rows * (V + D) * itemsize + statistics_bytes(num_pairs)
     if itemsize == 2:
         side = (

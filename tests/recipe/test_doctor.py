@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sftmix import doctor
 from sftmix.cli import app
 from sftmix_kernels import Finding, ProductSupport
-from sftmix_kernels import doctor as kernels_doctor
+from sftmix_kernels.doctor import examine as kernels_doctor
 from tests.test_install import table_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +32,7 @@ def test_a_healthy_machine_on_one_screen() -> None:
     """The command, on the CPU of a machine of any size: what is enough is set to nothing."""
     code = """
 import sys
-from sftmix_kernels import limits
+from sftmix_kernels.doctor import limits
 limits.LEAST_MEMORY = limits.LEAST_DISK = limits.LEAST_TEMPORARY = 0
 from sftmix.cli import main
 sys.argv = ["sftmix", "doctor"]
