@@ -307,9 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.write:
             NOTES.write_text(wanted, encoding="utf-8")
         elif page != wanted:
-            print(
-                "bench/NOTES.md differs from the model: run `python -m bench.model --write`", file=sys.stderr
-            )
+            print("bench/NOTES.md is another one: run `python -m bench.model --write`", file=sys.stderr)
         return int(args.check and page != wanted)
     groups = [(shape, "bfloat16") for shape, _ in parse_shapes(args.shapes)]
     print(counted_table(groups), targets.table(predict(groups)), sep="\n\n")
