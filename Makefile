@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WO
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
-	@echo 'make test   run the tests, at most 8 minutes on two cores'
+	@echo 'make test   run the tests, about ten minutes on two cores'
 	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
 	@echo 'make architectures   take a tiny model of every architecture through a run (a part of make slow)'
 	@echo 'also: test-python PYTHON=python3.13 and test-oldest (the tests in an environment of their own), lint, bench,'
