@@ -100,7 +100,7 @@ class LoraLossHead:
         """The adapted class is made from peft's, so a pickle names that one."""
         kind = type(self)
         if kind.__mro__[1] is not LoraLossHead:  # a subclass made since, as fully_shard makes one
-            return copyreg.__newobj__, (kind,), vars(self)  # type: ignore[attr-defined]
+            return copyreg.__newobj__, (kind,), vars(self)  # type: ignore[attr-defined]  # not in stubs
         return _empty_layer, (kind.__mro__[2],), vars(self)
 
 

@@ -67,7 +67,7 @@ def check_shareable(linear: Any, forwards: tuple[Any, ...]) -> None:
     if not isinstance(linear, nn.Linear) or type(linear).forward not in forwards:
         _fail("an nn.Linear with its own forward", kind)
     if parametrize.is_parametrized(linear):
-        names = ", ".join(linear.parametrizations)  # type: ignore[arg-type]
+        names = ", ".join(linear.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
         _fail(
             "a plain weight",
             f"a layer whose {names} is parametrised; parametrize.remove_parametrizations(linear, ...) makes it plain",
