@@ -1,8 +1,8 @@
 """Where one call's time goes, by operator: ``python -m bench.breakdown --shapes 1024x49152x576 --dtype float32``.
 
 Self times of torch's profiler, summed over a call of loss and backward, median over ``--rounds`` calls; on a CPU these
-are seconds of one thread that other threads may share. ``products`` are matrix products; the rest is what a fused
-kernel would save.
+are seconds of one thread that other threads may share, on a GPU (``--device cuda``) those of its kernels. ``products``
+are matrix products; the rest is what a fused kernel would save.
 """
 
 from __future__ import annotations
@@ -22,25 +22,39 @@ from bench.providers import choose
 from bench.shapes import parse_shapes
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+# What the libraries call a matrix product's kernel on a GPU.
+PRODUCT_KERNELS = ("gemm", "nvjet", "cutlass", "xmma", "splitK")
 
 
-def one_call(call: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of self time by operator."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        call()
+def is_product(name: str, device: str) -> bool:
+    return name in PRODUCTS if device == "cpu" else any(part in name for part in PRODUCT_KERNELS)
+
+
+def one_call(call: Callable[[], object], device: str = "cpu") -> dict[str, float]:
+    """Milliseconds of self time by operator, on a GPU by kernel."""
     found: dict[str, float] = defaultdict(float)
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            call()
+        for event in trace.key_averages():
+            found[event.key] += event.self_cpu_time_total / 1e3
+        return found
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
     for event in trace.key_averages():
-        found[event.key] += event.self_cpu_time_total / 1e3
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.key] += event.self_device_time_total / 1e3
     return found
 
 
-def breakdown(call: Callable[[], object], rounds: int) -> list[tuple[str, float]]:
+def breakdown(call: Callable[[], object], rounds: int, device: str = "cpu") -> list[tuple[str, float]]:
     """(operator, median ms), largest first; products and everything else come first as sums."""
     call()
-    samples = [one_call(call) for _ in range(rounds)]
+    samples = [one_call(call, device) for _ in range(rounds)]
     names = {name for sample in samples for name in sample}
     medians = {name: statistics.median(sample.get(name, 0.0) for sample in samples) for name in names}
-    products = sum(medians.get(name, 0.0) for name in PRODUCTS)
+    products = sum(ms for name, ms in medians.items() if is_product(name, device))
     rows = sorted(medians.items(), key=lambda row: -row[1])
     return [("products", products), ("everything else", sum(medians.values()) - products), *rows]
 
@@ -53,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", default="sftmix", choices=("ntp", "sftmix"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lines", type=int, default=10, help="operators to print")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
-    print(f"{device_name('cpu')}; torch {versions()['torch']}; {torch.get_num_threads()} threads")
+    print(f"{device_name(args.device)}; torch {versions()['torch']}; {torch.get_num_threads()} threads")
     for shape, _ in parse_shapes(args.shapes):
-        problem = Problem(shape, args.dtype, "cpu")
+        problem = Problem(shape, args.dtype, args.device)
         for provider in choose(args.providers):
             loss = provider.build(problem, args.task)
 
@@ -65,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 loss().backward()
 
             print(f"\n{provider.spec}, {args.task}, {shape}, {args.dtype} (ms)")
-            for name, ms in breakdown(call, args.rounds)[: args.lines + 2]:
-                print(f"{ms:10.1f}  {name}")
+            for name, ms in breakdown(call, args.rounds, args.device)[: args.lines + 2]:
+                print(f"{ms:10.3f}  {name[:100]}")
     return 0
 
 

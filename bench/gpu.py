@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ DEFAULT_BUDGET_S = 520.0
 _TEST_SHARE = 0.4  # of the budget, at most
 _MARGIN_S = 15.0  # for starting Python, the last write and the table
 _NO_TESTS = 5  # pytest's exit code when it collects nothing
+_MOST_WORKERS = 12  # each has a context of its own on the GPU, about half a GB
 # torch.compile takes most of a minute per shape: it is measured on the first shape only.
 _FIRST = ("bench.loss", "--shapes", "8192x128256x4096", "--dtype", "bfloat16", "--errors")
 _STEPS = ("bench.train",)
@@ -73,6 +75,12 @@ def run(command: Sequence[str], log: Path, timeout_s: float, env: Mapping[str, s
     return done.returncode
 
 
+def _workers() -> list[str]:
+    """Compiling takes most of the tests' time: by several processes where pytest-xdist is there."""
+    count = min((os.cpu_count() or 1) - 2, _MOST_WORKERS)
+    return ["-n", str(count)] if count > 1 and find_spec("xdist") else []
+
+
 def tail(path: Path, num_lines: int) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
@@ -97,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     failed = False
     if args.part < 2:
-        tests = ["pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+        tests = ["pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider", *_workers()]
         code = run(tests, out / "tests.txt", args.budget_seconds * _TEST_SHARE, env)
         print(tail(out / "tests.txt", 15))
         print(f"tests: exit code {code}" + (" (time budget spent)" if code == 124 else ""))

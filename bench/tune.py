@@ -3,16 +3,19 @@
     python -m bench.tune [--shape 8192x128256x4096] [--dtype bfloat16] [--softcap 30] [--rounds 10]
     python -m bench.tune --rehearse         the same path on a CPU at toy size, in Triton's interpreter
 
-The backward is timed without its library products, so that the tile alone decides. A candidate that does not compile
-or does not fit the chip is printed with its error. The table takes the rows that a person copies; nothing is written.
+The backward is timed without its library products, so that the tile alone decides. Every candidate is compiled first,
+by ``--jobs`` processes at once, into Triton's cache. A candidate that does not compile or does not fit the chip is
+printed with its error. The table takes the rows that a person copies; nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bench.machine import device_name, versions
+from bench.machine import ROOT, device_name, versions
 from bench.measure import Case, interleave
 from bench.report import RESULTS
 from bench.shapes import Shape, parse_shapes
@@ -154,6 +157,40 @@ def tune(shape: Shape, dtype: torch.dtype, *, softcap: float, rounds: int, devic
                 yield f"({operation!r}, {paired}): {timed[0][1]},  # {timed[0][0]:.3f} ms at {shape}"
 
 
+def compile_share(share: str, shape: Shape, dtype: torch.dtype, *, softcap: float, device: str) -> None:
+    """Run every N-th candidate from the I-th once, ``share`` being "I/N", so that Triton's cache holds it.
+
+    A candidate that fails is left to :func:`tune`, which says so.
+    """
+    from sftmix_kernels.fused.configs import OPERATIONS
+
+    first, step = map(int, share.split("/"))
+    for paired in (True, False):
+        kernels = Kernels(shape, dtype, paired=paired, softcap=softcap, device=device)
+        tiles = [
+            (operation, tile)
+            for operation in OPERATIONS
+            for tile in candidates(operation, paired, toy=device == "cpu", bulk=True, hopper=device == "cuda")
+        ]
+        for operation, tile in tiles[first::step]:
+            with contextlib.suppress(Exception):
+                kernels.run(operation, tile)
+
+
+def compile_all(arguments: Sequence[str], jobs: int) -> None:
+    """Share the candidates out over ``jobs`` processes and wait for them."""
+    begin = time.monotonic()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bench.tune", *arguments, "--share", f"{job}/{jobs}"], cwd=ROOT
+        )
+        for job in range(jobs)
+    ]
+    for process in running:
+        process.wait()
+    print(f"# compiled by {jobs} processes in {time.monotonic() - begin:.0f} s", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
@@ -162,15 +199,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--softcap", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU at toy size")
-    args = parser.parse_args(argv)
-    if args.rehearse:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
-    elif not torch.cuda.is_available():
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile before anything is timed")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # of one of these processes
+    options = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(options)
+    if args.rehearse and not os.environ.get("TRITON_INTERPRET"):  # it must be set before triton is imported
+        command = [sys.executable, "-m", "bench.tune", *options]
+        return subprocess.call(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"})
+    if not args.rehearse and not torch.cuda.is_available():
         print("bench.tune: no GPU that torch can use; --rehearse runs the path on a CPU", file=sys.stderr)
         return 2
     device = "cpu" if args.rehearse else "cuda"
     dtype = torch.float32 if args.rehearse else getattr(torch, args.dtype)
     ((shape, _),) = parse_shapes(TOY_SHAPE if args.rehearse else args.shape)
+    if args.share:
+        compile_share(args.share, shape, dtype, softcap=args.softcap, device=device)
+        return 0
+    if args.jobs > 1:
+        compile_all(options, args.jobs)
     found = ", ".join(
         f"{name} {version}" for name, version in versions().items() if name in ("torch", "triton")
     )
