@@ -78,6 +78,9 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
     if event.name == "_sftmix_fwd_combine_kernel":
         moved = 8 * a["num_splits"] * (a["num_rows"] + a["num_mixed"])
         return 0, moved, schedule.pass_s(chip, moved)
+    if event.name == "_sftmix_round_kernel":
+        moved = a["size"] * (a["gradient"][1] + a["out"][1])
+        return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]
         moved = planes * event.sizes[0] * a["width"] * itemsize * 3

@@ -107,6 +107,10 @@ class Call(NamedTuple):
         return self.hidden.shape[0], self.weight.shape[0], self.lam.shape[0]
 
 
+# Of the operators. torch keeps compiled graphs from one process to the next and knows an operator by its name alone, so
+# the number grows with every change of a schema, of an autograd formula or of what a result is shaped like: a graph of
+# the release before is then compiled anew, not run.
+NAMESPACE = "sftmix_kernels_2"
 # As the operators take it.
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor{mutated}? main_grad, Tensor target, "

@@ -1,4 +1,4 @@
-"""The custom operators ``sftmix_kernels::*``: schema, fake kernels and registered autograd.
+"""The custom operators: schema, fake kernels and registered autograd.
 
 Two algorithms, each a forward, a backward, and a backward that adds dweight into a main gradient:
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from . import terms
 from .call import (
     DIFFERENTIABLE,
+    NAMESPACE,
     SCHEMA,
     TENSORS,
     Call,
@@ -43,11 +44,11 @@ NUM_TERMS, NUM_KEPT = len(Terms._fields), 6
 def operator(name: str, arguments: str, number: int, mutates: tuple[str, ...] = ()) -> Any:
     """A decorator: ``function`` as the operator ``name`` that returns ``number`` tensors."""
     schema = f"({arguments}) -> ({', '.join(['Tensor'] * number)})"
-    return torch.library.custom_op(f"sftmix_kernels::{name}", mutates_args=mutates, schema=schema)
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, schema=schema)
 
 
-def engine_of(call: Call) -> ModuleType:
-    if call.engine == "chunked":
+def engine_of(name: str) -> ModuleType:
+    if name == "chunked":
         from . import chunked
 
         return chunked
@@ -58,7 +59,7 @@ def engine_of(call: Call) -> ModuleType:
 
 def made_by(call: Call, step: str) -> Any:
     """A step of terms.py, as the engine has it where it has one of its own."""
-    return getattr(engine_of(call), step, None) or getattr(terms, step)
+    return getattr(engine_of(call.engine), step, None) or getattr(terms, step)
 
 
 def local(call: Call, column: Tensor) -> tuple[Call, Tensor]:
@@ -76,10 +77,10 @@ def statistics(call: Call, column: Tensor) -> Statistics:
     """Of all columns: an engine's, and with shards what all of them say together."""
     own, own_column = local(call, column)
     if call.place is None:
-        return cast(Statistics, engine_of(call).statistics(call, column))
+        return cast(Statistics, engine_of(call.engine).statistics(call, column))
     from .vocab_parallel import of_no_columns, whole
 
-    found = engine_of(call).statistics(own, own_column) if call.weight.shape[0] else of_no_columns(own)
+    found = engine_of(call.engine).statistics(own, own_column) if call.weight.shape[0] else of_no_columns(own)
     return whole(found, call, column)
 
 
@@ -148,12 +149,12 @@ def _gradients(*arguments: Any) -> Tensors:
     call, coef = Call(*rest), Coefficients(*kept[:3])
     upstream = made_by(call, "upstream_of")(call, coef, kept[4][2], grads)
     if call.place is None:
-        return cast(Tensors, engine_of(call).gradients(call, coef.column, kept_of(kept), upstream))
+        return cast(Tensors, engine_of(call.engine).gradients(call, coef.column, kept_of(kept), upstream))
     from .vocab_parallel import sum_over_shards
 
     own, column = local(call, coef.column)
     if call.weight.shape[0]:
-        found = engine_of(call).gradients(own, column, kept_of(kept), upstream)
+        found = engine_of(call.engine).gradients(own, column, kept_of(kept), upstream)
     else:
         found = Gradients(*(each.zero_() for each in empty_gradients(call)))
     dtype, group = call.hidden.dtype, call.group_name
@@ -222,7 +223,7 @@ def made_fwd(*arguments: Any) -> Tensors:
     call = Call(*arguments)
     coef = made_by(call, "coefficients")(call)
     # dweight is made here whether or not a main gradient is to take it.
-    made = engine_of(call).statistics_with_gradients(call._replace(main_grad=None), coef)
+    made = engine_of(call.engine).statistics_with_gradients(call._replace(main_grad=None), coef)
     found, scale, gradients = made
     return (*made_by(call, "finish")(call, coef, found), scale, *gradients)
 
@@ -237,30 +238,34 @@ def _fake_made(call: Call) -> Gradients:
     return empty_gradients(call._replace(main_grad=None), call.dtype)
 
 
-@operator("made_bwd", f"Tensor grad_loss, Tensor scale, {GRADIENTS}, ScalarType weight_dtype", 5)
+MADE = f"Tensor grad_loss, Tensor scale, {GRADIENTS}"
+
+
+@operator("made_bwd", f"{MADE}, ScalarType weight_dtype, str engine", 5)
 def made_bwd(grad_loss: Tensor, scale: Tensor, *rest: Any) -> Tensors:
     """The forward's gradients times ``scale * grad_loss``, multiplied in float32 and rounded once."""
-    *made, weight_dtype = rest
-    return _scaled(grad_loss, scale, tuple(made), weight_dtype)
+    *made, weight_dtype, engine = rest
+    return _scaled(grad_loss, scale, tuple(made), weight_dtype, engine)
 
 
 @operator(
     "made_bwd_into",
-    f"Tensor grad_loss, Tensor scale, {GRADIENTS}, Tensor(a!) main_grad, ScalarType weight_dtype",
+    f"{MADE}, Tensor(a!) main_grad, ScalarType weight_dtype, str engine",
     5,
     ("main_grad",),
 )
 def made_bwd_into(grad_loss: Tensor, scale: Tensor, *rest: Any) -> Tensors:
     """The same, but for dweight, which is added to main_grad, and (0,)."""
-    dhidden, dweight, *others, main_grad, weight_dtype = rest
+    dhidden, dweight, *others, main_grad, weight_dtype, engine = rest
     if dweight.numel():
         main_grad.addcmul_(dweight, (scale * grad_loss).to(dweight.dtype))
-    return _scaled(grad_loss, scale, (dhidden, dweight.new_empty(0), *others), weight_dtype)
+    return _scaled(grad_loss, scale, (dhidden, dweight.new_empty(0), *others), weight_dtype, engine)
 
 
-def _scaled(grad_loss: Tensor, scale: Tensor, made: Tensors, weight_dtype: torch.dtype) -> Tensors:
-    from .chunked.gradients import scaled
-
+def _scaled(
+    grad_loss: Tensor, scale: Tensor, made: Tensors, weight_dtype: torch.dtype, engine: str
+) -> Tensors:
+    scaled = engine_of(engine).scaled
     factor, dtype = (scale * grad_loss).to(scale.dtype), made[0].dtype
     dtypes = (dtype, weight_dtype, weight_dtype, dtype, weight_dtype)
     return tuple(scaled(each, factor, kind) for each, kind in zip(made, dtypes, strict=True))
@@ -273,11 +278,11 @@ def _(grad_loss: Tensor, scale: Tensor, *rest: Any) -> Tensors:
 
 @made_bwd_into.register_fake
 def _(grad_loss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, *rest: Any) -> Tensors:
-    return _fake_scaled(dhidden, dweight.new_empty(0), *rest[:3], rest[-1])
+    return _fake_scaled(dhidden, dweight.new_empty(0), *rest[:3], *rest[-2:])
 
 
 def _fake_scaled(*rest: Any) -> Tensors:
-    dhidden, dweight, dbias, dlow, dup, dtype = rest
+    dhidden, dweight, dbias, dlow, dup, dtype, _ = rest
     dweight, dbias, dup = (torch.empty_like(each, dtype=dtype) for each in (dweight, dbias, dup))
     return torch.empty_like(dhidden), dweight, dbias, torch.empty_like(dlow), dup
 
@@ -285,7 +290,7 @@ def _fake_scaled(*rest: Any) -> Tensors:
 def _made_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     call = Call(*inputs)
     ctx.set_materialize_grads(False)
-    ctx.main_grad, ctx.weight_dtype, ctx.plan = call.main_grad, call.weight.dtype, call.plan
+    ctx.main_grad, ctx.plan, ctx.beside = call.main_grad, call.plan, (call.weight.dtype, call.engine)
     ctx.save_for_backward(*output[NUM_TERMS:])
 
 
@@ -307,9 +312,9 @@ def _made_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -
     call = Call(*nothing)._replace(plan=ctx.plan, main_grad=ctx.main_grad)
     if ctx.main_grad is not None:
         refuse_grad_mode()
-        return of_inputs(made_bwd_into(grad_loss, scale, *made, ctx.main_grad, ctx.weight_dtype), call)
-    if not _may_hand_over(grad_loss, made[1].dtype, ctx.weight_dtype):
-        made = made_bwd(grad_loss, scale, *made, ctx.weight_dtype)
+        return of_inputs(made_bwd_into(grad_loss, scale, *made, ctx.main_grad, *ctx.beside), call)
+    if not _may_hand_over(grad_loss, made[1].dtype, ctx.beside[0]):
+        made = made_bwd(grad_loss, scale, *made, *ctx.beside)
     return of_inputs(tuple(made), call)
 
 

@@ -70,7 +70,10 @@ def test_a_count_without_values_is_that_of_the_running_code(spec: str, task: str
     real = traced(Problem(SMALL, "float32", "cpu"), spec, task, launching=True)
 
     def main(trace: Trace) -> list[Any]:
-        return [event for event in trace.events if event.kind != "pass"]
+        # In float32 a CPU hands its gradients over unscaled.
+        return [
+            event for event in trace.events if event.kind != "pass" and event.name != "_sftmix_round_kernel"
+        ]
 
     assert main(counted) == main(real) and main(real)
     assert [event.arguments for event in main(counted)] == [event.arguments for event in main(real)]

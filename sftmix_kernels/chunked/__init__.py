@@ -4,7 +4,7 @@ statistics.py: forward only · gradients.py: with gradients, made at once or aga
 layer.py: products in a dtype the device has · scratch.py: sizes
 """
 
-from .gradients import gradients, statistics_with_gradients
+from .gradients import gradients, scaled, statistics_with_gradients
 from .statistics import statistics
 
-__all__ = ["gradients", "statistics", "statistics_with_gradients"]
+__all__ = ["gradients", "scaled", "statistics", "statistics_with_gradients"]

@@ -8,6 +8,7 @@ the other schedule · tokens.py: logits of given columns · products.py: library
 
 from .configs import Tile, choose_tile, current_arch
 from .forward import fused_forward
+from .products import scaled
 from .recompute import fused_backward
 from .rows import coefficients, finish, upstream_of
 from .stored import statistics_with_gradients
@@ -23,6 +24,7 @@ __all__ = [
     "fused_backward",
     "fused_forward",
     "gradients",
+    "scaled",
     "statistics",
     "statistics_with_gradients",
     "upstream_of",

@@ -182,12 +182,12 @@ def choose_tile(
     )
 
 
-def choose_row_block(vocab_size: int) -> int:
-    """Columns that the stored schedule's kernel has in registers at a time: 16 a thread of its 8 warps.
+def choose_row_block(vocab_size: int, arch: str) -> int:
+    """Columns that the stored schedule's kernel has in registers at a time: 8 a thread of its 8 warps, one load.
 
     At least one for each of AMD's 512 threads: a column held twice could be overwritten before it is read again.
     """
-    return _power_of_two(vocab_size, 512, 4096)
+    return _power_of_two(vocab_size, 512, 4096 if arch.startswith("gfx") else 2048)
 
 
 def choose_rank_block(rank: int) -> int:

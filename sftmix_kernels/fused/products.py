@@ -1,9 +1,15 @@
-"""The library products of both schedules: 16-bit operands, float32 sums."""
+"""The library products of both schedules: 16-bit operands, float32 sums; and their scaling and rounding at the end."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from .tiles import on_device
+
+_BLOCK = 4096
 
 
 def multiplies_into_float32(tensor: Tensor) -> bool:
@@ -45,3 +51,26 @@ def write_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor | None
     else:
         product = torch.mm(left.float(), right.float())
     out.copy_(product if scale is None else product.mul_(scale))
+
+
+@triton.jit
+def _sftmix_round_kernel(gradient, factor, out, size, BLOCK: tl.constexpr):
+    """out = gradient * factor, multiplied in factor's dtype."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(gradient + offs, mask=offs < size).to(factor.dtype.element_ty) * tl.load(factor)
+    tl.store(out + offs, product.to(out.dtype.element_ty), mask=offs < size)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient times factor (0-d), multiplied in factor's dtype and rounded once to ``dtype``, in one pass.
+
+    torch's own product of two dtypes takes twice as long as the memory does.
+    """
+    gradient = gradient.contiguous()
+    out = torch.empty_like(gradient, dtype=dtype)
+    if size := gradient.numel():
+        with on_device(gradient):
+            _sftmix_round_kernel[(triton.cdiv(size, _BLOCK),)](
+                gradient=gradient, factor=factor, out=out, size=size, BLOCK=_BLOCK, num_warps=8
+            )
+    return out

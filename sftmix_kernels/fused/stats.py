@@ -50,12 +50,21 @@ def settled(stats, EXACT: tl.constexpr):
 
 
 @triton.jit
+def across(columns):
+    """One value a column (columns,) as a row of a tile; what is a tile's already, as it is."""
+    if len(columns.shape) == 1:
+        return columns[None, :]
+    else:
+        return columns
+
+
+@triton.jit
 def weighted(z, offs_v, vocab_size, class_weight):
     """z times its columns' class weights, where there are any; 0 where one is 0, and past the vocabulary's end."""
     if class_weight is None:
-        return tl.where((offs_v < vocab_size)[None, :], z, 0.0)
+        return tl.where(across(offs_v < vocab_size), z, 0.0)
     else:
-        c = tl.load(class_weight + offs_v, mask=offs_v < vocab_size, other=0.0)[None, :]
+        c = across(tl.load(class_weight + offs_v, mask=offs_v < vocab_size, other=0.0))
         return tl.where(c != 0.0, c * z, 0.0)
 
 
@@ -63,7 +72,7 @@ def weighted(z, offs_v, vocab_size, class_weight):
 def first_column(best, top, z, offs_v):
     """The first column that has the largest of z and of what was folded before: ``top``, in ``best``."""
     largest = tl.max(z, axis=1)
-    column = tl.min(tl.where(z == largest[:, None], offs_v[None, :], 2147483647), axis=1)
+    column = tl.min(tl.where(z == largest[:, None], across(offs_v), 2147483647), axis=1)
     return tl.where(largest > top, column, tl.where(largest == top, tl.minimum(best, column), best))
 
 
@@ -71,7 +80,7 @@ def first_column(best, top, z, offs_v):
 def fold(
     stats,  # (rows,) each: running max m, sum of exp(z - m), the moment, and what rounding took from the sum
     z,  # (rows, columns) -inf past the vocabulary's end
-    offs_v,  # (columns,)
+    offs_v,  # (columns,), or of each entry
     vocab_size,
     class_weight,  # (V,) or None
     MOMENT: tl.constexpr,  # 0: none, 1: what gives the entropy, 2: the mean logit

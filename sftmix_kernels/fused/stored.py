@@ -22,11 +22,10 @@ from torch import Tensor
 from ..call import Call, Coefficients, Gradients, Statistics, empty_gradients
 from ..chunked.rows import Head, affine, gather_rows
 from ..chunked.scratch import DEFAULT_ROWS, chunk_size
-from .configs import choose_row_block
 from .products import add_product, write_product
 from .rows import Scaled, scaled_coefficients
 from .stored_kernel import _sftmix_stored_kernel
-from .tiles import on_device, refuse_cpu, weights_of_columns
+from .tiles import on_device, refuse_cpu, row_block, weights_of_columns
 from .tokens import token_logits
 
 
@@ -111,7 +110,7 @@ class _Loop:
             smoothing=options.label_smoothing, z_loss=options.z_loss, SOFTCAP=options.softcap,
             LOGIT_SCALE=options.logit_scale, SMOOTHED=options.label_smoothing != 0,
             TOKEN_SCALING=options.token_scaling != 0, PAIRED=chunk.paired, EXACT=stored.dtype == torch.float32,
-            BLOCK_V=choose_row_block(vocab_size), num_warps=8,
+            BLOCK_V=row_block(stored, vocab_size), num_warps=8,
         )  # fmt: skip
 
     def _living(self, chunk: _Rows, rows: Tensor) -> Tensor:

@@ -7,9 +7,11 @@
     dX = b J_X (P_X - lam 1[y_c] - (1 - lam) 1[y_u])        J = f' with softcap and scale; a times p_y, token scaling
     G_c = dA + lam dX over a,  G_u = dB + (1 - lam) dX over u
 
-One program has a pair (or an unpaired row) and passes over it twice: statistics, then gradients. The label columns are
-computed from scalars, by expm1 where p is near the label's mass, and written last. A factor of 0 selects: lam, 1 - lam,
-a or b of 0 make what they stand before 0, also where it is infinite or NaN.
+One program has a pair (or an unpaired row) and passes over it twice: statistics, then gradients, from the end, which
+L2 still holds. Statistics are those of lanes, COLUMNS neighbouring columns of every block, which one thread has, so
+that no block waits for a reduction; they are joined once. The label columns are computed from scalars, by expm1 where p
+is near the label's mass, and written last. A factor of 0 selects: lam, 1 - lam, a or b of 0 make what they stand before
+0, also where it is infinite or NaN.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import triton
 import triton.language as tl
 
 from .exponentials import capped, exp
-from .stats import first_column, fold, no_columns, settled
+from .stats import first_column, fold, no_columns
 from .tiles import CHANGING
+
+COLUMNS = tl.constexpr(8)  # of a lane: what a thread loads at once with 16 bits
 
 
 @triton.jit
@@ -38,9 +42,38 @@ def _residual(log_p, mass):
 
 
 @triton.jit
+def _columns_from(first_v, BLOCK_V: tl.constexpr):
+    """(lanes, COLUMNS) int32: the columns of a block."""
+    lanes = tl.arange(0, BLOCK_V // COLUMNS) * COLUMNS
+    return first_v + lanes[:, None] + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _joined(stats, EXACT: tl.constexpr):
+    """Of all lanes together, (1,) each: maximum, sum of exponentials, rounded once where EXACT, and moment."""
+    tops, totals, moments, rests = stats
+    zero = tl.zeros([1], dtype=tl.float32)
+    top = zero + tl.max(tops, axis=0)
+    fade = exp(tops - tl.where(top == float("-inf"), 0.0, top))
+    if EXACT:
+        total = tl.sum(fade * (totals.to(tl.float64) + rests), axis=0).to(tl.float32)
+    else:
+        total = tl.sum(fade * totals, axis=0)
+    return top, zero + total, zero + tl.sum(moments, axis=0)
+
+
+@triton.jit
+def _store_predicted(predicted, row, tops, best, top):
+    """The first column of the row's maximum: the least of the lanes that have it."""
+    if predicted is not None:
+        first = tl.min(tl.where(tops == top, best, 2147483647), axis=0)
+        tl.store(predicted + row, first.to(tl.int64))
+
+
+@triton.jit
 def _load_row(row, offs, width):
-    """(1, columns) float32; the padding between V and width is read and never used."""
-    return tl.load(row + offs, mask=offs < width, other=0.0).to(tl.float32)[None, :]
+    """(lanes, COLUMNS) float32; the padding between V and width is read and never used."""
+    return tl.load(row + offs, mask=offs < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -60,9 +93,9 @@ def _fold_row(
     stats, best, z, offs, vocab_size, class_weight, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     EXACT: tl.constexpr, MOMENT: tl.constexpr, PREDICTED: tl.constexpr,
 ):  # fmt: skip
-    """Fold a block of affine logits z (1, columns) into stats, and into the first column of the maximum."""
+    """Fold a block of affine logits z into the lanes' stats, and into the first column of each lane's maximum."""
     z, _ = capped(z, SOFTCAP, LOGIT_SCALE, EXACT)
-    z = tl.where((offs < vocab_size)[None, :], z, float("-inf"))
+    z = tl.where(offs < vocab_size, z, float("-inf"))
     if PREDICTED:
         best = first_column(best, stats[0], z, offs)
     return fold(stats, z, offs, vocab_size, class_weight, MOMENT, EXACT), best
@@ -119,13 +152,13 @@ def _row_terms(
 
 @triton.jit
 def _row_gradient(z, slope, terms, top, offs, vocab_size, class_weight, SMOOTHED: tl.constexpr):
-    """A row's own gradient away from its label; z (1, columns) of the columns offs."""
+    """A row's own gradient away from its label; z (lanes, columns) of the columns offs."""
     coef, bulk, uniform, _ = terms
     g = exp(z - top[:, None]) * bulk[:, None]
     if SMOOTHED:
         share = (coef * uniform)[:, None]
         if class_weight is not None:
-            share *= tl.load(class_weight + offs, mask=offs < vocab_size, other=0.0)[None, :]
+            share *= tl.load(class_weight + offs, mask=offs < vocab_size, other=0.0)
         g -= share
     return tl.where((coef != 0.0)[:, None], g * slope, 0.0)
 
@@ -164,12 +197,12 @@ def _sftmix_stored_kernel(
     row_u = row_c + num_pairs
     c = logits + tl.program_id(0).to(tl.int64) * width
     u = logits + (chunk_rows + tl.program_id(0).to(tl.int64)) * width
-    zero = tl.zeros([1], dtype=tl.float32)
+    zero = tl.zeros([BLOCK_V // COLUMNS], dtype=tl.float32)
     stats_c = no_columns(zero)
     stats_u = no_columns(zero)
     stats_x = no_columns(zero)
-    best_c = tl.zeros([1], dtype=tl.int32)
-    best_u = tl.zeros([1], dtype=tl.int32)
+    best_c = tl.zeros([BLOCK_V // COLUMNS], dtype=tl.int32)
+    best_u = tl.zeros([BLOCK_V // COLUMNS], dtype=tl.int32)
 
     # The logits at the labels, before anything is overwritten: the reductions below are barriers.
     y_c = tl.load(target + row_c)
@@ -184,7 +217,7 @@ def _sftmix_stored_kernel(
         share = tl.load(lam + row_c)
 
     for first_v in range(0, vocab_size, BLOCK_V):
-        offs = first_v + tl.arange(0, BLOCK_V)
+        offs = _columns_from(first_v, BLOCK_V)
         a = _load_row(c, offs, width)
         if PAIRED:
             b = _load_row(u, offs, width)
@@ -201,20 +234,20 @@ def _sftmix_stored_kernel(
             predicted is not None,
         )  # fmt: skip
 
-    stats_c, stats_u, stats_x = settled(stats_c, EXACT), settled(stats_u, EXACT), settled(stats_x, EXACT)
+    lanes_c, lanes_u = stats_c[0], stats_u[0]
+    stats_c = _joined(stats_c, EXACT)
+    _store_predicted(predicted, row_c, lanes_c, best_c, stats_c[0])
     z_c, slope_c = capped(c_at_c, SOFTCAP, LOGIT_SCALE, EXACT)
     _store_row_stats(row_stats, row_c, num_rows, stats_c, z_c, here_c, vocab_size, MOMENT)
-    if predicted is not None:
-        tl.store(predicted + row_c, best_c.to(tl.int64))
     terms_c = _row_terms(
         tl.load(row_coef + row_c), z_c, stats_c, y_c, class_weight, class_mean, smoothing, z_loss, vocab_size,
         TOKEN_SCALING,
     )  # fmt: skip
     if PAIRED:
+        stats_u, stats_x = _joined(stats_u, EXACT), _joined(stats_x, EXACT)
+        _store_predicted(predicted, row_u, lanes_u, best_u, stats_u[0])
         z_u, slope_u = capped(u_at_u, SOFTCAP, LOGIT_SCALE, EXACT)
         _store_row_stats(row_stats, row_u, num_rows, stats_u, z_u, here_u, vocab_size, MOMENT)
-        if predicted is not None:
-            tl.store(predicted + row_u, best_u.to(tl.int64))
         terms_u = _row_terms(
             tl.load(row_coef + row_u), z_u, stats_u, y_u, class_weight, class_mean, smoothing, z_loss, vocab_size,
             TOKEN_SCALING,
@@ -227,8 +260,9 @@ def _sftmix_stored_kernel(
         coef_x = tl.load(pair_coef + row_c)
         is_pair = coef_x != 0.0
 
-    for first_v in range(0, vocab_size, BLOCK_V):
-        offs = first_v + tl.arange(0, BLOCK_V)
+    num_blocks = tl.cdiv(vocab_size, BLOCK_V)
+    for block in range(num_blocks):
+        offs = _columns_from((num_blocks - 1 - block) * BLOCK_V, BLOCK_V)
         a = _load_row(c, offs, width)
         z, slope = capped(a, SOFTCAP, LOGIT_SCALE, EXACT)
         g_c = _row_gradient(z, slope, terms_c, stats_c[0], offs, vocab_size, class_weight, SMOOTHED)
@@ -253,9 +287,13 @@ def _sftmix_stored_kernel(
         at_c, at_u = tl.where(is_pair, at_c, 0.0), tl.where(is_pair, at_u, 0.0)
         own_u = terms_u[3] * slope_u
         z, slope = capped(c_at_u[:, None], SOFTCAP, LOGIT_SCALE, EXACT)
-        other_c = _row_gradient(z, slope, terms_c, stats_c[0], y_u, vocab_size, class_weight, SMOOTHED)
+        other_c = _row_gradient(
+            z, slope, terms_c, stats_c[0], y_u[:, None], vocab_size, class_weight, SMOOTHED
+        )
         z, slope = capped(u_at_c[:, None], SOFTCAP, LOGIT_SCALE, EXACT)
-        other_u = _row_gradient(z, slope, terms_u, stats_u[0], y_c, vocab_size, class_weight, SMOOTHED)
+        other_u = _row_gradient(
+            z, slope, terms_u, stats_u[0], y_c[:, None], vocab_size, class_weight, SMOOTHED
+        )
         # A label of one member only is no label of a pair, whose coefficient is then 0.
         _store_at(c, y_u, tl.reshape(other_c, [1]) + share * at_u, here_u & ~(same & here_c))
         _store_at(u, y_c, tl.reshape(other_u, [1]) + (1.0 - share) * at_c, here_c & ~(same & here_u))
@@ -266,7 +304,7 @@ def _sftmix_stored_kernel(
 
 @triton.jit
 def _store_block(row, offs, width, g):
-    tl.store(row + offs[None, :], g.to(row.dtype.element_ty), mask=(offs < width)[None, :])
+    tl.store(row + offs, g.to(row.dtype.element_ty), mask=offs < width)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import Call
 from ..terms import class_weights
-from .configs import INTERPRETED, Tile, choose_rank_block, choose_tile, current_arch
+from .configs import INTERPRETED, Tile, choose_rank_block, choose_row_block, choose_tile, current_arch
 
 # What differs from step to step, with N, M and the number of splits. Triton compiles a kernel anew where an integer
 # becomes 1 or divisible by 16; no load or store of several elements at a time rests on these.
@@ -231,6 +231,11 @@ def refuse_cpu(tensor: Tensor) -> None:
 def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` itself when its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def row_block(logits: Tensor, vocab_size: int) -> int:
+    """Columns of one block of the stored schedule's kernel on logits' device."""
+    return choose_row_block(vocab_size, current_arch(logits.device))
 
 
 def weights_of_columns(call: Call) -> Tensor | None:

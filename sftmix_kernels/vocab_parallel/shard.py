@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from .. import checks
+from ..call import NAMESPACE
 from ..reference import sum_dtype
 
 
@@ -164,7 +165,7 @@ def reference_shard(
     return summed[0], summed[1], lambda logits: _JoinColumns.apply(logits, group)
 
 
-@torch.library.custom_op("sftmix_kernels::shard_place", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::shard_place", mutates_args=())
 def shard_place(weight: Tensor, group_name: str) -> Tensor:
     """[first column of this shard, V], int64 on weight's device."""
     group = group_named(group_name)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sftmix_kernels.arguments import HeadOptions, Rows, Ways, make_call
-from sftmix_kernels.call import Call
+from sftmix_kernels.call import NAMESPACE, Call
 from tests.parity import Case
 
 HEAD = HeadOptions._fields
@@ -49,8 +49,8 @@ class Called(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "sftmix_kernels":
-            self.names.append(func.name().removeprefix("sftmix_kernels::"))
+        if func.namespace == NAMESPACE:
+            self.names.append(func.name().removeprefix(f"{NAMESPACE}::"))
         return func(*args, **(kwargs or {}))
 
 

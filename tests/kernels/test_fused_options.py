@@ -38,7 +38,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 x 32 in three splits, rows of logits in blocks of 32."""
     monkeypatch.setattr(tiles, "choose_tile", lambda *_, **__: SMALL)
     monkeypatch.setattr(forward, "choose_num_splits", lambda *_: 3)
-    monkeypatch.setattr(stored, "choose_row_block", lambda _: 32)
+    monkeypatch.setattr(stored, "row_block", lambda *_: 32)
 
 
 def class_weights(vocab_size: int) -> Tensor:

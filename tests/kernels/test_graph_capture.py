@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from sftmix_kernels import LossHead, SFTMixLoss, checks, linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels.call import NAMESPACE
 from tests.kernels.watching import Bodies
 from tests.parity import make_case
 
@@ -97,7 +98,7 @@ def test_the_host_never_waits(
     checked = function in (loss, plain, low_rank)
     assert ("_assert_async" if checked else "empty") in bodies.called
     if impl != "reference":
-        assert any(name.startswith("sftmix_kernels::") for name in bodies.called)
+        assert any(name.startswith(f"{NAMESPACE}::") for name in bodies.called)
     if impl == "chunked":
         assert "mm" in bodies.called or "addmm" in bodies.called or "addmm_" in bodies.called
 
@@ -143,7 +144,7 @@ def test_meta_tensors_take_the_portable_loss_beside_a_gpu(monkeypatch: pytest.Mo
     target, lam = torch.empty(20, dtype=torch.int64, device="meta"), torch.empty(6, device="meta")
     with Bodies() as bodies:
         sftmix_loss(hidden, weight, target, lam).loss.backward()
-    assert "sftmix_kernels::made_fwd" in bodies.called and hidden.grad is not None and hidden.grad.is_meta
+    assert f"{NAMESPACE}::made_fwd" in bodies.called and hidden.grad is not None and hidden.grad.is_meta
     with pytest.raises(ValueError, match=r"^impl: expected .*got 'fused': its kernels do not run on meta"):
         sftmix_loss(hidden, weight, target, lam, impl="fused")
 
@@ -171,7 +172,7 @@ def test_export(impl: str, strict: bool) -> None:
         step, (case.hidden, case.target, case.lam), dynamic_shapes=({0: n}, {0: n}, {0: m}), strict=strict
     )
     names = [str(node.target) for node in program.graph.nodes]
-    assert sum(f"sftmix_kernels.{OPERATOR[impl]}" in name for name in names) == 1
+    assert sum(f"{NAMESPACE}.{OPERATOR[impl]}" in name for name in names) == 1
     for num_rows, num_pairs in ((20, 6), (31, 9), (50, 25)):
         case = make_case(num_rows, 33, 16, num_pairs=num_pairs, ignored=(3,))
         want = step(case.hidden, case.target, case.lam)

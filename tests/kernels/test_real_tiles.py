@@ -89,9 +89,13 @@ def test_statistics_at_the_tiles_of(
     assert [(operation, paired) for operation, paired, *_ in used] == [("forward", False)]
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("num_pairs", [4, 0], ids=["pairs", "rows"])
-def test_the_stored_schedule_at_its_own_block(num_pairs: int) -> None:
-    """Two blocks of 4,096 columns, the last with 3 of them: the same for every chip."""
+def test_the_stored_schedule_at_its_own_block(
+    monkeypatch: pytest.MonkeyPatch, num_pairs: int, arch: str
+) -> None:
+    """Blocks of a chip's own size, the last with 3 columns."""
+    monkeypatch.setattr(tiles, "current_arch", lambda _: arch)
     case = make_case(9, 4099, 24, num_pairs=num_pairs, dtype=BF16, bias=True, softcap=5.0, z_loss=1e-3)
-    assert configs.choose_row_block(4099) == 4096
+    assert configs.choose_row_block(4099, arch) == {"sm_90": 2048, "gfx942": 4096}[arch]
     assert_parity(case, impl="fused", schedule="stored", orders=4)

@@ -58,7 +58,7 @@ CASES: list[tuple[int, int, int, int, dict[str, Any], str]] = [
 @pytest.mark.parametrize("shape", CASES, ids=[c[5] for c in CASES])
 def test_parity(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[Any, ...]) -> None:
     """Blocks of 32 columns and chunks of a few rows: values, statistics and every gradient."""
-    monkeypatch.setattr(stored, "choose_row_block", lambda _: 32)
+    monkeypatch.setattr(stored, "row_block", lambda *_: 32)
     num_rows, vocab_size, width, num_pairs, options, _ = shape
     case = make_case(num_rows, vocab_size, width, num_pairs=num_pairs, dtype=dtype, **options)
     assert_parity(case, impl="fused", schedule="stored", scratch_bytes=vocab_size * dtype.itemsize * 12)
@@ -92,7 +92,7 @@ def test_float32_sums_keep_what_many_small_blocks_add(
     monkeypatch: pytest.MonkeyPatch, num_pairs: int
 ) -> None:
     """As test_fused_kernels.py's, of the sums over a row's blocks."""
-    monkeypatch.setattr(stored, "choose_row_block", lambda _: 32)
+    monkeypatch.setattr(stored, "row_block", lambda *_: 32)
     case, nll = long_tail(2, num_pairs)
     out = run(case, impl="fused", schedule="stored")
     for found in (out["nll"], out["mixup_nll"]):
