@@ -35,10 +35,8 @@ _MOST_WORKERS = 12  # each has a context of its own on the GPU, about half a GB
 # torch.compile takes most of a minute per shape: it is measured on the first shape only.
 _FIRST = ("bench.loss", "--shapes", "8192x128256x4096", "--dtype", "bfloat16", "--errors")
 _STEPS = ("bench.train",)
-_OTHERS = (
-    "ours:recompute,ours:stored,torch:eager,quack,liger,cce_exact,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
-)
-_REST = ("bench.loss", "--shapes", "record", "--skip-first", "--providers", _OTHERS)
+_OTHERS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs,quack,liger:default"
+_REST = ("bench.loss", "--shapes", "record", "--skip-first", "--providers", _OTHERS, "--rounds", "5")
 _ENDS = ("bench.loss", "--shapes", "ends", "--providers", _OTHERS, "--rounds", "5")
 # Part → its runs, each with the share of the time left that it may take.
 _PARTS: dict[int, tuple[tuple[tuple[str, ...], float], ...]] = {

@@ -253,7 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.keep_compiled_apart()
     args.run_id, args.commit, args.versions = machine.new_run_id(), machine.commit(), machine.versions()
     args.device = machine.device_name(args.backend)
-    args.deadline = time.monotonic() + args.budget_seconds
     path = args.out / f"{args.run_id}.jsonl"
 
     absent = {provider.spec: reason for provider in args.chosen if (reason := provider.missing(args.backend))}
@@ -263,12 +262,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save(figures: list[Figure]) -> None:
         write_figures(path, finished + figures)
 
-    for shape, default_dtype in args.groups:
-        for dtype in args.dtype.split(",") if args.dtype else [default_dtype]:
-            print(f"{shape} {dtype}", file=sys.stderr)
-            finished += run_group(
-                Group(shape, dtype, args.backend, errors=args.errors), providers, args, save
-            )
+    groups = [
+        (shape, dtype)
+        for shape, default_dtype in args.groups
+        for dtype in (args.dtype.split(",") if args.dtype else [default_dtype])
+    ]
+    end = time.monotonic() + args.budget_seconds
+    for index, (shape, dtype) in enumerate(groups):
+        print(f"{shape} {dtype}", file=sys.stderr)
+        # Every shape its share of what is left, or the last would have none.
+        args.deadline = time.monotonic() + (end - time.monotonic()) / (len(groups) - index)
+        finished += run_group(Group(shape, dtype, args.backend, errors=args.errors), providers, args, save)
     print(report.tables(finished))
     for spec, reason in absent.items():
         print(f"not measured: {spec}: {reason}")

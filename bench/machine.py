@@ -74,7 +74,11 @@ def instruction_set() -> str:
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """What to type for the same run, with the environment that holds the processor back."""
+    """What to type for the same run, with the environment that holds the processor back; not where it was written."""
+    arguments = list(arguments)
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
     held = [f"{variable}={os.environ[variable]}" for variable in RESTRICTIONS if os.environ.get(variable)]
     return shlex.join([*held, "python", "-m", module, *arguments])
 

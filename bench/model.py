@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -37,6 +37,12 @@ END = "<!-- end of predicted -->"
 ARCH = "sm_90"
 SPECS = "ours:recompute,ours:stored,torch:1 GEMM,torch:3 GEMMs,torch:4 GEMMs"
 ROW_KERNELS = [f"_sftmix_{n}_kernel" for n in "prepare finish upstream scale gradient_terms".split()]
+# Kernels that are a pass over memory: the bytes that their arguments say.
+PASSES: dict[str, Callable[[dict[str, Any]], int]] = {
+    **dict.fromkeys(ROW_KERNELS, lambda a: 64 * (a["num_rows"] + a["num_pairs"])),  # at most, of a row
+    "_sftmix_fwd_combine_kernel": lambda a: 8 * a["num_splits"] * (a["num_rows"] + a["num_mixed"]),
+    "_sftmix_round_kernel": lambda a: a["size"] * (a["gradient"][1] + a["out"][1]),
+}
 # H200, bfloat16, next-token loss forward and backward at V = 128256, D = 4096: Liger-Kernel pull request 1356.
 PUBLISHED_MS = {
     "quack": {2048: 7.96, 4096: 16.78, 8192: 35.47, 16384: 73.7},
@@ -72,14 +78,8 @@ def kernel_cost(event: Event, arch: str) -> tuple[int, int, float]:
 
     chip, a = schedule.CHIPS[schedule.table_arch(arch)], event.arguments
     planes = 2 if a.get("PAIRED") else 1
-    if event.name in ROW_KERNELS:  # at most 64 bytes of a row
-        moved = 64 * (a["num_rows"] + a["num_pairs"])
-        return 0, moved, schedule.pass_s(chip, moved)
-    if event.name == "_sftmix_fwd_combine_kernel":
-        moved = 8 * a["num_splits"] * (a["num_rows"] + a["num_mixed"])
-        return 0, moved, schedule.pass_s(chip, moved)
-    if event.name == "_sftmix_round_kernel":
-        moved = a["size"] * (a["gradient"][1] + a["out"][1])
+    if event.name in PASSES:
+        moved = PASSES[event.name](a)
         return 0, moved, schedule.pass_s(chip, moved)
     if event.name == "_sftmix_stored_kernel":
         itemsize = a["logits"][1]

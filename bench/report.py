@@ -125,6 +125,12 @@ def _cpu_targets(figures: list[Figure]) -> list[str]:
     return parts
 
 
+def _never_ran(figures: list[Figure]) -> set[str]:
+    """Ways of which the time budget left nothing to show."""
+    ran = {figure.label for figure in figures if figure.error != OUT_OF_TIME}
+    return {figure.label for figure in figures} - ran
+
+
 def tables(figures: Iterable[Figure]) -> str:
     """Markdown of all figures: targets, then a table per device, dtype and shape, newest run of each figure."""
     figures = list(figures)
@@ -134,11 +140,15 @@ def tables(figures: Iterable[Figure]) -> str:
     groups: dict[tuple[str, str, int, int, int], list[Figure]] = {}
     for figure in ordered:
         groups.setdefault(_group_key(figure), []).append(figure)
-    for (_, dtype, N, V, D), members in groups.items():
+    for (_, dtype, N, V, D), everything in groups.items():
+        left_out = _never_ran(everything)
+        members = [figure for figure in everything if figure.label not in left_out]
         parts.append(f"**N = {N}, V = {V}, D = {D}, {dtype}** (ms, median)")
         parts.append("\n".join(_table(members)))
-        parts += ["\n".join(f"- {note}" for note in _notes(members))]
-        parts.append("\n\n".join(_origin(members)))
+        notes = _notes(members)
+        notes += [f"{', '.join(sorted(left_out))}: {OUT_OF_TIME}"] if left_out else []
+        parts += ["\n".join(f"- {note}" for note in notes)]
+        parts.append("\n\n".join(_origin(members or everything[:1])))
     return "\n\n".join(part for part in parts if part) or "No figures yet."
 
 

@@ -10,23 +10,30 @@ from bench.figures import Figure, newest
 # The head of SmolLM2-135M on the CPU; a large head on a GPU.
 SIZES = {"CPU": (1024, 49152, 576), "GPU": (8192, 128256, 4096)}
 # Row → the ways of it, of which the fastest that passed is shown. Ours and torch's own come from one run.
-OURS = ("ours:chunked", "ours:default")
+OURS = ("ours:chunked", "ours:stored", "ours:recompute", "ours:default")
 EAGER, COMPILED = ("torch:eager",), ("torch_compile:plain",)
 ROWS = {
     "ours": OURS,
     "eager torch": EAGER,
     "compiled torch": COMPILED,
     "torch's `linear_cross_entropy`": ("torch_linear_ce:plain", "torch_linear_ce:chunked"),
+    "QuACK": ("quack:chunked",),
+    "Liger": ("liger:default", "liger:float32 sums"),
+    "cut-cross-entropy": ("cce_exact:",),
 }
 Figures = Sequence[Figure]
 
 
 def _pick(figures: Figures, specs: Sequence[str], task: str) -> Figure | None:
-    """The fastest good figure of forward and backward among these ways; the λ-by-row form where there are two."""
+    """The fastest good figure of forward and backward among these ways; the λ-by-row form where there are two.
+
+    ``chunked`` is what serves a CPU: on a GPU the Triton kernels do, of whose schedules the faster is the default.
+    """
     found = [
         figure for figure in figures
         if f"{figure.provider}:{figure.schedule}" in specs and figure.task == task and figure.lam != "batch"
         and figure.direction == "fwd_bwd" and figure.ms_median is not None
+        and not (figure.on_gpu and figure.schedule == "chunked")
     ]  # fmt: skip
     return min(found, key=lambda figure: figure.ms_median or 0.0, default=None)
 

@@ -152,7 +152,8 @@ def results(figures: Iterable[Figure]) -> list[Result]:
 
 
 def _linear(members: Figures, first: Figures) -> float | None:
-    figure, base = pick(members, "sftmix"), pick(first, "sftmix")
+    base = pick(first, "sftmix")
+    figure = None if base is None else pick(members, "sftmix", schedule=base.schedule)
     ratio = _ratio(figure, base)
     if figure is None or base is None or ratio is None:
         return None

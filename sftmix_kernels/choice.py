@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .call import Needs
-from .chunked.scratch import DEFAULT_ROWS, DEFAULT_SCRATCH_BYTES
+from .chunked.scratch import DEFAULT_ROWS, default_scratch
 
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
@@ -116,7 +116,7 @@ def choose(
             )
     again = rows or vocab_parallel or main_grad or not any(needs)
     if impl == "chunked":
-        return Choice(impl, not again, scratch_bytes or DEFAULT_SCRATCH_BYTES)
+        return Choice(impl, not again, scratch_bytes or default_scratch(hidden.device.type))
     if impl == "reference" or not any(needs) or (again and schedule is None):
         return Choice(impl, False, scratch_bytes or 0)
     if schedule is not None:

@@ -104,9 +104,9 @@ def sftmix_loss(
             memory; "recompute" with vocab_parallel, when interpreted, and with main_grad. "recompute" and "chunked"
             give the same loss with gradients as without; "stored" rounds each logit of 16-bit inputs once in between,
             so that where None changes schedule with N, a 16-bit loss changes by that rounding.
-        scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB; "fused": its dlogits slice, or
-            the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule None "stored"
-            is taken only where its float32 dweight fits into it too, and its chunk gets the rest.
+        scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB, off a CPU 512; "fused": its
+            dlogits slice, or the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule
+            None "stored" is taken only where its float32 dweight fits into it too, and its chunk gets the rest.
 
     Returns:
         SFTMixLoss: ``loss`` is differentiable in hidden, weight and bias; everything else is detached. With no
@@ -267,7 +267,8 @@ def token_stats(
         found = reference.token_stats(tokens=tokens, want_predicted=want_predicted, **for_reference(call))
         if differentiable:
             return found
-        return TokenStats._make(None if value is None else value.detach() for value in found)
+        # A list: torch 2.11 cannot trace a generator here.
+        return TokenStats._make([None if value is None else value.detach() for value in found])
     terms = _run(call, choice)
     return TokenStats(
         -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,

@@ -238,22 +238,17 @@ def _fake_made(call: Call) -> Gradients:
     return empty_gradients(call._replace(main_grad=None), call.dtype)
 
 
-MADE = f"Tensor grad_loss, Tensor scale, {GRADIENTS}"
+MADE, WAY = f"Tensor grad_loss, Tensor scale, {GRADIENTS}", "ScalarType weight_dtype, str engine"
 
 
-@operator("made_bwd", f"{MADE}, ScalarType weight_dtype, str engine", 5)
+@operator("made_bwd", f"{MADE}, {WAY}", 5)
 def made_bwd(grad_loss: Tensor, scale: Tensor, *rest: Any) -> Tensors:
     """The forward's gradients times ``scale * grad_loss``, multiplied in float32 and rounded once."""
     *made, weight_dtype, engine = rest
     return _scaled(grad_loss, scale, tuple(made), weight_dtype, engine)
 
 
-@operator(
-    "made_bwd_into",
-    f"{MADE}, Tensor(a!) main_grad, ScalarType weight_dtype, str engine",
-    5,
-    ("main_grad",),
-)
+@operator("made_bwd_into", f"{MADE}, Tensor(a!) main_grad, {WAY}", 5, ("main_grad",))
 def made_bwd_into(grad_loss: Tensor, scale: Tensor, *rest: Any) -> Tensors:
     """The same, but for dweight, which is added to main_grad, and (0,)."""
     dhidden, dweight, *others, main_grad, weight_dtype, engine = rest

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked``
+DEFAULT_SCRATCH_BYTES = 64 * 2**20  # of ``chunked`` on a CPU
+# Elsewhere: 64 MiB of a head of 128k are chunks of 130 rows, each a pass over float32 dweight, and blocks of ten pairs.
+DEVICE_SCRATCH_BYTES = 512 * 2**20
 DEFAULT_ROWS = 4096  # of a chunk of ``stored``: the products' full speed, in one reused buffer of logits
 # Stays in a CPU's caches. On other devices a block is a quarter of the scratch, a tile all of it: larger launches.
 CACHE_BYTES = 8 * 2**20
@@ -22,6 +24,11 @@ WHOLE_BYTES = 256 * 2**10
 # Columns of one 16-bit product of dweight: wide enough for its speed.
 PRODUCT_COLUMNS = 4096
 TILE_COLUMNS = 512  # of a tile, at least: fewer and the product slows down
+
+
+def default_scratch(device: str) -> int:
+    """Bytes that ``chunked`` takes for logits where none are named."""
+    return DEFAULT_SCRATCH_BYTES if device == "cpu" else DEVICE_SCRATCH_BYTES
 
 
 def chunk_size(num_groups: int, group_bytes: int, scratch_bytes: int, whole_bytes: int = 0) -> int:

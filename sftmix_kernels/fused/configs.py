@@ -2,9 +2,10 @@
 
 The entries come from a compile-only study (registers, stack, matrix instructions): two accumulators of
 block_n x block_v float32 take ``2 * block_n * block_v / (32 * num_warps)`` registers a thread, and 128 is the most
-that leaves room for the epilogue. Of those that compile well the cost model ranks (schedule.py; bench/NOTES.md, nothing
-is measured): sm_90 takes a pair's tile of 128 x 128, which reads 85 flops a byte from L2 where 64 x 128 reads 64, too
-few for what L2 delivers; sm_100's rows run two programs a multiprocessor, one's epilogue under the other's products.
+that leaves room for the epilogue. Of those that compile well the cost model ranks (schedule.py): sm_90 takes a pair's
+tile of 128 x 128, which reads 85 flops a byte from L2 where 64 x 128 reads 64, too few for what L2 delivers, and which
+was the fastest of fourteen on an H100 (bench/NOTES.md; no other chip is measured); sm_100's rows run two programs a
+multiprocessor, one's epilogue under the other's products.
 tests/kernels/test_compile_matrix.py compiles each entry and holds that.
 """
 

@@ -36,7 +36,7 @@ from .configs import (
 
 @dataclass(frozen=True)
 class Chip:
-    """What the cost model knows of a chip. Rates per second; all are figures of others: nothing of ours is measured."""
+    """What the cost model knows of a chip. Rates per second, all figures of others; bench/NOTES.md: how near."""
 
     name: str
     tensor_flops: float  # 16-bit products of the vendor's library, every multiprocessor busy

@@ -77,6 +77,14 @@ def _load_row(row, offs, width):
 
 
 @triton.jit
+def _label(target, vocab_size):
+    """(1,) each: a row's target column, and whether it is one; else column 0, so that it can be read."""
+    y = tl.load(target)
+    here = (y >= 0) & (y < vocab_size)
+    return tl.where(here, y, 0), here
+
+
+@triton.jit
 def _load_at(row, column):
     """(1,) float32: the affine logit at ``column``."""
     return tl.load(row + column).to(tl.float32)
@@ -205,14 +213,10 @@ def _sftmix_stored_kernel(
     best_u = tl.zeros([BLOCK_V // COLUMNS], dtype=tl.int32)
 
     # The logits at the labels, before anything is overwritten: the reductions below are barriers.
-    y_c = tl.load(target + row_c)
-    here_c = (y_c >= 0) & (y_c < vocab_size)
-    y_c = tl.where(here_c, y_c, 0)
+    y_c, here_c = _label(target + row_c, vocab_size)
     c_at_c = _load_at(c, y_c)
     if PAIRED:
-        y_u = tl.load(target + row_u)
-        here_u = (y_u >= 0) & (y_u < vocab_size)
-        y_u = tl.where(here_u, y_u, 0)
+        y_u, here_u = _label(target + row_u, vocab_size)
         c_at_u, u_at_c, u_at_u = _load_at(c, y_u), _load_at(u, y_c), _load_at(u, y_u)
         share = tl.load(lam + row_c)
 
