@@ -28,6 +28,7 @@ from bench.figures import Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.problem import Problem
 from bench.providers import Provider, choose, directions
+from bench.report import rewritten
 from bench.shapes import SHAPE_SETS, Shape, parse_shapes
 from bench.trace import Event, Trace, on_chip, trace_call
 
@@ -288,15 +289,6 @@ def confront(measured: Iterable[Figure]) -> str:
     return "\n".join(lines)
 
 
-def rewritten(page: str, text: str) -> str:
-    """The notes with ``text`` between their markers. Raises ValueError where a marker is missing."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"NOTES.md: expected the lines {BEGIN!r} and {END!r}, got neither or one")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="record", help="comma list of toy, small, cpu, record, NxVxD")
@@ -306,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.write or args.check:
         page = NOTES.read_text(encoding="utf-8")
-        wanted = rewritten(page, section())
+        wanted = rewritten(page, section(), BEGIN, END)
         if args.write:
             NOTES.write_text(wanted, encoding="utf-8")
         elif page != wanted:

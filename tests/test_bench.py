@@ -213,6 +213,26 @@ def test_a_spent_budget_is_stated_not_hidden(tmp_path: Path, capsys: Any) -> Non
     assert "not run" in capsys.readouterr().out
 
 
+def test_every_shape_has_its_share_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def note(group: Any, chosen: Any, args: Any, save: Any) -> list[Figure]:
+        shares.append(args.deadline - time.monotonic())
+        return []
+
+    monkeypatch.setattr(loss, "run_group", note)
+    arguments = ["--shapes", "record", "--device", "cpu", "--budget-seconds", "100", "--out", str(tmp_path)]
+    assert loss.main(arguments) == 0
+    # Nobody used any of it, so that the last has all.
+    assert shares == pytest.approx([100 / (10 - index) for index in range(10)], rel=0.05)
+
+
+def test_a_command_is_told_without_where_it_wrote() -> None:
+    assert machine.command_line("bench.loss", ["--out", "/a/b", "--rounds", "3"]).endswith(
+        "bench.loss --rounds 3"
+    )
+
+
 def test_an_interrupted_run_keeps_what_it_timed(tmp_path: Path, monkeypatch: Any) -> None:
     calls = iter(range(100))
 

@@ -156,10 +156,10 @@ def test_the_notes_hold_the_prediction() -> None:
 
 def test_the_section_is_rewritten_between_its_markers() -> None:
     page = f"before\n{model.BEGIN}\nold\n{model.END}\nafter\n"
-    new = model.rewritten(page, "text")
+    new = model.rewritten(page, "text", model.BEGIN, model.END)
     assert new == f"before\n{model.BEGIN}\n\ntext\n\n{model.END}\nafter\n"
-    with pytest.raises(ValueError, match=r"NOTES\.md"):
-        model.rewritten("no markers", "text")
+    with pytest.raises(ValueError, match=r"^page: expected the lines .*predicted"):
+        model.rewritten("no markers", "text", model.BEGIN, model.END)
 
 
 def test_measured_figures_of_a_gpu_are_compared_and_a_cpus_are_not(tmp_path: Path, capsys: Any) -> None:

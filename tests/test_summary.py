@@ -110,6 +110,17 @@ def test_a_gpu_is_a_kind_of_its_own() -> None:
     assert {row[0] for row in rows(text)} == {"", f"{AVX2}, float32", "NVIDIA H200, bfloat16"}
 
 
+def test_ours_on_a_gpu_are_the_triton_kernels() -> None:
+    gpu = {"N": 8192, "V": 128256, "D": 4096}
+    figures = [dataclasses.replace(each, **gpu) for each in whole("NVIDIA H100", "bfloat16", ours=800.0)]
+    ours = [
+        figure("NVIDIA H100", spec, task, ms, **gpu)
+        for task in ("ntp", "sftmix") for spec, ms in (("ours:stored", 41.0), ("ours:recompute", 55.0))
+    ]  # fmt: skip
+    assert "| ours | 41 | 10 | 41 | 10 |" in summary([*figures, *ours])
+    assert "| ours |" not in summary(figures)  # ``chunked`` alone
+
+
 def test_tables_of_two_instruction_sets_are_two() -> None:
     both = [*whole(AVX512, "float32"), *whole(AVX2, "float32", run_id="2")]
     assert tables(both).count("**N = 1024, V = 49152, D = 576, float32**") == 2

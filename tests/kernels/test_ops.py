@@ -163,3 +163,16 @@ def test_an_undefined_upstream_gradient_gives_none(options: dict[str, Any], name
     Drops.apply(value).sum().backward()
     assert weight.grad is None or not weight.grad.any()
     assert main_grad is None or not main_grad.any()
+
+
+def test_the_references_statistics_are_traced() -> None:
+    """torch 2.11 could not trace a generator that a named tuple was made of."""
+    case = make_case(20, 33, 16, num_pairs=6)
+    torch._dynamo.reset()
+    traced = torch.compile(token_stats, fullgraph=True, backend="eager")
+    for one, other in zip(
+        traced(case.hidden, case.weight, case.target, impl="reference"),
+        token_stats(case.hidden, case.weight, case.target, impl="reference"),
+        strict=True,
+    ):
+        assert one is other or torch.equal(one, other)

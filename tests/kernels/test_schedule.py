@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from sftmix_kernels import LossHead, SFTMixLoss, choice, fused, linear_cross_entropy, sftmix_loss
-from sftmix_kernels.call import NAMESPACE
+from sftmix_kernels.call import NAMESPACE, Needs
 from sftmix_kernels.fused import schedule as model
 from sftmix_kernels.fused.schedule import GRID, Sizes, choose_schedule, recompute_s, stored_from, stored_s
 from tests.kernels.calls import Called
@@ -250,3 +250,15 @@ def test_triton_is_not_imported_where_fused_does_not_run() -> None:
         "assert 'sftmix_kernels.fused' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_chunked_off_a_cpu_takes_larger_chunks() -> None:
+    """64 MiB of a head of 128k are chunks of 130 rows: on a GPU nothing but launches and passes over dweight."""
+    weight = torch.empty(33, 16, device="meta", requires_grad=True)
+    for device, expected in (("cpu", 64 * 2**20), ("meta", 512 * 2**20)):
+        hidden = torch.empty(20, 16, device=device, requires_grad=True)
+        kinds: dict[str, Any] = {"rows": False, "vocab_parallel": False, "main_grad": False, "schedule": None}
+        needs = Needs(True, True, False, False, False)
+        for scratch, bound in ((None, expected), (1000, 1000)):
+            found = choice.choose(hidden, weight, needs, impl="chunked", scratch_bytes=scratch, **kinds)
+            assert found.scratch_bytes == bound
