@@ -147,7 +147,7 @@ def recording(trace: Trace, *, launching: bool) -> Iterator[None]:
         stack.enter_context(patch.object(GridExecutor, "__call__", interpreted))
         stack.enter_context(patch.object(JITFunction, "run", compiled))
         if not launching:
-            stack.enter_context(patch.object(choice, "why_not_fused", lambda hidden: None))
+            stack.enter_context(patch.object(choice, "why_not_fused", lambda *_: None))
         yield
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Needs, Options
-from .choice import Choice, choose, choose_impl
+from .choice import Choice, HeadFacts, choose, choose_impl
 from .lora_head import LoRA, low_rank
 from .reference import sum_dtype
 from .vocab_parallel import Shard, check_target, reference_shard, resolve_shard
@@ -73,15 +73,19 @@ def make_call(
     Raises ValueError naming the argument.
     """
     shard: Shard | None = None
-    values = True
     if ways.vocab_parallel is None:
         checks.check_head(hidden, weight, bias)
-        values = not _left_to_kernels(hidden, rows, ways)
-        checks.check_target(target, hidden.shape[0], weight.shape[0], rows.ignore_index, values=values)
-        checks.check_devices(hidden.device, target=target)
     else:
         shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
         weight, bias = shard.weight, shard.bias
+    device, dtype = hidden.device, hidden.dtype
+    impl = choose_impl(ways.impl, device, dtype)
+    plain = shard is None and rows.class_weight is None and rows.tokens is None
+    values = not checks.left_to_kernels(impl, device, plain=plain)
+    if shard is None:
+        checks.check_target(target, hidden.shape[0], weight.shape[0], rows.ignore_index, values=values)
+        checks.check_devices(device, target=target)
+    else:
         check_target(target, hidden.shape[0], rows.ignore_index, shard)
     numbers = options.checked()
     low, up = (
@@ -92,17 +96,19 @@ def make_call(
     if ways.detached:
         hidden, weight = hidden.detach(), weight.detach()
         bias, low, up = (None if t is None else t.detach() for t in (bias, low, up))
-    needs = _needs(hidden, weight, bias, low, up)
+    grad = torch.is_grad_enabled()
+    tensors = (hidden, weight, bias, low, up)
+    needs = Needs(*(grad and t is not None and t.requires_grad for t in tensors))
     choice = choose(
-        hidden, weight, needs, impl=ways.impl, schedule=ways.schedule, scratch_bytes=ways.scratch_bytes,
-        rows=ways.rows, vocab_parallel=shard is not None, main_grad=ways.main_grad is not None,
+        impl, HeadFacts(device, dtype, hidden.shape[0], *weight.shape), needs, schedule=ways.schedule,
+        scratch_bytes=ways.scratch_bytes, rows=ways.rows, vocab_parallel=shard is not None,
+        main_grad=ways.main_grad is not None,
     )  # fmt: skip
     if choice.impl != "reference":
-        checks.check_transforms(choice.impl, hidden, weight, bias, low, up)
-    side, scalars = _side_inputs(
-        hidden, target, rows, weight.shape[0] if shard is None else shard.place[1], values
-    )
-    checks.check_main_grad(ways.main_grad, weight, sum_dtype(hidden.dtype))
+        checks.check_transforms(choice.impl, *tensors)
+    vocab_size = weight.shape[0] if shard is None else shard.place[1]
+    side, scalars = _side_inputs(device, sum_dtype(dtype), target, rows, vocab_size, values)
+    checks.check_main_grad(ways.main_grad, weight, sum_dtype(dtype))
     wanted = (int(ways.entropy), int(ways.predicted), rows.ignore_index, choice.scratch_bytes)
     plan = [*(int(needed) for needed in needs), *wanted]
     call = Call(
@@ -113,28 +119,22 @@ def make_call(
     return call, choice
 
 
-def _left_to_kernels(hidden: Tensor, rows: Rows, ways: Ways) -> bool:
-    """Whether the values of what stands beside the rows are checked by the kernels that read them."""
-    plain = ways.vocab_parallel is None and rows.class_weight is None and rows.tokens is None
-    return plain and checks.left_to_kernels(choose_impl(ways.impl, hidden), hidden, plain=plain)
-
-
-def _needs(*tensors: Tensor | None) -> Needs:
-    """Which of hidden, weight, bias, low and up get a gradient from this call."""
-    grad = torch.is_grad_enabled()
-    return Needs(*(grad and t is not None and t.requires_grad for t in tensors))
-
-
 def _side_inputs(
-    hidden: Tensor, target: Tensor, rows: Rows, vocab_size: int | Tensor, values: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    target: Tensor,
+    rows: Rows,
+    vocab_size: int | Tensor,
+    values: bool,
 ) -> tuple[dict[str, Any], tuple[float, ...]]:
-    """The tensors beside the rows by name; token scaling, mixup weight and denominators as numbers, or NONE."""
-    device, num_rows = hidden.device, hidden.shape[0]
+    """The tensors beside the rows by name, ``lam`` in ``dtype``; token scaling, mixup weight and denominators as
+    numbers, or NONE."""
+    num_rows = target.shape[0]
     names = ("mixup_weight", "ntp_denominator", "mixup_denominator")
     found = [checks.scalar(name, getattr(rows, name), device, values=values) for name in names]
     without_pairs = found[0][0] is None and found[0][1] == 0
     if rows.lam is None:
-        lam = torch.empty(0, dtype=sum_dtype(hidden.dtype), device=device)
+        lam = torch.empty(0, dtype=dtype, device=device)
     else:
         lam = rows.lam
         checks.check_lam(lam, num_rows, values=values or without_pairs)
@@ -154,7 +154,7 @@ def _side_inputs(
     if num_pairs and without_pairs:
         lam, pair_weight = lam[:0], None
     tensors = {
-        "lam": lam.to(sum_dtype(hidden.dtype)),
+        "lam": lam.to(dtype),
         "row_weight": rows.row_weight,
         "pair_weight": pair_weight,
         "class_weight": rows.class_weight,

@@ -106,6 +106,16 @@ class Call(NamedTuple):
         """N, V (of these columns) and M."""
         return self.hidden.shape[0], self.weight.shape[0], self.lam.shape[0]
 
+    @property
+    def column_weight(self) -> Tensor | None:
+        """Class weights of these columns (V,), in the dtype of sums, contiguous."""
+        whole, place = self.class_weight, self.place
+        if whole is None:
+            return None
+        if place is not None:
+            whole = whole.index_select(0, place[0] + torch.arange(self.weight.shape[0], device=whole.device))
+        return whole.to(self.dtype).contiguous()
+
 
 # Of the operators. torch keeps compiled graphs from one process to the next and knows an operator by its name alone, so
 # the number grows with every change of a schema, of an autograd formula or of what a result is shaped like: a graph of

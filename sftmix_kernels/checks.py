@@ -65,10 +65,10 @@ MADE_IN_KERNELS = (
 )
 
 
-def left_to_kernels(impl: str | None, hidden: Tensor, *, plain: bool) -> bool:
+def left_to_kernels(impl: str, device: torch.device, *, plain: bool) -> bool:
     """Whether values are checked in the kernel that reads them (fused/rows.py). ``plain``: no class weights, tokens,
     shards."""
-    return plain and impl == "fused" and hidden.device.type != "cpu"
+    return plain and impl == "fused" and device.type != "cpu"
 
 
 def check_head(hidden: object, weight: object, bias: object) -> None:

@@ -13,7 +13,6 @@ from operator import index
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from .call import Needs
 from .chunked.scratch import DEFAULT_ROWS, default_scratch
@@ -46,6 +45,16 @@ class Choice(NamedTuple):
     scratch_bytes: int  # 0: the engine's default
 
 
+class HeadFacts(NamedTuple):
+    """What a choice rests on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_rows: int
+    vocab_size: int
+    hidden_size: int
+
+
 def constant(function: Function) -> Function:
     """``torch.compiler.assume_constant_result``, which itself would import all of torch._dynamo (seconds)."""
     # The attribute by which dynamo knows it; functions have none declared.
@@ -53,17 +62,17 @@ def constant(function: Function) -> Function:
     return function
 
 
-def why_not_fused(hidden: Tensor) -> str | None:
-    """Why the Triton kernels cannot take ``hidden``; None where they can."""
+def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take hidden states of ``dtype`` on ``device``; None where they can."""
     if not _HAS_TRITON:
         return "triton is not installed"
-    if hidden.dtype not in FUSED_DTYPES:
-        return f"its kernels have no {str(hidden.dtype).removeprefix('torch.')}"
-    if hidden.device.type == "cpu" and not _INTERPRETING:
+    if dtype not in FUSED_DTYPES:
+        return f"its kernels have no {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu" and not _INTERPRETING:
         return "a CPU tensor needs TRITON_INTERPRET=1 set before the import"
-    if hidden.device.type not in ("cpu", "cuda"):
-        return f"its kernels do not run on {hidden.device.type}"
-    return why_not_chip(hidden.device) if hidden.device.type == "cuda" else None
+    if device.type not in ("cpu", "cuda"):
+        return f"its kernels do not run on {device.type}"
+    return why_not_chip(device) if device.type == "cuda" else None
 
 
 @constant
@@ -79,13 +88,13 @@ def why_not_chip(device: torch.device) -> str | None:
     )
 
 
-def choose_impl(impl: str | None, hidden: Tensor) -> str:
+def choose_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation to run: by device where ``impl`` is None; a named one that cannot serve raises."""
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
-    reason = why_not_fused(hidden)
+    reason = why_not_fused(device, dtype)
     if impl is None:
-        return "chunked" if hidden.device.type == "cpu" or reason else "fused"
+        return "chunked" if device.type == "cpu" or reason else "fused"
     if impl == "fused" and reason:
         raise ValueError(
             f"impl: expected one that can serve this input ('chunked' can), got 'fused': {reason}"
@@ -94,14 +103,13 @@ def choose_impl(impl: str | None, hidden: Tensor) -> str:
 
 
 def choose(
-    hidden: Tensor, weight: Tensor, needs: Needs, *, impl: str | None, schedule: str | None,
-    scratch_bytes: int | None, rows: bool, vocab_parallel: bool, main_grad: bool,
+    impl: str, head: HeadFacts, needs: Needs, *, schedule: str | None, scratch_bytes: int | None, rows: bool,
+    vocab_parallel: bool, main_grad: bool,
 ) -> Choice:  # fmt: skip
     """How a call runs. ``rows``: each row's term may have an upstream of its own.
 
     Raises ValueError naming the argument.
     """
-    impl = choose_impl(impl, hidden)
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)} or None, got {schedule!r}")
     if schedule is not None and impl != "fused":
@@ -116,12 +124,12 @@ def choose(
             )
     again = rows or vocab_parallel or main_grad or not any(needs)
     if impl == "chunked":
-        return Choice(impl, not again, scratch_bytes or default_scratch(hidden.device.type))
+        return Choice(impl, not again, scratch_bytes or default_scratch(head.device.type))
     if impl == "reference" or not any(needs) or (again and schedule is None):
         return Choice(impl, False, scratch_bytes or 0)
     if schedule is not None:
         return Choice(impl, schedule == "stored", scratch_bytes or 0)
-    return Choice(impl, *default_schedule(hidden, weight, needs, scratch_bytes or 0))
+    return Choice(impl, *default_schedule(head, needs, scratch_bytes or 0))
 
 
 @constant
@@ -158,20 +166,20 @@ def default_bound(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // MEMORY_SHARE
 
 
-def default_schedule(hidden: Tensor, weight: Tensor, needs: Needs, scratch: int) -> tuple[bool, int]:
+def default_schedule(head: HeadFacts, needs: Needs, scratch: int) -> tuple[bool, int]:
     """(whether ``stored`` runs, its bytes of scratch) of a call of ``fused`` that names no schedule.
 
     Where ``stored`` is chosen, what dweight's float32 sum takes has come off the bound.
     """
-    arch = architecture(hidden.device)
+    arch = architecture(head.device)
     if arch in ("interpreter", "cpu"):
         return False, scratch
-    bound = scratch or default_bound(hidden.device)
+    bound = scratch or default_bound(head.device)
     # index makes traced sizes constants: a weight keeps its shape from step to step, and N alone is compared.
-    vocab_size, hidden_size = index(weight.shape[0]), index(weight.shape[1])
-    least = stored_from(vocab_size, hidden_size, weight.dtype, arch, tuple(needs), bound)
-    if least < 0 or hidden.shape[0] < least:
+    vocab_size, hidden_size = index(head.vocab_size), index(head.hidden_size)
+    least = stored_from(vocab_size, hidden_size, head.dtype, arch, tuple(needs), bound)
+    if least < 0 or head.num_rows < least:
         return False, scratch
     rest = bound - (4 * vocab_size * hidden_size if needs.dweight else 0)
-    usual = DEFAULT_ROWS * (vocab_size + -vocab_size % 16) * weight.dtype.itemsize
+    usual = DEFAULT_ROWS * (vocab_size + -vocab_size % 16) * head.dtype.itemsize
     return True, rest if scratch else min(rest, usual)

@@ -11,17 +11,9 @@ from torch import Tensor
 from . import checks, reference
 from .arguments import HeadOptions, Rows, Ways, for_reference, for_reference_loss, make_call, number_or_tensor
 from .autocast import follows_autocast
-from .call import Call
-from .choice import Choice
 from .lora_head import LoRA
-from .operators import made_fwd, terms_fwd
+from .operators import run
 from .reference import SFTMixLoss, TokenStats
-from .terms import Terms
-
-
-def _run(call: Call, choice: Choice) -> Terms:
-    found = (made_fwd if choice.made else terms_fwd)(*call)
-    return Terms(*found[: len(Terms._fields)])
 
 
 @follows_autocast
@@ -141,7 +133,7 @@ def sftmix_loss(
             **numbers, **for_reference_loss(call),
         )  # fmt: skip
     else:
-        found = _run(call, choice)
+        found = run(call, choice.made)
         result = SFTMixLoss(
             found.loss, found.nll.detach(), found.lse.detach(), found.is_top1, found.mixup_nll.detach(),
             found.z_loss.detach(), found.predicted if want_predicted else None,
@@ -208,7 +200,7 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, options, rows, ways
     )
     if choice.impl != "reference":
-        found = _run(call, choice)
+        found = run(call, choice.made)
         if reduction != "none":
             return found.loss
         terms = found.term
@@ -269,7 +261,7 @@ def token_stats(
             return found
         # A list: torch 2.11 cannot trace a generator here.
         return TokenStats._make([None if value is None else value.detach() for value in found])
-    terms = _run(call, choice)
+    terms = run(call, choice.made)
     return TokenStats(
         -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,
         None if tokens is None else terms.token_logprob,

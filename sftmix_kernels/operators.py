@@ -93,13 +93,8 @@ def terms_fwd(*arguments: Any) -> Tensors:
     call = Call(*arguments)
     coef = made_by(call, "coefficients")(call)
     found = statistics(call, coef.column)
-    return (
-        *made_by(call, "finish")(call, coef, found),
-        *coef,
-        found.entropy,
-        found.row_carry,
-        found.pair_carry,
-    )
+    kept = (*coef, found.entropy, found.row_carry, found.pair_carry)
+    return (*made_by(call, "finish")(call, coef, found), *kept)
 
 
 def _fake_terms(call: Call) -> tuple[Tensors, Tensors]:
@@ -223,8 +218,8 @@ def made_fwd(*arguments: Any) -> Tensors:
     call = Call(*arguments)
     coef = made_by(call, "coefficients")(call)
     # dweight is made here whether or not a main gradient is to take it.
-    made = engine_of(call.engine).statistics_with_gradients(call._replace(main_grad=None), coef)
-    found, scale, gradients = made
+    engine, alone = engine_of(call.engine), call._replace(main_grad=None)
+    found, scale, gradients = engine.statistics_with_gradients(alone, coef)
     return (*made_by(call, "finish")(call, coef, found), scale, *gradients)
 
 
@@ -315,3 +310,8 @@ def _made_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -
 
 made_fwd.register_autograd(_made_autograd, setup_context=_made_setup)
 made_bwd.register_autograd(refuse_double_backward)
+
+
+def run(call: Call, made: bool) -> Terms:
+    """A call by one algorithm or, with gradients ``made`` in the forward, the other."""
+    return Terms(*(made_fwd if made else terms_fwd)(*call)[:NUM_TERMS])

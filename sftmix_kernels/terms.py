@@ -27,16 +27,6 @@ def given(tensor: Tensor | None, number: float) -> Tensor | float | None:
     return tensor if tensor is not None else None if number != number else number
 
 
-def class_weights(call: Call) -> Tensor | None:
-    """Class weights of this call's columns (V,), in the dtype of sums."""
-    whole, place = call.class_weight, call.place
-    if whole is None:
-        return None
-    if place is not None:
-        whole = whole.index_select(0, place[0] + torch.arange(call.weight.shape[0], device=whole.device))
-    return whole.to(call.dtype)
-
-
 def at_target(call: Call, column: Tensor) -> Tensor | None:
     """The class weight of each row's target (N,), float64; None without class weights."""
     return None if call.class_weight is None else call.class_weight.double()[column.clamp(min=0)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..call import Call
 from ..checks import readable
-from ..terms import class_weights, times
+from ..terms import times
 
 
 class Head(NamedTuple):
@@ -52,7 +52,7 @@ def head_of(call: Call) -> Head:
     mean = 1.0 if call.class_weight is None else call.class_weight.double().mean().to(call.dtype)
     return Head(
         call.weight, call.bias, options.softcap, options.logit_scale, call.up, e, options.z_loss,
-        e / total, class_weights(call), e * mean, bool(options.token_scaling),
+        e / total, call.column_weight, e * mean, bool(options.token_scaling),
     )  # fmt: skip
 
 

@@ -57,9 +57,7 @@ def implementations(device: torch.device) -> dict[torch.dtype, tuple[str, str | 
     """By data type: the implementation that serves ``impl=None`` on ``device``, and why `fused` cannot."""
     found = {}
     for dtype in DTYPES:
-        hidden = torch.empty(0, 1, dtype=dtype, device=device)
-        reason = why_not_fused(hidden)
-        found[dtype] = choose_impl(None, hidden), reason
+        found[dtype] = choose_impl(None, device, dtype), why_not_fused(device, dtype)
     return found
 
 

@@ -369,13 +369,13 @@ def fused_forward(
 
     Raises ValueError on CPU tensors outside the interpreter.
     """
-    problem, stats = Problem.of(call, column), empty_stats(call)
+    stats, problem = empty_stats(call), Problem.of(call, column)
     num_rows, _, num_pairs = call.sizes
-    with on_device(call.hidden):
+    with on_device(call.hidden.device):
         for part in row_parts(num_rows, num_pairs):
             chosen = tile or problem.choose_tile("forward", part, predicted=bool(call.wanted.predicted))
             _forward_part(
-                stats, problem, call.lam.contiguous(), part, moment=moment_of(call), tile=chosen,
+                stats, problem, call.lam.contiguous(), part, moment=moment_of(call.options, call.wanted), tile=chosen,
                 num_splits=num_splits,
             )  # fmt: skip
     return stats if call.tokens is None else stats._replace(token_logit=token_logits(call))

@@ -69,7 +69,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     gradient = gradient.contiguous()
     out = torch.empty_like(gradient, dtype=dtype)
     if size := gradient.numel():
-        with on_device(gradient):
+        with on_device(gradient.device):
             _sftmix_round_kernel[(triton.cdiv(size, _BLOCK),)](
                 gradient=gradient, factor=factor, out=out, size=size, BLOCK=_BLOCK, num_warps=8
             )

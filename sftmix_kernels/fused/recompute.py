@@ -250,7 +250,7 @@ def fused_backward(
     Raises ValueError on CPU tensors outside the interpreter.
     """
     needs, num_rows = call.needs, call.sizes[0]
-    refuse_cpu(call.hidden)
+    refuse_cpu(call.hidden.device)
     found = _empty(call)
     if num_rows == 0:
         return Gradients(*(each.zero_().to(call.hidden.dtype) for each in found))
@@ -259,7 +259,7 @@ def fused_backward(
     tiles = {
         part: tile or problem.choose_tile("recompute", part) for part in row_parts(num_rows, call.sizes[2])
     }
-    with on_device(call.hidden):
+    with on_device(call.hidden.device):
         _walk_slices(
             problem, terms, tiles, found, main_grad=call.main_grad if needs.dweight else None,
             smoothed=call.options.label_smoothing != 0, scratch_bytes=call.wanted.scratch_bytes or None,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Kept, Upstream
-from ..terms import at_target, class_weights, times
+from ..terms import at_target, times
 from .tokens import affine_at, finished, sums_of_equals
 
 
@@ -148,7 +148,7 @@ def _at_tokens(call: Call, column: Tensor, rows: Tensor, pairs: Tensor, token: T
         factor = factor + rows[4][:, None] * torch.where(p > 0, down, 0.0)
     found = p * factor
     if call.options.label_smoothing:
-        weights = class_weights(call)
+        weights = call.column_weight
         found -= rows[3][:, None] * (1.0 if weights is None else weights[tokens.clamp(min=0)])
     found = torch.where(tokens == column[:, None], rows[2][:, None], found)
     found = (found + sums_of_equals(tokens, token, call.wanted.scratch_bytes)) * slope

@@ -44,7 +44,7 @@ def coefficients(call: Call) -> Coefficients:
     row = hidden.new_empty(num_rows, dtype=torch.float64)
     pair = hidden.new_empty(num_pairs, dtype=torch.float64)
     is_right = hidden.new_empty((), dtype=torch.bool)
-    with on_device(hidden):
+    with on_device(hidden.device):
         _sftmix_prepare_kernel[(1,)](
             target=call.target.contiguous(), lam=call.lam.contiguous(), row_weight=_flat(call.row_weight),
             pair_weight=_flat(call.pair_weight), mixup_weight=call.mixup_weight, ntp_denominator=call.ntp_denominator,
@@ -53,7 +53,7 @@ def coefficients(call: Call) -> Coefficients:
             mixup_number=options.mixup_weight, ntp_number=options.ntp_denominator,
             pairs_number=options.mixup_denominator, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
-    if left_to_kernels(call.engine, hidden, plain=True):
+    if left_to_kernels(call.engine, hidden.device, plain=True):
         torch._assert_async(is_right, MADE_IN_KERNELS)
     return Coefficients(column, row, pair)
 
@@ -72,7 +72,7 @@ def finish(call: Call, coef: Coefficients, found: Statistics) -> Terms:
     term, lse, nll = like.new_empty(num_rows), like.new_empty(num_rows), like.new_empty(num_rows)
     is_top1 = like.new_empty(num_rows, dtype=torch.bool)
     predicted, mixup_nll = torch.empty_like(best), like.new_empty(num_pairs)
-    with on_device(like):
+    with on_device(like.device):
         _sftmix_finish_kernel[(1,)](
             column=coef.column, row=coef.row, pair=coef.pair, max_logit=found.max_logit,
             target_logit=found.target_logit, mean_logit=found.mean_logit if options.label_smoothing else None,
@@ -95,7 +95,7 @@ def upstream_of(call: Call, coef: Coefficients, nll: Tensor, grads: tuple[Tensor
     num_rows, _, num_pairs = call.sizes
     row, pair = torch.empty_like(coef.row), torch.empty_like(coef.pair)
     block = min(BLOCK, 1024)
-    with on_device(nll):
+    with on_device(nll.device):
         _sftmix_upstream_kernel[(max(triton.cdiv(num_rows, block), 1),)](
             grad_loss=loss, grad_term=term, column=coef.column, nll=nll, row=coef.row, pair=coef.pair, row_out=row,
             pair_out=pair, num_rows=num_rows, num_pairs=num_pairs, stride_grad=0 if term is None else term.stride(0),
@@ -115,7 +115,7 @@ def living_terms(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> 
     rows, pairs = like.new_empty(4 if e else 3, num_rows), like.new_empty(5, num_pairs)
     dead = like.new_empty(num_rows, dtype=torch.bool)
     scale = like.new_empty(()) if call.hidden.dtype == torch.float16 else None
-    with on_device(like):
+    with on_device(like.device):
         _sftmix_gradient_terms_kernel[(1,)](
             column=column.contiguous(), row=upstream.row.contiguous(), pair=upstream.pair.contiguous(),
             row_carry=like, pair_carry=kept.pair_carry.contiguous(),
@@ -136,17 +136,16 @@ class Scaled(NamedTuple):
     scale: Tensor  # () float32
 
 
-def scaled_coefficients(call: Call, coef: Coefficients) -> Scaled:
-    num_rows, _, num_pairs = call.sizes
-    like = coef.row
+def scaled_coefficients(coef: Coefficients, logit_scale: float, dtype: torch.dtype) -> Scaled:
+    like, num_rows, num_pairs = coef.row, coef.row.shape[0], coef.pair.shape[0]
     found = Scaled(
         like.new_empty(num_rows, dtype=torch.float32), like.new_empty(num_pairs, dtype=torch.float32),
         like.new_empty(num_rows, dtype=torch.bool), like.new_empty((), dtype=torch.float32),
     )  # fmt: skip
-    with on_device(like):
+    with on_device(like.device):
         _sftmix_scale_kernel[(1,)](
             row=coef.row, pair=coef.pair, row_out=found.row, pair_out=found.pair, dead=found.dead, scale=found.scale,
-            num_rows=num_rows, num_pairs=num_pairs, logit_scale=call.options.logit_scale,
-            SCALED=call.hidden.dtype != torch.float32, BLOCK=BLOCK, num_warps=8,
+            num_rows=num_rows, num_pairs=num_pairs, logit_scale=logit_scale,
+            SCALED=dtype != torch.float32, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return found

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Statistics
+from ..call import Call, Options, Plan, Statistics
 from .configs import INTERPRETED
 from .exponentials import exp
 from .tiles import CHANGING, RowPart
@@ -205,15 +205,15 @@ def _sftmix_fwd_combine_kernel(
     tl.store(pair_carry + 3 * num_mixed + pair, nll_xu, mask=is_mixed)
 
 
-def moment_of(call: Call) -> int:
+def moment_of(options: Options, wanted: Plan) -> int:
     """Which sum beside l the kernels carry: 0 none, 1 what gives the entropy, 2 what gives the mean logit."""
-    return 2 if call.options.label_smoothing else call.wanted.entropy
+    return 2 if options.label_smoothing else wanted.entropy
 
 
 def empty_stats(call: Call) -> Statistics:
     """Buffers for the results; logits at targets are zero because rows without a target are not written."""
     num_rows, _, num_pairs = call.sizes
-    moment = moment_of(call)
+    moment = moment_of(call.options, call.wanted)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=call.hidden.device)

@@ -25,7 +25,7 @@ from ..chunked.scratch import DEFAULT_ROWS, chunk_size
 from .products import add_product, write_product
 from .rows import Scaled, scaled_coefficients
 from .stored_kernel import _sftmix_stored_kernel
-from .tiles import on_device, refuse_cpu, row_block, weights_of_columns
+from .tiles import on_device, refuse_cpu, row_block
 from .tokens import token_logits
 
 
@@ -61,7 +61,7 @@ class _Loop:
         num_rows, vocab_size, num_pairs = call.sizes
         self.call, self.target, self.coef = call, column.contiguous(), coef
         self.layer = Head(call.weight, call.bias, up=call.up)
-        self.class_weight = weights_of_columns(call)
+        self.class_weight = call.column_weight
         self.class_mean = None if self.class_weight is None else self.class_weight.double().mean().float()
         stats = torch.zeros(6 * (num_rows + num_pairs), dtype=torch.float32, device=call.hidden.device)
         self.row_stats = stats[: 6 * num_rows].view(6, num_rows)
@@ -110,7 +110,7 @@ class _Loop:
             smoothing=options.label_smoothing, z_loss=options.z_loss, SOFTCAP=options.softcap,
             LOGIT_SCALE=options.logit_scale, SMOOTHED=options.label_smoothing != 0,
             TOKEN_SCALING=options.token_scaling != 0, PAIRED=chunk.paired, EXACT=stored.dtype == torch.float32,
-            BLOCK_V=row_block(stored, vocab_size), num_warps=8,
+            BLOCK_V=row_block(vocab_size, stored.device), num_warps=8,
         )  # fmt: skip
 
     def _living(self, chunk: _Rows, rows: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ def statistics_with_gradients(call: Call, coef: Coefficients) -> tuple[Statistic
 
     Raises ValueError on CPU tensors outside the interpreter.
     """
-    refuse_cpu(call.hidden)
-    scaled = scaled_coefficients(call, coef)
+    refuse_cpu(call.hidden.device)
+    scaled = scaled_coefficients(coef, call.options.logit_scale, call.hidden.dtype)
     num_rows, vocab_size, num_pairs = call.sizes
     row_bytes = triton.cdiv(vocab_size, 16) * 16 * call.hidden.element_size()
     chunks = _chunks(num_rows, num_pairs, row_bytes, call.wanted.scratch_bytes)
     loop = _Loop(call._replace(lam=call.lam.contiguous()), coef.column, scaled, chunks)
-    with on_device(call.hidden):
+    with on_device(call.hidden.device):
         for chunk in chunks:
             loop.run(chunk)
     if not chunks:

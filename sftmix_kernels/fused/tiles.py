@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..call import Call
-from ..terms import class_weights
 from .configs import INTERPRETED, Tile, choose_rank_block, choose_row_block, choose_tile, current_arch
 
 # What differs from step to step, with N, M and the number of splits. Triton compiles a kernel anew where an integer
@@ -214,14 +213,14 @@ def row_parts(num_rows: int, num_pairs: int) -> list[RowPart]:
     return [part for part in (pairs, plain) if part.size]
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it ``tensor``'s."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def refuse_cpu(tensor: Tensor) -> None:
-    """Raises ValueError where Triton cannot run on ``tensor``'s device."""
-    if tensor.device.type == "cpu" and not INTERPRETED:
+def refuse_cpu(device: torch.device) -> None:
+    """Raises ValueError where Triton cannot run on ``device``."""
+    if device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "impl: expected 'chunked' or 'reference' for tensors on the CPU, got 'fused' "
             "(set TRITON_INTERPRET=1 before the import to run its kernels in Triton's interpreter)"
@@ -233,15 +232,9 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def row_block(logits: Tensor, vocab_size: int) -> int:
-    """Columns of one block of the stored schedule's kernel on logits' device."""
-    return choose_row_block(vocab_size, current_arch(logits.device))
-
-
-def weights_of_columns(call: Call) -> Tensor | None:
-    """Class weights of this call's columns (V,) float32, contiguous."""
-    weights = class_weights(call)
-    return None if weights is None else weights.contiguous()
+def row_block(vocab_size: int, device: torch.device) -> int:
+    """Columns of one block of the stored schedule's kernel."""
+    return choose_row_block(vocab_size, current_arch(device))
 
 
 def _whole_steps(factor: Tensor) -> Tensor:
@@ -283,13 +276,13 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, call: Call, column: Tensor) -> Problem:
         """Raises ValueError where Triton cannot run on the call's device."""
-        refuse_cpu(call.hidden)
+        refuse_cpu(call.hidden.device)
         options = call.options
         bias = None if call.bias is None else call.bias.contiguous()
         low, up = (None if factor is None else _whole_steps(factor) for factor in (call.low, call.up))
         return cls(
             unit_stride(call.hidden), unit_stride(call.weight), column.contiguous(), bias, options.softcap,
-            options.logit_scale, low, up, weights_of_columns(call) if options.label_smoothing else None,
+            options.logit_scale, low, up, call.column_weight if options.label_smoothing else None,
         )  # fmt: skip
 
     def columns(self, columns: slice) -> Problem:

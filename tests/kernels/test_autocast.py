@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sftmix_kernels.functional as functional
-from sftmix_kernels import LossHead, linear_cross_entropy, sftmix_loss, token_stats
+from sftmix_kernels import LossHead, linear_cross_entropy, operators, sftmix_loss, token_stats
 from sftmix_kernels.call import Call
 from sftmix_kernels.terms import coefficients
 from tests.parity import Case, make_case
@@ -50,13 +49,13 @@ def test_lam_and_weights_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> Non
     case = make_case(8, 11, 6, num_pairs=2)
     seen: list[Any] = []
     case.lam = torch.tensor([0.123456789, 0.987654321])
-    inner = functional.terms_fwd
+    inner = operators.terms_fwd
 
     def record(*args: Any) -> Any:
         seen.extend(args)
         return inner(*args)
 
-    monkeypatch.setattr(functional, "terms_fwd", record)
+    monkeypatch.setattr(operators, "terms_fwd", record)
     row_weight = torch.rand(8)
     options: dict[str, Any] = {"row_weight": row_weight, "ntp_denominator": 3001, "impl": "chunked"}
     with torch.autocast("cpu", dtype=torch.bfloat16):

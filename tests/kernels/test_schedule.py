@@ -254,11 +254,11 @@ def test_triton_is_not_imported_where_fused_does_not_run() -> None:
 
 def test_chunked_off_a_cpu_takes_larger_chunks() -> None:
     """64 MiB of a head of 128k are chunks of 130 rows: on a GPU nothing but launches and passes over dweight."""
-    weight = torch.empty(33, 16, device="meta", requires_grad=True)
-    for device, expected in (("cpu", 64 * 2**20), ("meta", 512 * 2**20)):
-        hidden = torch.empty(20, 16, device=device, requires_grad=True)
-        kinds: dict[str, Any] = {"rows": False, "vocab_parallel": False, "main_grad": False, "schedule": None}
-        needs = Needs(True, True, False, False, False)
+    kinds: dict[str, Any] = {"rows": False, "vocab_parallel": False, "main_grad": False, "schedule": None}
+    for device, expected in (("cpu", 64 * 2**20), ("mps", 512 * 2**20)):
+        head = choice.HeadFacts(torch.device(device), torch.float32, 20, 33, 16)
         for scratch, bound in ((None, expected), (1000, 1000)):
-            found = choice.choose(hidden, weight, needs, impl="chunked", scratch_bytes=scratch, **kinds)
-            assert found.scratch_bytes == bound
+            needs = Needs(True, True, False, False, False)
+            assert (
+                choice.choose("chunked", head, needs, scratch_bytes=scratch, **kinds).scratch_bytes == bound
+            )
