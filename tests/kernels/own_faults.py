@@ -236,8 +236,16 @@ OWN = (
         "The predicted token", "and in `fused`",
         "tests/kernels/test_row_options.py::test_the_first_of_equal_logits_is_predicted[recompute]",
         (
-            "fused/stats.py", "tl.min(tl.where(z == largest[:, None], offs_v[None, :], 2147483647), axis=1)",
-            "tl.max(tl.where(z == largest[:, None], offs_v[None, :], -1), axis=1)",
+            "fused/stats.py", "tl.min(tl.where(z == largest[:, None], across(offs_v), 2147483647), axis=1)",
+            "tl.max(tl.where(z == largest[:, None], across(offs_v), -1), axis=1)",
+        ),
+    ),
+    fault(
+        "The predicted token", "and over lanes in `stored`",
+        "tests/kernels/test_row_options.py::test_predicted_beside_pairs_and_gradients[stored]",
+        (
+            "fused/stored_kernel.py", "tl.min(tl.where(tops == top, best, 2147483647), axis=0)",
+            "tl.min(best, axis=0)",
         ),
     ),
 )  # fmt: skip

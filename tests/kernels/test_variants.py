@@ -27,7 +27,7 @@ def replay(*options: str) -> list[dict[str, int]]:
 KERNELS = {
     "_sftmix_fwd_kernel", "_sftmix_fwd_combine_kernel", "_sftmix_recompute_kernel", "_sftmix_stored_kernel",
     "_sftmix_tokens_kernel", "_sftmix_prepare_kernel", "_sftmix_finish_kernel", "_sftmix_upstream_kernel",
-    "_sftmix_gradient_terms_kernel", "_sftmix_scale_kernel",
+    "_sftmix_gradient_terms_kernel", "_sftmix_scale_kernel", "_sftmix_round_kernel",
 }  # fmt: skip
 
 
