@@ -18,6 +18,7 @@ from sftmix.model.identity import model_identity
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import write_card
+from sftmix.run.checksums import described, sums
 from sftmix.run.folder import read_evaluation
 from sftmix.run.session import Session
 
@@ -68,6 +69,8 @@ def evaluate_one(session: Session, label: str, *, plain: Any = None, generate: b
         found = {name: found[name] for name in ("base", *METHODS) if name in found}
         with replacing(session.folder.evaluation) as temporary:
             temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        folder = session.folder
+        folder.note("evaluate", "finished", {}, {}, sums(folder.path, "evaluate"))
         if label != "base":
             write_card(session, label, found)
     session.barrier()
@@ -86,12 +89,17 @@ def _source(session: Session, label: str) -> ModelConfig:
     exported = session.folder.exported(label)
     if exported is None:
         raise ValueError(f"{session.folder.train(label)}: expected a trained model, found none")
+    session.require_whole(f"train-{label}", f"train --train.method {label}")
     return session.models.source_at(exported)
 
 
 def _earlier(session: Session) -> dict[str, Any]:
-    """The figures that stand in the folder; none where they cannot be read, which is said."""
+    """The figures that stand in the folder; none where they cannot be read or are damaged, which is said."""
+    damaged = session.damage("evaluate")
     if not session.folder.evaluation.exists():
+        return {}
+    if damaged:
+        say(f"evaluate: anew, {described(damaged)}")
         return {}
     try:
         return read_evaluation(session.folder.evaluation)

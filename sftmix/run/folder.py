@@ -1,7 +1,8 @@
 """The run folder: where every stage's files are, and with which settings each stage was begun or finished.
 
 config.yaml             the resolved configuration
-stages.json             by stage: begun or finished, the settings its result depends on, and what tells them apart
+stages.json             by stage: begun or finished, the settings its result depends on, what tells them apart, and the
+                        SHA-256 of the files that it left
 data.json               what became of the rows: used, left out and why, ignored fields, counts of tokens
 tokens/                 the tokenised examples, named by all that they depend on
 base/                   a GGUF model as safetensors, so that it is dequantised once
@@ -13,13 +14,15 @@ train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretraine
                         train-ntp/ the same
 evaluation.json         evaluate: held-out figures and sample answers by model
 plots/                  data_map.png, loss_curves.png, confidence.png
+.lock                   held by the program that works in the folder
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +128,51 @@ class RunFolder:
         found = self.record().get(stage, {})
         return found.get("state") == "finished" and found.get("settings") == json.loads(json.dumps(settings))
 
-    def note(self, stage: str, state: str, settings: Settings, about: Settings) -> None:
-        """Record that ``stage`` is begun or finished, with its settings; the file is whole at any moment."""
-        self._write({**self.record(), stage: {"state": state, "settings": settings, "about": about}})
+    def note(
+        self,
+        stage: str,
+        state: str,
+        settings: Settings,
+        about: Settings,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Record that ``stage`` is begun or finished, with its settings and the sums of its files (checksums.py).
+
+        The record is whole at any moment.
+        """
+        entry = {"state": state, "settings": settings, "about": about, "files": dict(files or {})}
+        self._write({**self.record(), stage: entry})
+
+    def rewind(self, step: int) -> None:
+        """Remove the reference's checkpoints of ``step`` and later, so that it trains from the one before."""
+        for path in (self.reference / "checkpoints").glob("step-*"):
+            if int(path.name.partition("-")[2]) >= step:
+                shutil.rmtree(path)
+
+    def discard(self, stage: str, damaged: Iterable[str]) -> None:
+        """Remove what must go for ``stage`` to make the ``damaged`` files (paths within the folder) again.
+
+        Of the reference: the points, and the checkpoints from the first of them on. Of a training run: the export.
+        """
+        parts = [name.split("/") for name in damaged]
+        if stage == "reference":
+            points = {int(found[1]) for _, name, *_ in parts if (found := re.match(r"point-(\d+)", name))}
+            steps = [self._step_of(index) for index in points]
+            for index in points:
+                shutil.rmtree(self.point(index), ignore_errors=True)
+                self.point_step(index).unlink(missing_ok=True)
+            if steps:
+                self.rewind(min(steps))
+        elif stage.startswith("train-"):
+            for name in {inner for _, inner, *_ in parts}:
+                shutil.rmtree(self.path / FILES[stage] / name, ignore_errors=True)
+
+    def _step_of(self, index: int) -> int:
+        """The optimizer step of a scoring point; 0 where its file cannot be read."""
+        try:
+            return int(json.loads(self.point_step(index).read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def remove(self, stages: tuple[str, ...]) -> list[str]:
         """Delete the files and records of ``stages``; the names of the files and folders that were there."""

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftmix.data.fingerprint import content_hash
+from sftmix.progress import say
 from sftmix.rank import is_main
+from sftmix.run.checksums import described
 from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.scores.confidence import read_split
 from sftmix.scores.dynamics import read_dynamics
@@ -88,12 +90,18 @@ def about(session: Session) -> Settings:
 def passed(session: Session, stage: str, *, whole: bool) -> bool:
     """Whether ``stage`` is finished with the present settings and its files are ``whole``; if not, it begins now.
 
-    Raises ``ValueError`` where it was begun or finished with other settings.
+    Files are whole where they are there and have the sums that the stage recorded; what is damaged is said, and taken
+    away. Raises ``ValueError`` where the stage was begun or finished with other settings.
     """
     present = settings(session, stage)
     _refuse(session, stage, present, restart=stage)
-    if whole and session.folder.is_finished(stage, present):
-        return True
+    if session.folder.is_finished(stage, present):
+        damaged = session.damage(stage)
+        if damaged:
+            say(f"{stage}: again, {described(damaged)}")
+            session.discard(stage, damaged)
+        elif whole:
+            return True
     session.barrier()  # every process has read the record
     if is_main():
         session.folder.note(stage, "begun", present, about(session))

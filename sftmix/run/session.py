@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
 from sftmix.config import Config, ModelConfig
@@ -31,6 +32,7 @@ from sftmix.model.tokenizer import rows
 from sftmix.model.vocabulary import check_ids, safe_pad_id
 from sftmix.progress import activity, say
 from sftmix.rank import is_main
+from sftmix.run.checksums import damage, described, sums
 from sftmix.run.folder import RunFolder, Settings, stages_from
 from sftmix.run.inputs import (
     heldout_source,
@@ -214,16 +216,62 @@ class Session:
 
     # --- processes and settings ---
 
+    def hold(self) -> None:
+        """Keep the run folder to this program until it ends; the lock of one that was killed is nobody's.
+
+        Raises ``ValueError`` where another program works in it.
+        """
+        told = [""]
+        if is_main():
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder.path / ".lock", is_singleton=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                told = [
+                    "expected a run folder that no other program works in, got one in use; wait, or take another"
+                ]
+        if dist.is_initialized():
+            dist.broadcast_object_list(told, src=0)
+        if told[0]:
+            self.take_back()
+            raise ValueError(f"{self.folder.path}: {told[0]}")
+
     def barrier(self) -> None:
         """Wait for the other processes, if there are any."""
         if dist.is_initialized():
             dist.barrier()
 
     def finish(self, stage: str, settings: Settings, about: Settings) -> None:
-        """Record a finished stage, once all processes are done with it."""
+        """Record a finished stage and the sums of its files, once all processes are done with it."""
         self.barrier()
         if is_main():
-            self.folder.note(stage, "finished", settings, about)
+            self.folder.note(stage, "finished", settings, about, sums(self.folder.path, stage))
+        self.barrier()
+
+    def damage(self, stage: str) -> dict[str, str]:
+        """What is wrong with the files that a finished ``stage`` left, by path; the same on every process."""
+        told: list[dict[str, str]] = [{}]
+        if is_main():
+            files = self.folder.record().get(stage, {}).get("files")
+            told = [damage(self.folder.path, files if isinstance(files, dict) else {})]
+        if dist.is_initialized():
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def require_whole(self, stage: str, command: str) -> None:
+        """Raise ``ValueError`` where a file that ``stage`` left is gone or damaged; ``command`` makes it anew."""
+        found = self.damage(stage)
+        if found:
+            raise ValueError(
+                f"{self.folder.path}: {described(found)}; run `sftmix {command}` to make it anew"
+            )
+
+    def discard(self, stage: str, damaged: Mapping[str, str]) -> None:
+        """Take away what ``stage`` has to make again."""
+        self.barrier()
+        if is_main():
+            self.folder.discard(stage, damaged)
         self.barrier()
 
     def restart(self, stage: str) -> None:

@@ -8,7 +8,8 @@ other settings is refused (``identity``); evaluation and pictures are cheap and 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sftmix.evaluation.figures import score_examples
@@ -16,6 +17,7 @@ from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import card
+from sftmix.run.checksums import described
 from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
 from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
@@ -142,15 +144,19 @@ def _tell_correlation(session: Session) -> None:
 def split(session: Session) -> None:
     """Cut the examples at their median confidence."""
     folder = session.folder
+    session.require_whole("score", "score")
     dynamics = read_dynamics(folder.dynamics)
     check_ids(session, dynamics.examples, str(folder.dynamics))
     made = make_split(dynamics)
+    damaged = session.damage("split")
     if folder.split.exists():
-        _same_split(session, made)
+        _same_split(session, made, damaged)
+    elif damaged:
+        say(f"split: again, {described(damaged)}")
     session.barrier()
     if is_main():
         write_split(folder.split, made)
-    session.barrier()
+    session.finish("split", {"split": split_digest(made)}, {})
     done = read_split(folder.split)
     border = (done.confidence[done.confident[-1]] + done.confidence[done.unconfident[0]]) / 2
     say(
@@ -167,12 +173,13 @@ def train(session: Session, method: str) -> Any:
     is then not finished and its checkpoint stays, so that the export alone is repeated.
     """
     config, folder = session.config, session.folder
+    session.require_whole("split", "split")
     halves = read_split(folder.split)
     check_ids(session, halves.confident + halves.unconfident, str(folder.split))
-    missing = [path for path in folder.exports(method, config.export) if not path.exists()]
-    if passed(session, f"train-{method}", whole=not missing):
+    if passed(session, f"train-{method}", whole=all(map(Path.exists, folder.exports(method, config.export)))):
         say(f"train {method}: done before")
         return None
+    missing = [path for path in folder.exports(method, config.export) if not path.exists()]
     model = session.models.load(session.models.source, trainable=True)
     with bar(f"train {method}") as progress:
         train_pairs(
@@ -251,10 +258,18 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
     plot(session)
 
 
-def _same_split(session: Session, made: Split) -> None:
-    """A split that is there already must be the one that the scores give."""
+def _same_split(session: Session, made: Split, damaged: Mapping[str, str]) -> None:
+    """A split that is there already must be the one that the scores give; one that is ``damaged`` may be unreadable."""
     path = session.folder.split
-    if split_digest(read_split(path)) != split_digest(made):
+    if damaged:
+        say(f"split: again, {described(damaged)}")
+    try:
+        found = read_split(path)
+    except ValueError:
+        if not damaged:
+            raise
+        return
+    if split_digest(found) != split_digest(made):
         raise ValueError(
             f"{path}: expected the split of {session.folder.dynamics}, got another; move it away, or --restart split"
         )

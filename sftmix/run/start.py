@@ -75,8 +75,8 @@ def record(config: Config) -> None:
 def open_session(config: Config, stages: Sequence[str], *, restart: str | None = None) -> Session:
     """A session for ``stages`` (as the run folder's record calls them), with its configuration written.
 
-    Raises ``ValueError``, with nothing changed, where the folder was begun with other settings, unless ``restart``
-    does those stages anew; what it removes is said.
+    Raises ``ValueError``, with nothing changed, where another program works in the folder, and where it was begun with
+    other settings, unless ``restart`` does those stages anew; what it removes is said.
     """
     stages_from(restart)  # a wrong name, before the seconds of importing
     with activity("loading torch and transformers"):
@@ -85,6 +85,7 @@ def open_session(config: Config, stages: Sequence[str], *, restart: str | None =
 
     session = Session(config, restart=restart)
     check(session, stages, restart=restart)
+    session.hold()
     if restart is not None:
         session.restart(restart)
     if tuple(stages) != ("plot",):  # which reads files alone: no knob is used

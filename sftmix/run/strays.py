@@ -19,7 +19,7 @@ from sftmix.run.folder import FILES
 
 # Beside the files of the stages: the settings, the converted GGUF file, the demo's pairs, the tokens and their account.
 KNOWN = {CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", *FILES.values()}
-_TRAINING = ("checkpoints", "metrics.jsonl", "model")
+_TRAINING = ("checkpoints", "metrics.jsonl", "model", "adapter")
 _INNER = {
     "reference": ("checkpoints", "metrics.jsonl", "online.parquet", "point-[0-9]*"),
     "train-ntp": _TRAINING, "train-sftmix": _TRAINING, "plots": ("*.png",),

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,11 @@ from sftmix.rank import is_main
 if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
     from sftmix.training.optim import TrainableWeights
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written: an older one may be."""
+
 
 WEIGHTS, STATE, META = "weights.safetensors", "state.pt", "meta.json"
 KEPT = 2  # older checkpoints are removed
@@ -93,13 +98,13 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore weights and optimizer; the checkpoint's ``step`` and ``extra``.
 
-    Raises ``ValueError`` for a damaged checkpoint, and for one whose meta data differ from ``expected``.
+    Raises ``DamagedError`` for a damaged checkpoint, ``ValueError`` for one whose meta data differ from ``expected``.
     """
     values, meta = _read(path, expected)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint: expected a readable {path / STATE}, got {error}") from error
+        raise DamagedError(f"checkpoint: expected a readable {path / STATE}, got {error}") from error
     weights.load(values)
     for name, master in weights.masters.items():
         entry = state["optimizer"][name]
@@ -117,6 +122,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         return []
     names = sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
     return [path for path in names if (path / META).is_file()]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete checkpoints, by the main process; every process calls it."""
+    if dist.is_initialized():
+        dist.barrier()  # all have read them
+    if is_main():
+        for path in paths:
+            shutil.rmtree(path)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _gather(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,9 +173,11 @@ def _read(folder: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         sums, files = meta["sha256"], sorted(path for path in folder.iterdir() if path.name != META)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: expected a complete one at {folder}, got {error}") from error
+        raise DamagedError(f"checkpoint: expected a complete one at {folder}, got {error}") from error
     for section, values in expected.items():
-        found = meta.get(section, {})
+        found = meta.get(section)
+        if not isinstance(found, dict):
+            raise DamagedError(f"checkpoint: expected a {section} in {folder / META}, got none")
         for key, value in values.items():
             if found.get(key) != value:
                 raise ValueError(
@@ -168,14 +186,14 @@ def _read(folder: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Tensor],
                 )
     if sorted(sums) != [path.name for path in files]:
         names = [path.name for path in files]
-        raise ValueError(f"checkpoint: expected {sorted(sums)} in {folder}, got {names}")
+        raise DamagedError(f"checkpoint: expected {sorted(sums)} in {folder}, got {names}")
     for path in files:
         if _file_hash(path) != sums[path.name]:
-            raise ValueError(f"checkpoint: {path} is damaged: its SHA-256 is not the one recorded")
+            raise DamagedError(f"checkpoint: {path} is damaged: its SHA-256 is not the one recorded")
     try:
         return load_file(folder / WEIGHTS), meta
     except SafetensorError as error:
-        raise ValueError(f"checkpoint: expected a readable {folder / WEIGHTS}, got {error}") from error
+        raise DamagedError(f"checkpoint: expected a readable {folder / WEIGHTS}, got {error}") from error
 
 
 def _hash(value: Any) -> str:

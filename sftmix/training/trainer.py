@@ -23,6 +23,7 @@ from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
 from sftmix.model.parallel import join_world, shard, sum_over_world
+from sftmix.progress import say
 from sftmix.rank import is_main
 from sftmix.scores.halves import Split
 from sftmix.scores.online import OnlineDynamics, Row
@@ -266,12 +267,21 @@ class Trainer:
         )  # fmt: skip
 
     def _resume(self) -> None:
+        """Go on from the newest whole checkpoint; a damaged one is said, and removed once an older one is read."""
         found = checkpoint.complete_checkpoints(self.folder / "checkpoints")
-        if not found:
-            return
-        state = checkpoint.load_checkpoint(found[-1], self.weights, self.optimizer, self.fingerprint)
-        self.step = self.first_step = int(state["step"])
-        self.online.rows = state["extra"]["online"]
+        damaged: list[Path] = []
+        while found:
+            path = found.pop()
+            try:
+                state = checkpoint.load_checkpoint(path, self.weights, self.optimizer, self.fingerprint)
+            except checkpoint.DamagedError as error:
+                say(f"{self.stage}: {error}; going back to {found[-1].name if found else 'the beginning'}")
+                damaged.append(path)
+                continue
+            self.step = self.first_step = int(state["step"])
+            self.online.rows = state["extra"]["online"]
+            break
+        checkpoint.remove(damaged)
 
 
 def _weight_sum(batch: Batch) -> float:

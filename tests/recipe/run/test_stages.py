@@ -167,7 +167,7 @@ def test_alpaca_file_of_a_user(material: tuple[Path, Path], shared_data: Path, t
 BROKEN: list[tuple[str, bytes | None, Sequence[str], str]] = [
     ("dynamics.parquet", b"PAR1 cut", ["split"], "dynamics.parquet: "),
     ("split.parquet", b"PAR1 cut", ["train"], "split.parquet: "),
-    ("split.parquet", None, ["train"], "split.parquet: "),
+    ("split.parquet", None, ["train"], "split.parquet is gone; run `sftmix split`"),
     ("stages.json", b'{"score": ', ["score"], "stages.json: expected JSON"),
     ("config.yaml", b"model: [", ["split"], "config.yaml: expected a YAML file"),
     (

@@ -57,7 +57,10 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_file_is_refused(folder: Path, file: str, damage: str) -> None:
+def test_the_one_before_a_damaged_checkpoint_is_taken(
+    trained: Path, folder: Path, file: str, damage: str, capfd: Any
+) -> None:
+    """It is said, and the run ends in the same bits; the damaged one is replaced."""
     path = newest(folder) / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -65,17 +68,35 @@ def test_a_damaged_file_is_refused(folder: Path, file: str, damage: str) -> None
         path.unlink()
     else:
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    again = run(folder)
+    assert (again.first_step, again.step) == (2, 4)
+    assert "going back to step-00000002" in capfd.readouterr().out
+    one, other = (checkpoint.load_file(newest(each) / "weights.safetensors") for each in (trained, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_a_whole_checkpoint_it_begins_anew(trained: Path, folder: Path, capfd: Any) -> None:
+    for path in complete_checkpoints(folder / "checkpoints"):
+        (path / "state.pt").write_bytes(b"")
+    again = run(folder)
+    assert (again.first_step, again.step) == (0, 4)
+    assert "going back to the beginning" in capfd.readouterr().out
+    one, other = (checkpoint.load_file(newest(each) / "weights.safetensors") for each in (trained, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_whole_checkpoint_of_another_run_is_refused_also_behind_a_damaged_one(folder: Path) -> None:
+    (newest(folder) / "state.pt").write_bytes(b"")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match=r"checkpoint: .*(is damaged|expected)"):
-        run(folder)
+    with pytest.raises(ValueError, match="belongs to another run: seed is"):
+        run(folder, "seed=7")
     assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sha256": 3}', '{"sha256": {}}'])
-def test_damaged_meta_data_is_refused(folder: Path, text: str) -> None:
+def test_damaged_meta_data_are_those_of_a_damaged_checkpoint(folder: Path, text: str) -> None:
     (newest(folder) / "meta.json").write_text(text)
-    with pytest.raises(ValueError, match="checkpoint: "):
-        run(folder)
+    assert run(folder).first_step == 2
 
 
 def test_a_half_written_checkpoint_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
