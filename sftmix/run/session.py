@@ -58,6 +58,7 @@ class Session:
             set()
         )  # files of tokenised examples that this session wrote, and all that it reads
         self._used: set[Path] = set()
+        self._whole: set[str] = set()  # stages whose files are what they left
         self.device = local_device()
         self.world = join_world(self.device)
         self.config = config = settle_date(settle_dtype(config, self.device))
@@ -231,6 +232,8 @@ class Session:
                 told = [
                     "expected a run folder that no other program works in, got one in use; wait, or take another"
                 ]
+            except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+                say(f"warning: {self.folder.path} cannot be locked ({error}): keep other programs out of it")
         if dist.is_initialized():
             dist.broadcast_object_list(told, src=0)
         if told[0]:
@@ -248,15 +251,23 @@ class Session:
         if is_main():
             self.folder.note(stage, "finished", settings, about, sums(self.folder.path, stage))
         self.barrier()
+        self._whole.add(stage)
 
     def damage(self, stage: str) -> dict[str, str]:
-        """What is wrong with the files that a finished ``stage`` left, by path; the same on every process."""
+        """What is wrong with the files that a finished ``stage`` left, by path; the same on every process.
+
+        Files that this session has found whole, or written, are not read again: a model has many bytes.
+        """
+        if stage in self._whole:
+            return {}
         told: list[dict[str, str]] = [{}]
         if is_main():
             files = self.folder.record().get(stage, {}).get("files")
             told = [damage(self.folder.path, files if isinstance(files, dict) else {})]
         if dist.is_initialized():
             dist.broadcast_object_list(told, src=0)
+        if not told[0]:
+            self._whole.add(stage)
         return told[0]
 
     def require_whole(self, stage: str, command: str) -> None:

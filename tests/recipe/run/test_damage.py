@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sftmix.run import session
 from sftmix.run.checksums import damage, described, files_of, sums
 from sftmix.run.folder import RunFolder
 from sftmix.scores.dynamics import read_dynamics
@@ -112,3 +113,18 @@ def test_few_files_are_named_and_the_others_counted() -> None:
     assert (
         described({f"f{n}": "is gone" for n in range(5)}) == "f0 is gone; f1 is gone; f2 is gone; and 2 more"
     )
+
+
+def test_a_start_reads_a_stage_once(
+    finished: Path, material: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Train and evaluate both ask for the exported model, which may have many bytes."""
+    read: list[str] = []
+
+    def counted(folder: Path, recorded: Any) -> dict[str, str]:
+        read.extend(recorded)
+        return damage(folder, recorded)
+
+    monkeypatch.setattr(session, "damage", counted)
+    run(material, finished)
+    assert "train-sftmix/model/model.safetensors" in read and len(read) == len(set(read))

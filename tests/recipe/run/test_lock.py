@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sftmix.run import session
 from tests.recipe.run.small import run
 
 HOLDING = """
@@ -40,3 +42,18 @@ def test_the_second_of_two_is_refused_and_a_killed_one_holds_nothing(
         other.kill()
     run(material, folder)
     assert (folder / "evaluation.json").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_said_and_used(
+    finished: Path, material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Some network file systems have no locks."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (folder / "evaluation.json").unlink()
+    monkeypatch.setattr(session.FileLock, "acquire", refuse)
+    run(material, folder)
+    assert (folder / "evaluation.json").exists() and "cannot be locked" in capfd.readouterr().out
