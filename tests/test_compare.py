@@ -19,7 +19,7 @@ def test_both_sides_are_timed_and_the_ratio_is_theirs(
     asked: list[list[object]] = []
 
     def answer(process: object, request: list[object]) -> float:
-        compare_one = real(process, request)  # type: ignore[arg-type]
+        compare_one = real(process, request)  # type: ignore[arg-type]  # a subprocess, here an object
         assert compare_one > 0
         asked.append(request)
         return next(answers)

@@ -148,11 +148,7 @@ def split(session: Session) -> None:
     dynamics = read_dynamics(folder.dynamics)
     check_ids(session, dynamics.examples, str(folder.dynamics))
     made = make_split(dynamics)
-    damaged = session.damage("split")
-    if folder.split.exists():
-        _same_split(session, made, damaged)
-    elif damaged:
-        say(f"split: again, {described(damaged)}")
+    _same_split(session, made, session.damage("split"))
     session.barrier()
     if is_main():
         write_split(folder.split, made)
@@ -261,18 +257,18 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
 def _same_split(session: Session, made: Split, damaged: Mapping[str, str]) -> None:
     """A split that is there already must be the one that the scores give; one that is ``damaged`` may be unreadable."""
     path = session.folder.split
-    if damaged:
-        say(f"split: again, {described(damaged)}")
     try:
-        found = read_split(path)
+        same = not path.exists() or split_digest(read_split(path)) == split_digest(made)
     except ValueError:
         if not damaged:
             raise
-        return
-    if split_digest(found) != split_digest(made):
+        same = True  # nobody's any more
+    if not same:
         raise ValueError(
             f"{path}: expected the split of {session.folder.dynamics}, got another; move it away, or --restart split"
         )
+    if damaged:
+        say(f"split: again, {described(damaged)}")
 
 
 def _require(session: Session, stage: str) -> None:
