@@ -21,6 +21,7 @@ from sftmix.progress import activity, on_terminal, say, show
 from sftmix.rank import is_main
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
+from sftmix.training.signals import Stopped, end_at_signals
 
 app = typer.Typer(
     help="SFTMix instruction tuning. Every knob is a flag, e.g. --train.epochs 2; `sftmix knobs` lists them.",
@@ -254,17 +255,22 @@ def show_results(run_dir: str) -> None:
 
 
 def main() -> None:
-    """Entry point: bad input becomes one line, or a line a fault, and exit code 2, Ctrl-C exit code 130.
+    """Entry point: bad input becomes one line, or a line a fault, and exit code 2.
 
     So does what the machine refuses: a full disk, a file that may not be read or written, a package that is missing.
+    Ctrl-C ends with 130, SIGTERM with 143, SIGUSR1 with 138, training and scoring after they have saved.
     """
     _prepare_process()
+    end_at_signals()
     try:
         app()
     except ValueError as error:
         listed = [" ".join(line.split()) for line in str(error).split("\n  ")]
         print("sftmix: " + "\n  ".join(listed), file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"sftmix: {stopped}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("sftmix: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

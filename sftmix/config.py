@@ -20,182 +20,21 @@ import yaml  # type: ignore[import-untyped]
 
 from sftmix.files import replacing
 from sftmix.knobs import check_range, check_type, collect_knobs, knob, parse_flags, read_yaml, sections
+from sftmix.sections import (
+    TRACKERS,
+    DataConfig,
+    EvaluateConfig,
+    LoraConfig,
+    MixupConfig,
+    ModelConfig,
+    OptimConfig,
+    ReferenceConfig,
+    TrainConfig,
+    interval,
+)
 
 CONFIG_FILE = "config.yaml"
 REQUIRED = "(required)"  # shown by describe() in place of a default
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The language model that is trained."""
-
-    name: str = knob("model to train: a local folder or a hub id")
-    gguf_file: str | None = knob("file name of a GGUF checkpoint inside the model's folder", None)
-    dtype: str = knob(
-        "data type of the model's parameters; auto: bfloat16 where the device multiplies it, else float32",
-        "auto",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    attn_implementation: str | None = knob("attention implementation passed to transformers", None)
-    revision: str | None = knob("revision of a hub model", None)
-    trust_remote_code: bool = knob(
-        "run Python code that the model's folder or repository brings along", False
-    )
-    added_tokens: str | None = knob(
-        "tokens to add to the vocabulary, with commas; embedding and head get rows for them", None
-    )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the examples come from, and how they become tokens."""
-
-    train: str = knob(
-        "training examples: a file, folder, glob, several of them with commas, or a datasets id"
-    )
-    split: str = knob("split to read when train is a datasets id or a saved DatasetDict", "train")
-    configuration: str | None = knob("configuration to read when train is a datasets id", None)
-    heldout: str | None = knob("held-out examples, same forms; null: a part of the training examples", None)
-    heldout_split: str | None = knob("split of heldout; must be given where heldout is a datasets id", None)
-    heldout_configuration: str | None = knob("configuration of heldout when it is a datasets id", None)
-    heldout_fraction: float = knob(
-        "share of the training examples held out (by a hash of the id) when heldout is null; 0: none",
-        0.05,
-        at_least=0,
-        below=1,
-    )
-    allow_overlap: bool = knob("go on although held-out examples are among the training examples", False)
-    limit: int | None = knob("use only the first so many examples", None, at_least=1)
-    streaming: bool = knob("read a datasets id as a stream, so that limit saves the download", False)
-    form: str | None = knob(
-        "form of the rows where their columns allow several; `sftmix data --help` lists them", None
-    )
-    columns: str | None = knob("other names of columns, e.g. question=query,answer=reply", None)
-    supervise: str = knob(
-        "turns that bear loss; all: every answer, of a prompt-completion row the completion",
-        "all",
-        choices=("all", "last", "completion", "marked"),
-    )
-    bad_rows: str = knob(
-        "rows that cannot be used: refuse them all, or drop them, counted",
-        "refuse",
-        choices=("refuse", "drop"),
-    )
-    max_length: int | None = knob(
-        "longest sequence, in tokens; null: the model's positions, at most 2048", None, at_least=2
-    )
-    too_long: str = knob(
-        "longer examples: drop, cut (the answer loses its end), cut_prompt (on its left), or refuse",
-        "cut",
-        choices=("drop", "cut", "cut_prompt", "refuse"),
-    )
-    chat_template: str | None = knob("path of a Jinja chat template that overrides the tokenizer's", None)
-    template_arguments: str | None = knob("arguments of the chat template, a JSON object", None)
-    template_drops: str = knob(
-        "text that the chat template leaves out (say, earlier reasoning): refuse the row, or use it",
-        "refuse",
-        choices=("refuse", "allow"),
-    )
-    date: str | None = knob(
-        "date that a chat template prints, YYYY-MM-DD; null: the day the run was begun", None
-    )
-    end_token: str | None = knob("token put after answers that the chat template leaves without an end", None)
-    special_tokens: str = knob(
-        "a special token's string in the examples' text: text keeps it text, token lets it become the token",
-        "text",
-        choices=("text", "token"),
-    )
-    num_workers: int | None = knob(
-        "processes that tokenise; null: one per core where it pays", None, at_least=1
-    )
-
-
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """The next-token run whose checkpoints score every example."""
-
-    model: str | None = knob("reference model, e.g. a smaller one; null: model.name", None)
-    epochs: int = knob("epochs of the reference run", 3, at_least=1)
-    checkpoints_per_epoch: int = knob("scoring points per epoch, evenly spaced", 1, at_least=1)
-    dynamics: str = knob(
-        "score saved checkpoints (the paper), the training steps themselves, or both",
-        "checkpoint",
-        choices=("checkpoint", "online", "both"),
-    )
-    scores: str | None = knob("a ready dynamics.parquet, used in place of the reference run", None)
-
-
-@dataclass(frozen=True)
-class MixupConfig:
-    """The Mixup regulariser."""
-
-    alpha: float = knob("lambda is drawn from Beta(alpha, alpha)", 0.5, above=0)
-    weight: float = knob("weight mu of the Mixup term; 0 is plain next-token prediction", 0.2, at_least=0)
-    lam: str = knob(
-        "one lambda per pair, per mixed token, or per optimizer step",
-        "pair",
-        choices=("pair", "token", "batch"),
-    )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = knob("peak learning rate", 2e-6, above=0)
-    weight_decay: float = knob("decoupled weight decay", 0.1, at_least=0)
-    beta1: float = knob("AdamW beta1", 0.9, at_least=0, below=1)
-    beta2: float = knob("AdamW beta2", 0.999, at_least=0, below=1)
-    eps: float = knob("AdamW epsilon", 1e-8, above=0)
-    warmup_ratio: float = knob("share of all steps spent warming up", 0.1, at_least=0, below=1)
-    schedule: str = knob("decay after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
-    max_grad_norm: float = knob("gradients are clipped to this global norm", 1.0, above=0)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The training loop."""
-
-    method: str = knob("SFTMix or plain next-token prediction", "sftmix", choices=("sftmix", "ntp"))
-    epochs: int = knob("passes over the training examples", 3, at_least=1)
-    batch_size: int = knob("sequences per optimizer step over all processes", 32, at_least=2, even=True)
-    micro_batch_size: int = knob("sequences per forward pass and process", 8, at_least=2, even=True)
-    tuning: str = knob("train all parameters or LoRA adapters", "full", choices=("full", "lora"))
-    max_steps: int | None = knob("stop after so many optimizer steps", None, at_least=1)
-    log_every: int = knob("optimizer steps between metric records", 1, at_least=1)
-    gradient_checkpointing: bool = knob("recompute activations in the backward pass", False)
-    impl: str | None = knob(
-        "loss implementation; null: by device", None, choices=("reference", "chunked", "fused")
-    )
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters, used when ``train.tuning`` is ``lora``."""
-
-    rank: int = knob("rank of each adapter", 16, at_least=1)
-    alpha: int = knob("adapters are scaled by alpha / rank", 32, at_least=1)
-    dropout: float = knob("dropout before each adapter", 0.0, at_least=0, below=1)
-    rslora: bool = knob("scale adapters by alpha / sqrt(rank) (rsLoRA)", False)
-    dora: bool = knob("weight-decomposed adapters (DoRA)", False)
-    target_modules: str = knob(
-        "all-linear (the head excepted), names of modules or of fused experts' weights, with commas",
-        "all-linear",
-    )
-    modules_to_save: str | None = knob(
-        "modules trained whole beside the adapters, e.g. embed_tokens,lm_head", None
-    )
-    layers: str | None = knob("adapt only layers start:stop, e.g. 20:30; null: all", None)
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Held-out evaluation."""
-
-    batch_size: int = knob("sequences per forward pass", 8, at_least=1)
-    num_samples: int = knob("sample answers to print", 3, at_least=0)
-    max_new_tokens: int = knob("longest sample answer, in tokens", 64, at_least=1)
-    limit: int | None = knob("evaluate only the first so many held-out examples", None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +77,10 @@ class Config:
                 "export: expected merged with model.added_tokens, for which an adapter's base has no rows, got "
                 f"{self.export}"
             )
+        interval("train.checkpoint_every", self.train.checkpoint_every)
+        for name in (self.train.report_to or TRACKERS[0]).split(","):
+            if name.strip() not in TRACKERS:
+                raise ValueError(f"train.report_to: expected names of {', '.join(TRACKERS)}, got {name!r}")
         names = [name.strip() for name in self.lora.target_modules.split(",")]
         if "" in names:
             raise ValueError(

@@ -29,10 +29,14 @@ def knob(
     above: float | None = None,
     below: float | None = None,
     even: bool = False,
+    aliases: Mapping[Any, Any] | None = None,
 ) -> Any:
-    """A dataclass field with its one-line help and the range that ``check_range`` enforces."""
+    """A dataclass field with its one-line help and the range that ``check_range`` enforces.
+
+    ``aliases``: values that the knob once had, or that mean the same, as those it has.
+    """
     limits = {"choices": choices, "at_least": at_least, "above": above, "below": below, "even": even}
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "aliases": aliases or {}, **limits})
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,9 @@ def _from_text(key: str, raw: str, knob: Knob) -> Any:
     """A flag's text as the knob's type."""
     if knob.optional and raw.lower() in ("null", "none", ""):
         return None
+    for alias, meant in knob.field.metadata["aliases"].items():
+        if raw.lower() == str(alias).lower():
+            return meant
     try:
         if knob.base is bool:
             return {"true": True, "false": False}[raw.lower()]
@@ -159,6 +166,8 @@ def check_type(key: str, value: Any, knob: Knob) -> Any:
     """A YAML value checked against the knob's type; an int serves where a float is asked."""
     if value is None and knob.optional:
         return None
+    if type(value) in map(type, knob.field.metadata["aliases"]):
+        return knob.field.metadata["aliases"].get(value, value)
     if knob.base is float and isinstance(value, str):
         return _from_text(key, value, knob)  # YAML 1.1 reads 2e-6, which has no dot, as a string
     if knob.base is float and isinstance(value, int) and not isinstance(value, bool):

@@ -9,7 +9,7 @@ weights stay comparable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,11 @@ from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
+from sftmix.model.parallel import World, gather_objects
 from sftmix.model.vocabulary import safe_pad_id
 from sftmix.progress import say
 from sftmix.scores.dynamics import accumulate
-from sftmix.training.batch import check_batch, collate_plain
+from sftmix.training.batch import blank_batch, check_batch, collate_plain
 from sftmix_kernels import TokenStats
 
 OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
@@ -31,14 +32,17 @@ OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
 
 def evaluate_model(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int = 8, pad_id: int = 0,
-    impl: str | None = None, progress: OnBatch | None = None,
+    impl: str | None = None, progress: OnBatch | None = None, world: World | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """``nll`` (mean over all supervised tokens), ``perplexity``, ``token_accuracy`` and ``num_tokens``.
 
-    The model's mode is restored. Under FSDP every process must call it, with the same examples.
-    Raises ``ValueError`` for no examples.
+    The model's mode is restored. Every process calls it with the same examples; with ``world`` they share the
+    batches, and all get the figures of all. Raises ``ValueError`` for no examples.
     """
-    sums = list(_sums(model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress))
+    found = _sums(
+        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress, world=world
+    )
+    sums = list(found)
     num_tokens = sum(example.num_supervised for example in examples)
     nll = math.fsum(nll_sum for _, nll_sum, _ in sums) / num_tokens
     accuracy = sum(top1 for _, _, top1 in sums) / num_tokens
@@ -49,9 +53,12 @@ def evaluate_model(
 def score_examples(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, checkpoint: int, step: int,
     batch_size: int = 8, pad_id: int = 0, impl: str | None = None, progress: OnBatch | None = None,
+    world: World | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row of the dynamics per example, in the order given, from the model as it is now."""
-    found = _sums(model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress)
+    """One row of the dynamics per example, in the order given, from the model as it is now; ``world`` as above."""
+    found = _sums(
+        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress, world=world
+    )
     by_id = {name: (nll_sum, top1) for name, nll_sum, top1 in found}
     rows = []
     for example in examples:
@@ -69,24 +76,41 @@ def score_examples(
 @torch.inference_mode()
 def _sums(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int, pad_id: int,
-    impl: str | None, progress: OnBatch | None,
-) -> Iterator[tuple[str, float, float]]:  # fmt: skip
-    """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length."""
+    impl: str | None, progress: OnBatch | None, world: World | None,
+) -> list[tuple[str, float, float]]:  # fmt: skip
+    """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length.
+
+    The batches do not depend on the number of processes. Each process takes its own in every round; one that has none
+    left takes part with a blank one, for a sharded model is gathered by all.
+    """
     if not examples:
         raise ValueError("examples: expected at least one, got none")
-    ordered = sorted(examples, key=lambda example: (-len(example.input_ids), example.id))
+    world = world or World()
+    ordered = by_length(examples)
+    starts = range(0, len(ordered), batch_size)
+    found: list[tuple[str, float, float]] = []
     with evaluating(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = collate_plain(ordered[start : start + batch_size], pad_id=pad_id)
+        for first in range(0, len(starts), world.size):
+            mine = first + world.rank
+            batch = blank_batch(pad_id)
+            if mine < len(starts):
+                batch = collate_plain(ordered[starts[mine] : starts[mine] + batch_size], pad_id=pad_id)
             check_batch(batch, model.vocab_size)
             batch = batch.to(model.device)
             tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
             stats = cast(TokenStats, model(*tensors, stats=True, impl=impl))
             sums = accumulate(-stats.logprob, stats.is_top1, batch.example, len(batch.ids))
             values = torch.stack([sums.nll_sum, sums.num_top1.double()]).tolist()
-            yield from zip(batch.ids, *values, strict=True)
+            if mine < len(starts):
+                found += zip(batch.ids, *values, strict=True)
             if progress is not None:
-                progress(min(start + batch_size, len(ordered)), len(ordered))
+                progress(min((first + world.size) * batch_size, len(ordered)), len(ordered))
+    return [row for rows in gather_objects(found, world) for row in rows]
+
+
+def by_length(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """The order in which examples are evaluated: from long to short, so that a batch has little padding."""
+    return sorted(examples, key=lambda example: (-len(example.input_ids), example.id))
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from sftmix.model.causal_lm import SFTMixModel
+
+
+PATIENCE = timedelta(hours=2)  # how long a process waits for the others
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def join_world(device: torch.device) -> World:
             return World()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the main process tokenises, exports and writes answers.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if dist.get_world_size() == 1:
         return World()
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))

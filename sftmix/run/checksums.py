@@ -11,7 +11,7 @@ from sftmix.progress import activity
 from sftmix.run.folder import FILES
 
 # Left out: checkpoints have their own sums and are the way back, evaluate writes the card anew, metrics are pictures'.
-_CHANGING = {"checkpoints", "metrics.jsonl", "README.md"}
+_CHANGING = {"checkpoints", "metrics.jsonl", "tensorboard", "wandb", "README.md"}
 _SHOWN = 3  # files named in a message
 _LONG = 2**30  # bytes that take a second to read
 

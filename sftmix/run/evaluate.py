@@ -116,10 +116,10 @@ def _figures(
     with bar(f"evaluate {label}") as progress:
         figures: dict[str, Any] = evaluate_model(
             model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-            impl=config.train.impl, progress=progress.batches,
+            impl=config.train.impl, progress=progress.batches, world=session.world,
         )  # fmt: skip
     figures["num_examples"] = len(session.heldout)
-    if generate:
+    if generate and is_main():
         chosen = session.heldout_examples(config.evaluate.num_samples)
         with activity(f"writing sample answers ({label})"):
             figures["samples"] = sample_answers(

@@ -8,6 +8,7 @@ tokens/                 the tokenised examples, named by all that they depend on
 base/                   a GGUF model as safetensors, so that it is dequantised once
 reference/              point-000/ … (weights to score), point-000.json … (their steps), checkpoints/,
                         metrics.jsonl, online.parquet
+scoring/                score under way: what is scored so far; removed at its end
 dynamics.parquet        score: per example and scoring point
 split.parquet           split: the two halves
 train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads), adapter/ (with export);
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.files import replacing
+from sftmix.rank import is_main
 
 Settings = dict[str, Any]
 # What each stage leaves in the folder, in the order of the stages; the two training runs stand side by side.
@@ -70,6 +72,7 @@ class RunFolder:
         self.online = self.reference / "online.parquet"
         self.tokens = self.path / "tokens"
         self.data = self.path / "data.json"
+        self.scoring = self.path / "scoring"
         self.dynamics = self.path / "dynamics.parquet"
         self.split = self.path / "split.parquet"
         self.evaluation = self.path / "evaluation.json"
@@ -135,13 +138,16 @@ class RunFolder:
         settings: Settings,
         about: Settings,
         files: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         """Record that ``stage`` is begun or finished, with its settings and the sums of its files (checksums.py).
 
-        The record is whole at any moment.
+        ``before``: how it was lengthened after it was finished, which is kept. The record is whole at any moment.
         """
+        record = self.record()
         entry = {"state": state, "settings": settings, "about": about, "files": dict(files or {})}
-        self._write({**self.record(), stage: entry})
+        lengthened = [*record.get(stage, {}).get("lengthened", ()), *before]
+        self._write({**record, stage: {**entry, **({"lengthened": lengthened} if lengthened else {})}})
 
     def rewind(self, step: int) -> None:
         """Remove the reference's checkpoints of ``step`` and later, so that it trains from the one before."""
@@ -182,6 +188,8 @@ class RunFolder:
         ):  # first: files without a record are looked at, a record without files is not
             self._write({stage: entry for stage, entry in record.items() if stage not in stages})
         removed = []
+        if "score" in stages:
+            self.remove_scoring()
         for stage in stages:
             path = self.path / FILES[stage]
             if path.is_dir() and not path.is_symlink():
@@ -191,6 +199,17 @@ class RunFolder:
                 path.unlink()
                 removed.append(FILES[stage])
         return removed
+
+    def remove_scoring(self) -> None:
+        """Remove what a scoring pass under way has kept, by the main process."""
+        if is_main():
+            shutil.rmtree(self.scoring, ignore_errors=True)
+
+    def has_left(self, stage: str) -> bool:
+        """Whether ``stage`` has left anything that a later start could take up: a checkpoint, a point, scores."""
+        place = self.path / FILES[stage]
+        left = [path for path in place.glob("*") if path.name != "metrics.jsonl"] if place.is_dir() else []
+        return place.is_file() or any(left) or (stage == "score" and self.scoring.exists())
 
     def _write(self, record: dict[str, Settings]) -> None:
         with replacing(self._stages) as temporary:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.scores.confidence import read_split
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.scores.halves import Split
+from sftmix.training.plan import point_steps
 
 if TYPE_CHECKING:
     from sftmix.run.session import Session
@@ -50,6 +52,7 @@ _HASHES = {
     "examples": "examples: other tokens", "model": "model: other files", "split": "split: other halves",
     "chat template": "chat template: another text", "reference.scores": "reference.scores: another file",
 }  # fmt: skip
+_LENGTHS = ("train.epochs", "reference.epochs", "train.max_steps")  # a finished stage may get more
 _UNTOLD = ("data.num_workers", "model.attn_implementation", "model.dtype")
 _SHOWN = 8  # differences named in a message
 
@@ -95,6 +98,10 @@ def passed(session: Session, stage: str, *, whole: bool) -> bool:
     """
     present = settings(session, stage)
     _refuse(session, stage, present, restart=stage)
+    more = _more_steps(session.folder.record().get(stage, {}), present)
+    if more:
+        say(f"{stage}: goes on from where it was finished, with {'; '.join(more)}")
+        session.forget_exports(stage)
     if session.folder.is_finished(stage, present):
         damaged = session.damage(stage)
         if damaged:
@@ -104,9 +111,25 @@ def passed(session: Session, stage: str, *, whole: bool) -> bool:
             return True
     session.barrier()  # every process has read the record
     if is_main():
-        session.folder.note(stage, "begun", present, about(session))
+        session.folder.note(stage, "begun", present, about(session), before=more)
     session.barrier()
     return False
+
+
+def _more_steps(entry: Settings, present: Settings) -> list[str]:
+    """How a finished stage is asked for more epochs or steps, and nothing else; empty where it is not."""
+    present, recorded = json.loads(json.dumps(present)), entry.get("settings")
+    if entry.get("state") != "finished" or not isinstance(recorded, dict):
+        return []
+    keys = [key for key in {*recorded, *present} if recorded.get(key) != present.get(key)]
+    if not all(key in _LENGTHS and key in recorded and key in present for key in keys):
+        return []
+
+    def length(value: Any) -> float:
+        return math.inf if value is None else float(value)
+
+    grown = all(length(recorded[key]) <= length(present[key]) for key in keys)
+    return differences(recorded, present) if grown else []
 
 
 def check(session: Session, stages: Sequence[str], *, restart: str | None = None) -> None:
@@ -140,7 +163,22 @@ def _check(session: Session, stages: Sequence[str], restart: str | None) -> None
         both = stage == "train-ntp" and "train-sftmix" in stages  # what differs for ntp does for sftmix
         compared = present if exact else {"examples": present["examples"]}
         _refuse(session, stage, compared, restart="train" if both else stage)
+    if "reference" in stages and session.config.reference.scores is None:
+        _check_points(session)
     _check_files(session, {*stages, *anew})
+
+
+def _check_points(session: Session) -> None:
+    """The reference run is long enough for its scores."""
+    config = session.config
+    steps = -(-len(session.train) // config.train.batch_size)
+    point_steps(steps, config.reference.checkpoints_per_epoch)
+    limit = config.train.max_steps
+    if config.reference.dynamics != "checkpoint" and limit is not None and limit < steps:
+        raise ValueError(
+            f"reference.dynamics: expected checkpoint where train.max_steps={limit} ends the run before its first "
+            f"epoch of {steps} steps, got {config.reference.dynamics}: examples that were not met have no online score"
+        )
 
 
 def _check_files(session: Session, made: set[str]) -> None:
@@ -159,6 +197,10 @@ def _refuse(session: Session, stage: str, present: Settings, *, restart: str) ->
     if entry is None:
         return
     recorded = entry.get("settings")
+    if entry.get("state") == "begun" and not session.folder.has_left(stage):
+        return  # nothing of it is there that could be mixed up
+    if _more_steps(entry, present):
+        return
     if not isinstance(recorded, dict):
         raise ValueError(
             f"{session.folder.path}: expected a record of the settings of {stage}, got one of an older version; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -277,6 +278,14 @@ class Session:
             raise ValueError(
                 f"{self.folder.path}: {described(found)}; run `sftmix {command}` to make it anew"
             )
+
+    def forget_exports(self, stage: str) -> None:
+        """Take away what a training run exported: it is about to train on."""
+        self.barrier()
+        if is_main() and stage.startswith("train-"):
+            for path in self.folder.exports(stage.removeprefix("train-"), "both"):
+                shutil.rmtree(path, ignore_errors=True)
+        self.barrier()
 
     def discard(self, stage: str, damaged: Mapping[str, str]) -> None:
         """Take away what ``stage`` has to make again."""

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftmix.evaluation.figures import score_examples
 from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
@@ -21,13 +20,15 @@ from sftmix.run.checksums import described
 from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
 from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
+from sftmix.run.scoring import score_points
 from sftmix.run.session import Session
 from sftmix.scores.confidence import confidence, make_split, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
 from sftmix.scores.halves import Split
-from sftmix.training.checkpoint import load_trainable, save_trainable
+from sftmix.training.checkpoint import save_trainable
 from sftmix.training.metrics import Record, read_metrics
-from sftmix.training.trainer import Progress, train_pairs, train_plain
+from sftmix.training.runs import train_pairs, train_plain
+from sftmix.training.trainer import Progress
 
 METHODS = ("ntp", "sftmix")
 __all__ = [
@@ -93,7 +94,7 @@ def score(session: Session) -> None:
         rows = read_rows(config.reference.scores)
     else:
         _require(session, "reference")
-        rows = _score_points(session) if config.reference.dynamics != "online" else []
+        rows = score_points(session) if config.reference.dynamics != "online" else []
         if config.reference.dynamics != "checkpoint":
             rows += read_rows(folder.online)
     if is_main():
@@ -104,31 +105,7 @@ def score(session: Session) -> None:
     )
     _tell_correlation(session)
     session.finish("score", settings(session, "score"), about(session))
-
-
-def _score_points(session: Session) -> list[dict[str, Any]]:
-    config, folder = session.config, session.folder
-    model = session.models.load(session.models.reference, trainable=True)
-    examples = list(session.reference_examples.values())
-    num_points = config.reference.epochs * config.reference.checkpoints_per_epoch
-    rows: list[dict[str, Any]] = []
-    for index in range(num_points):
-        if not folder.point(
-            index
-        ).exists():  # train.max_steps may end the reference run before its last points
-            break
-        step = json.loads(folder.point_step(index).read_text(encoding="utf-8"))["step"]
-        load_trainable(model, folder.point(index))
-        with bar(f"score point {index + 1}/{num_points}") as progress:
-            rows += score_examples(
-                model, examples, checkpoint=index, step=step, batch_size=config.evaluate.batch_size,
-                pad_id=session.pad_id, impl=config.train.impl, progress=progress.batches,
-            )  # fmt: skip
-    if not rows:
-        raise ValueError(
-            f"{folder.point(0)}: expected the weights of a scoring point, found none; run `sftmix reference`"
-        )
-    return rows
+    session.folder.remove_scoring()
 
 
 def _tell_correlation(session: Session) -> None:

@@ -18,13 +18,21 @@ from sftmix.rank import is_main
 from sftmix.run.folder import FILES
 
 # Beside the files of the stages: the settings, the converted GGUF file, the demo's pairs, the tokens and their account.
-KNOWN = {CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", *FILES.values()}
-_TRAINING = ("checkpoints", "metrics.jsonl", "model", "adapter")
+KNOWN = {CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", "scoring", *FILES.values()}
+_TRAINING = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "model", "adapter")
 _INNER = {
-    "reference": ("checkpoints", "metrics.jsonl", "online.parquet", "point-[0-9]*"),
+    "reference": ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "online.parquet", "point-[0-9]*"),
     "train-ntp": _TRAINING, "train-sftmix": _TRAINING, "plots": ("*.png",),
 }  # fmt: skip
-_WRITTEN = ("", "data", "plots", "reference", "train-ntp", "train-sftmix")  # where temporary names appear
+_WRITTEN = (
+    "",
+    "data",
+    "scoring",
+    "plots",
+    "reference",
+    "train-ntp",
+    "train-sftmix",
+)  # where temporary names appear
 _SETTLED = 600.0  # seconds after which no write is still going on
 _SHOWN = 5
 VARIABLES: frozenset[str] = frozenset()  # SFTMIX_ names that the program reads: none

@@ -27,6 +27,7 @@ class OnlineDynamics:
     def __init__(self, examples: Mapping[str, TokenizedExample], *, enabled: bool) -> None:
         self.examples, self.enabled = examples, enabled
         self.rows: list[Row] = []
+        self._partial: list[Row] = []  # of the epoch under way, from all processes
         self._pending: list[tuple[list[str], Tensor]] = []
 
     def add(self, nll: Tensor, is_top1: Tensor, example: Tensor, ids: Sequence[str]) -> None:
@@ -36,13 +37,29 @@ class OnlineDynamics:
         sums = accumulate(nll, is_top1, example, len(ids))
         self._pending.append((list(ids), torch.stack([sums.nll_sum, sums.num_top1.double()])))
 
+    def so_far(self, epoch: int, world: World) -> list[Row]:
+        """All rows up to now, over all processes, those of the epoch under way among them; for a checkpoint."""
+        self._collect(epoch, world)
+        return [*self.rows, *self._partial]
+
+    def restore(self, rows: Sequence[Row], epoch: int) -> None:
+        """Go on from ``so_far`` in ``epoch``."""
+        self.rows = [row for row in rows if row["checkpoint"] < epoch]
+        self._partial = [row for row in rows if row["checkpoint"] >= epoch]
+
     def close_epoch(self, epoch: int, step: int, world: World) -> None:
         """Turn the epoch's sums into rows, over all processes, in the order of the ids."""
+        self._collect(epoch, world)
+        self.rows += sorted(({**row, "step": step} for row in self._partial), key=lambda row: row["example"])
+        self._partial = []
+
+    def _collect(self, epoch: int, world: World) -> None:
+        """Read the sums that are on the device, and put all processes' together."""
         if not self.enabled:
             return
         local = [
             {
-                "example": name, "checkpoint": epoch, "step": step, "nll_sum": nll,
+                "example": name, "checkpoint": epoch, "step": 0, "nll_sum": nll,
                 "num_tokens": self.examples[name].num_supervised,
                 "top1_share": top1 / self.examples[name].num_supervised, "source": "online",
             }
@@ -50,5 +67,4 @@ class OnlineDynamics:
             for name, nll, top1 in zip(ids, *sums.tolist(), strict=True)
         ]  # fmt: skip
         self._pending = []
-        gathered = [row for rows in gather_objects(local, world) for row in rows]
-        self.rows += sorted(gathered, key=lambda row: row["example"])
+        self._partial += [row for rows in gather_objects(local, world) for row in rows]

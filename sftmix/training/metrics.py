@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sftmix.config import Config
 from sftmix.files import replacing
+from sftmix.model.parallel import World, sum_over_world
+from sftmix.progress import say
 from sftmix.training.batch import Batch
 from sftmix.training.plan import Step, chunk_ids
+from sftmix.training.trackers import open_trackers
 from sftmix_kernels import SFTMixLoss
 
 Record = dict[str, Any]
@@ -39,21 +43,47 @@ def read_metrics(path: str | Path) -> list[Record]:
 
 
 class MetricsWriter:
-    """Appends records; opening drops those after ``step``, which a resumed run is about to repeat."""
+    """Appends records; opening drops those after ``step``, which a resumed run is about to repeat.
 
-    def __init__(self, path: str | Path, *, step: int = 0) -> None:
+    A line that was damaged meanwhile is left out, with a word. ``report_to``: see ``trackers``.
+    """
+
+    def __init__(
+        self, path: str | Path, *, step: int = 0, report_to: str | None = None, run: Config | None = None
+    ) -> None:
         self.path = Path(path)
-        kept = [r for r in read_metrics(path) if r["step"] <= step] if step and self.path.exists() else []
+        kept = _kept(self.path, step) if step and self.path.exists() else []
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
+        self._trackers = open_trackers(report_to, self.path.parent, run)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """A number that is not finite is null: JSON has no word for it."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(finite)
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _kept(path: Path, step: int) -> list[str]:
+    """The lines of whole records up to ``step``."""
+    kept, bad = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            bad.append(str(number))
+    if bad:
+        say(f"warning: {path}: left out what cannot be read: line {', '.join(bad)}")
+    return kept
 
 
 class StepResults:
@@ -84,21 +114,28 @@ class StepResults:
         ]
         self.parts += torch.stack([part.double() for part in parts])
 
-    def sums(self) -> Tensor:
-        """Losses by chunk, then the four sums, float64."""
-        return torch.cat([self.losses.double(), self.parts])
+    def exchange(
+        self, grad_norm: Tensor, words: list[float], world: World
+    ) -> tuple[list[float], list[float]]:
+        """The host's one read: losses by chunk, the four sums and the gradient's norm, then the words, all summed
+        over the processes but the norm, which is whole already."""
+        parts = [self.losses.double(), self.parts, torch.tensor(words).to(self.parts, non_blocking=True)]
+        sums = sum_over_world(torch.cat(parts), world)
+        values = torch.cat([sums, grad_norm.detach().to(sums).view(1)]).tolist()
+        at = len(values) - 1 - len(words)
+        return [*values[:at], values[-1]], values[at:-1]
 
-    def check(self, step: int, values: list[float]) -> None:
-        """Raise ``ValueError`` naming the step and the examples of a loss or gradient that is not finite."""
+    def problem(self, step: int, values: list[float]) -> str | None:
+        """What of the step is not finite, naming its examples; None where all is."""
         *losses, _nll, _mixup, _top1, _aux, grad_norm = values
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if not bad and math.isfinite(grad_norm):
-            return
+            return None
         what = "loss" if bad else "gradient norm"
         ids = [name for i in bad for name in chunk_ids(self.plan.chunks[i])] or self.plan.ids()
-        raise ValueError(
+        return (
             f"{what}: expected a finite number at step {step}, got {losses[bad[0]] if bad else grad_norm}; "
-            f"examples: {', '.join(ids)}; the checkpoints before it are kept"
+            f"examples: {', '.join(ids)}"
         )
 
     def record(self, values: list[float], mixup_weight: float, *, auxiliary: bool = False) -> Record:
@@ -110,5 +147,6 @@ class StepResults:
             "loss": math.fsum(losses), "ntp_loss": nll / self.denominators[0],
             "mixup_loss": mixup / self.denominators[1] if has_mixup else None, "grad_norm": grad_norm,
             "num_tokens": step.num_supervised, "num_mixed": step.num_mixed,
+            "mixed_share": 2 * step.num_mixed / step.num_supervised,
             "token_accuracy": top1 / step.num_supervised, **({"aux_loss": aux} if auxiliary else {}),
         }  # fmt: skip

@@ -92,6 +92,18 @@ def digest(steps: Sequence[Step], *, lam: bool = True) -> str:
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
 
 
+def point_steps(steps: int, points: int) -> list[int]:
+    """The steps of an epoch (from 1) after which an evenly spaced scoring point comes, the last one included.
+
+    Raises ``ValueError`` for more points than steps.
+    """
+    if points > steps:
+        raise ValueError(
+            f"reference.checkpoints_per_epoch: expected at most the epoch's {steps} steps, got {points}"
+        )
+    return [math.ceil(steps * (index + 1) / points) for index in range(points)]
+
+
 def _item(pair: Pair, step: Step, examples: Examples, mixup: MixupConfig, seed: int) -> PairItem:
     """A pair's examples and its lambda: the pair's own, one a token, or the optimizer step's."""
     members = _members(pair, examples)

@@ -9,26 +9,24 @@ reads results once a step.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from sftmix.config import Config
 from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
-from sftmix.model.parallel import join_world, shard, sum_over_world
+from sftmix.model.parallel import join_world, shard
 from sftmix.progress import say
 from sftmix.rank import is_main
-from sftmix.scores.halves import Split
-from sftmix.scores.online import OnlineDynamics, Row
+from sftmix.scores.online import OnlineDynamics
 from sftmix.training import checkpoint
 from sftmix.training.batch import Batch, blank_batch, check_batch
+from sftmix.training.memory import peak_memory, recompute
 from sftmix.training.metrics import MetricsWriter, Record, StepResults
 from sftmix.training.optim import (
     TrainableWeights,
@@ -37,80 +35,14 @@ from sftmix.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from sftmix.training.pairs import epoch_order, epoch_pairs
-from sftmix.training.plan import Step, collate_chunk, denominators, digest, plain_entries, plan_steps
+from sftmix.training.plan import Step, collate_chunk, denominators, digest, point_steps
 from sftmix.training.randomness import own_randomness, seed_chunk
+from sftmix.training.saving import Saver
+from sftmix.training.signals import Stopped
 from sftmix_kernels import SFTMixLoss
 
 Progress = Callable[[int, int, Record], None]  # (step, total, record)
 OnPoint = Callable[[int, int], None]  # (index of the scoring point, step)
-
-
-def train_pairs(
-    config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], split: Split, *,
-    folder: str | Path, pad_id: int = 0, progress: Progress | None = None,
-    identity: Mapping[str, Any] | None = None,
-) -> Trainer:  # fmt: skip
-    """Train on pairs of confident and unconfident examples, ``config.train.method`` being sftmix or ntp.
-
-    Both draw the same batches; they differ in the weight of the Mixup term, which is 0 for ntp. Resumes from
-    ``folder/checkpoints`` when a checkpoint is there. Raises ``ValueError`` for a checkpoint of another run
-    and for a loss that is not finite. ``identity``: see ``Trainer``.
-    """
-
-    def plan(epoch: int) -> list[Step]:
-        entries = epoch_pairs(split, seed=config.seed, epoch=epoch, alpha=config.mixup.alpha)
-        return plan_steps(entries, examples, epoch=epoch, **_sizes(config))
-
-    weight = config.mixup.weight if config.train.method == "sftmix" else 0.0
-    trainer = Trainer(
-        config, model, examples, Path(folder), plan=plan, epochs=config.train.epochs, mixup_weight=weight,
-        stage=f"train-{config.train.method}", pad_id=pad_id, progress=progress, identity=identity,
-    )  # fmt: skip
-    trainer.run()
-    return trainer
-
-
-def train_plain(
-    config: Config, model: SFTMixModel, examples: Mapping[str, TokenizedExample], *,
-    folder: str | Path, pad_id: int = 0, on_point: OnPoint | None = None, progress: Progress | None = None,
-    identity: Mapping[str, Any] | None = None,
-) -> list[Row]:  # fmt: skip
-    """The reference run: next-token prediction on single examples for ``config.reference.epochs`` epochs.
-
-    ``on_point(index, step)`` is called at ``reference.checkpoints_per_epoch`` evenly spaced steps of each
-    epoch, on every process; a resumed run calls it again for the points of the epoch it repeats. Returns the
-    online dynamics: one row per example and epoch, taken while training, as ``write_dynamics`` wants them.
-    ``identity``: see ``Trainer``.
-    """
-
-    def plan(epoch: int) -> list[Step]:
-        entries = plain_entries(epoch_order(list(examples), seed=config.seed, epoch=epoch))
-        return plan_steps(entries, examples, epoch=epoch, **_sizes(config))
-
-    trainer = Trainer(
-        config, model, examples, Path(folder), plan=plan, epochs=config.reference.epochs, mixup_weight=0.0,
-        stage="reference", pad_id=pad_id, progress=progress, on_point=on_point,
-        points_per_epoch=config.reference.checkpoints_per_epoch, online=True, identity=identity,
-    )  # fmt: skip
-    trainer.run()
-    return trainer.online.rows
-
-
-def _sizes(config: Config) -> dict[str, int]:
-    return {"batch_size": config.train.batch_size, "micro_batch_size": config.train.micro_batch_size}
-
-
-def point_steps(steps: int, points: int) -> list[int]:
-    """The steps of an epoch (from 1) after which an evenly spaced scoring point comes, the last one included.
-
-    Raises ``ValueError`` for more points than steps.
-    """
-    if points > steps:
-        raise ValueError(
-            f"reference.checkpoints_per_epoch: expected at most the epoch's {steps} steps, got {points}"
-        )
-    return [math.ceil(steps * (index + 1) / points) for index in range(points)]
 
 
 class Trainer:
@@ -122,6 +54,11 @@ class Trainer:
     run must share beside its settings, by name: ``examples``, their digest (made here when it is not given), and
     whatever else the caller knows, such as the base model's files. Dropout is drawn from the seed, ``stage``, the step
     and the chunk (``randomness``); the caller's random states come back when ``run`` ends.
+
+    A checkpoint is written after every epoch, at the end, and as often as ``train.checkpoint_every`` says. SIGTERM,
+    SIGINT and SIGUSR1 end the run after a checkpoint of the step that is under way (``Stopped``, exit code 128 + the
+    signal). A step whose loss or gradient is not finite is left out, with a word; ``train.max_bad_steps`` in a
+    row may be.
     """
 
     def __init__(
@@ -142,10 +79,9 @@ class Trainer:
         self.steps_per_epoch = len(first)
         self.points = point_steps(len(first), points_per_epoch)
         self.total = min(len(first) * epochs, config.train.max_steps or len(first) * epochs)
-        self.step = self.first_step = 0
+        self.step = self.first_step = self.bad_steps = 0
         self.world = join_world(model.device)
-        if config.train.gradient_checkpointing:
-            model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model, config.train.gradient_checkpointing)
         self.auxiliary = model.extra.aux_weight
         told = dict(identity or {})
         if "examples" not in told:
@@ -156,17 +92,23 @@ class Trainer:
         self.weights = TrainableWeights(self.model)
         self.optimizer = build_optimizer(self.weights, config.optim)
         self.online = OnlineDynamics(examples, enabled=online)
+        self.saver = Saver(folder / "checkpoints", config.train)
 
     def run(self) -> None:
-        """Train to the end. Raises ``ValueError`` for a loss that is not finite; checkpoints stay."""
+        """Train to the end. Raises ``ValueError`` for losses that are not finite, ``Stopped`` after a signal."""
         self._resume()
+        self.saver.begin(self.first_step)
         self.model.train()
         path = self.folder / "metrics.jsonl"
-        writer = MetricsWriter(path, step=self.step) if is_main() else None
+        report_to = self.config.train.report_to
+        writer = (
+            MetricsWriter(path, step=self.step, report_to=report_to, run=self.config) if is_main() else None
+        )
         try:
-            with own_randomness(self.model.device):
+            with own_randomness(self.model.device), self.saver.signals.caught():
                 while self.step < self.total:
                     self._run_epoch(self.step // self.steps_per_epoch, writer)
+                self.saver.settle()
         finally:
             self.model.eval()
             self.weights.release()
@@ -178,23 +120,31 @@ class Trainer:
         assert len(steps) == self.steps_per_epoch, "every epoch has as many steps"
         for step in steps[self.step - epoch * self.steps_per_epoch :]:
             record = self._train_step(step)
-            due = self.step % self.config.train.log_every == 0 or self.step == self.total
-            if writer is not None and due:
+            ends = step.index + 1 == self.steps_per_epoch
+            if writer is not None and (
+                self.step % self.config.train.log_every == 0 or self.step == self.total
+            ):
                 writer.write(record)
             if self.progress is not None and is_main():
                 self.progress(self.step, self.total, record)
-            if self.on_point is not None and step.index + 1 in self.points:
+            # A run that max_steps ends is scored where it ends.
+            if self.on_point is not None and (step.index + 1 in self.points or self.step == self.total):
                 self.model.eval()
-                self.on_point(epoch * len(self.points) + self.points.index(step.index + 1), self.step)
+                self.on_point(epoch * len(self.points) + bisect_left(self.points, step.index + 1), self.step)
                 self.model.train()
+            if ends:
+                self.online.close_epoch(epoch, self.step, self.world)
+            if ends or self.step == self.total or self.due:
+                self._save(epoch)
+            if self.signal:
+                self.saver.settle()
+                raise Stopped(self.signal, f"{self.stage} step {self.step} of {self.total}")
             if self.step == self.total:
                 break
-        self.online.close_epoch(epoch, self.step, self.world)
-        self._save()
 
     def _train_step(self, step: Step) -> Record:
-        """One optimizer step; its record. Everything is queued before the one read of the results."""
-        started = time.perf_counter()
+        """One optimizer step; its record. Its forward and backward are queued before the one read of the results."""
+        started, self.data_seconds = time.perf_counter(), 0.0
         lr = learning_rate(self.config.optim, self.step, self.total)
         set_learning_rate(self.optimizer, lr)
         sums_of_weights = denominators(step, self.examples, mixup=self.config.mixup, seed=self.config.seed)
@@ -202,23 +152,47 @@ class Trainer:
         for start in range(0, len(step.chunks), self.world.size):
             self._train_chunk(step, start + self.world.rank, results)
         grad_norm = clip_gradients(self.weights, self.config.optim.max_grad_norm)
-        self.optimizer.step()
-        self.weights.zero_grad()
-        self.weights.copy_to_model()
+        values, words = results.exchange(grad_norm, self.saver.word(), self.world)
         self.step += 1
-        sums = sum_over_world(results.sums(), self.world)
-        values = torch.cat([sums, grad_norm.detach().to(sums).view(1)]).tolist()
-        results.check(self.step, values)
+        self.due, self.signal = self.saver.heard(words, self.step)
+        skipped = self._is_bad(results.problem(self.step, values))
+        if not skipped:
+            self.optimizer.step()
+            self.weights.copy_to_model()
+        self.weights.zero_grad()
         # The epoch as it is after the step: 1.0 when every example was seen once.
         record = {"step": self.step, "epoch": step.epoch + (step.index + 1) / self.steps_per_epoch, "lr": lr}
         return {
             **record,
             **results.record(values, self.mixup_weight, auxiliary=bool(self.auxiliary)),
-            **_cost(step, started, self.model),
+            **({"skipped": True} if skipped else {}),
+            **self._cost(step, started),
         }
+
+    def _is_bad(self, problem: str | None) -> bool:
+        """Whether the step is to be left out; ``ValueError`` where too many in a row were."""
+        self.bad_steps = 0 if problem is None else self.bad_steps + 1
+        if problem is None:
+            return False
+        if self.bad_steps > self.config.train.max_bad_steps:
+            raise ValueError(f"{problem}; the checkpoints before it are kept")
+        say(f"warning: {self.stage}: left out, {problem}")
+        return True
+
+    def _cost(self, step: Step, started: float) -> Record:
+        """What the step took; the newest checkpoint's stall is told once."""
+        seconds = time.perf_counter() - started
+        cost: Record = {
+            "seconds": seconds, "data_seconds": self.data_seconds, "tokens_per_second": step.num_supervised / seconds,
+            "peak_memory_bytes": peak_memory(self.model.device),
+        }  # fmt: skip
+        if self.saver.stall:
+            cost["checkpoint_seconds"], self.saver.stall = self.saver.stall, 0.0
+        return cost
 
     def _train_chunk(self, step: Step, index: int, results: StepResults) -> None:
         """Forward and backward of one chunk; a process with none left takes part with a blank one."""
+        began = time.perf_counter()
         if index < len(step.chunks):
             batch = collate_chunk(
                 step.chunks[index], step, self.examples,
@@ -227,6 +201,7 @@ class Trainer:
             check_batch(batch, self.model.vocab_size)
         else:
             batch = blank_batch(self.pad_id)
+        self.data_seconds += time.perf_counter() - began
         ids = batch.ids
         share = _weight_sum(batch) / results.denominators[0]
         batch = batch.to(self.model.device, non_blocking=True)
@@ -260,11 +235,14 @@ class Trainer:
             settings["train.micro_batch_size"] = config.train.micro_batch_size
         return {**settings, **{f"optim.{k}": v for k, v in dataclasses.asdict(config.optim).items()}}
 
-    def _save(self) -> None:
-        checkpoint.save_checkpoint(
-            self.folder / "checkpoints", self.weights, self.optimizer,
-            meta={"step": self.step, **self.fingerprint}, extra={"online": self.online.rows},
-        )  # fmt: skip
+    def _save(self, epoch: int) -> None:
+        meta = {"step": self.step, "bad_steps": self.bad_steps, **self.fingerprint}
+        online = self.online.so_far(epoch, self.world)
+        self.saver.save(
+            checkpoint.snapshot(
+                self.weights, self.optimizer, copy=self.saver.beside, meta=meta, online=online
+            )
+        )
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint; a damaged one is said, and removed once an older one is read."""
@@ -273,25 +251,30 @@ class Trainer:
         while found:
             path = found.pop()
             try:
-                state = checkpoint.load_checkpoint(path, self.weights, self.optimizer, self.fingerprint)
+                state = checkpoint.load_checkpoint(path, self.weights, self.optimizer, self._expected(path))
             except checkpoint.DamagedError as error:
                 say(f"{self.stage}: {error}; going back to {found[-1].name if found else 'the beginning'}")
                 damaged.append(path)
                 continue
-            self.step = self.first_step = int(state["step"])
-            self.online.rows = state["extra"]["online"]
+            self.step = self.first_step = int(state.meta["step"])
+            self.bad_steps = int(state.meta["bad_steps"])
+            self.online.restore(state.online, self.step // self.steps_per_epoch)
             break
         checkpoint.remove(damaged)
+
+    def _expected(self, path: Path) -> dict[str, Any]:
+        """What the checkpoint must say; a finished run may be given more steps, with a word about its schedule."""
+        done = checkpoint.finished_steps(path)
+        if done is None or done >= self.total:
+            return self.fingerprint
+        say(
+            f"{self.stage}: {done} steps were finished; the next {self.total - done} follow the schedule of "
+            f"{self.total} steps from there, which is not what one run of {self.total} steps gives"
+        )
+        run = {**self.fingerprint["run"], "steps": done}
+        return {**self.fingerprint, "run": run}
 
 
 def _weight_sum(batch: Batch) -> float:
     """Sum of the weights of a batch's rows, on the CPU: its share of the step is this over the step's sum."""
     return len(batch.rows) if batch.row_weight is None else float(batch.row_weight.double().sum())
-
-
-def _cost(step: Step, started: float, model: SFTMixModel) -> Record:
-    seconds = time.perf_counter() - started
-    cost: Record = {"seconds": seconds, "tokens_per_second": step.num_supervised / seconds}
-    if model.device.type == "cuda":
-        cost["peak_memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
-    return cost

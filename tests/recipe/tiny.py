@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from sftmix.config import Config, load_config
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel, install_head, verify_head
 from sftmix.scores.halves import Split
+from sftmix.training.tensor_files import read_tensors, tensor_files
 
 VOCAB = 61
 CHATML = (
@@ -117,6 +120,13 @@ def config(*flags: str) -> Config:
 def weights(found: SFTMixModel) -> dict[str, torch.Tensor]:
     """Copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+
+
+def saved(folder: Path, like: Mapping[str, torch.Tensor], kind: str = "weights") -> dict[str, torch.Tensor]:
+    """The tensors of one kind in a checkpoint or scoring point, whole, by the names of ``like``."""
+    values = {f"{kind}/{name}": torch.empty_like(value) for name, value in like.items()}
+    read_tensors(folder, [path.name for path in tensor_files(folder)], values)
+    return {name: values[f"{kind}/{name}"] for name in like}
 
 
 def assert_gradients(ours: Any, own: Any, *, rtol: float, atol: float) -> None:

@@ -18,7 +18,8 @@ from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import join_world, shard
 from sftmix.training.checkpoint import save_trainable
 from sftmix.training.plan import Examples
-from sftmix.training.trainer import Trainer, train_pairs, train_plain
+from sftmix.training.runs import train_pairs, train_plain
+from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
 
 KINDS = ("llama", "qwen3")  # untied, tied

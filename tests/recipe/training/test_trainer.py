@@ -21,8 +21,10 @@ from sftmix.training.batch import blank_batch, collate_pairs
 from sftmix.training.checkpoint import complete_checkpoints
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.pairs import epoch_pairs
+from sftmix.training.plan import point_steps
 from sftmix.training.randomness import seed_chunk
-from sftmix.training.trainer import Trainer, point_steps, train_pairs, train_plain
+from sftmix.training.runs import train_pairs, train_plain
+from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
 
 EXAMPLES = tiny.examples(21)
@@ -294,9 +296,49 @@ def test_a_number_that_is_not_finite_stops_the_run(tmp_path: Path, where: str) -
     with pytest.raises(
         ValueError, match=rf"{where}: expected a finite number at step 4, got .*; examples: e0\d\d,"
     ):
-        run(tmp_path, model=model, progress=spoil)
+        run(tmp_path, "train.max_bad_steps=0", model=model, progress=spoil)
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, where: str, capfd: Any) -> None:
+    """It is said with its examples, recorded, and changes neither weights nor moments; the run goes on."""
+    model = tiny.model()
+    kept: dict[str, torch.Tensor] = {}
+
+    def spoil(step: int, total: int, record: Record) -> None:
+        if step == 3:
+            kept.update(tiny.weights(model))
+            scale = float("nan") if where == "gradient norm" else 1.0
+            kept["hook"] = model.head.weight.register_hook(lambda gradient: gradient * scale)  # type: ignore[assignment]
+            if where == "loss":
+                model.base.model.norm.weight.data[0] = float("nan")
+        if step == 4:
+            assert all(torch.equal(v, kept[n]) for n, v in tiny.weights(model).items() if "norm.w" not in n)
+            kept.pop("hook").remove()  # type: ignore[operator]
+            model.base.model.norm.weight.data.copy_(kept["model.model.norm.weight"])
+
+    trainer = run(tmp_path, model=model, progress=spoil)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record.get("skipped", False) for record in records] == [False] * 3 + [True, False, False]
+    assert records[3]["loss" if where == "loss" else "grad_norm"] is None
+    assert f"left out, {where}: expected a finite number at step 4" in capfd.readouterr().out
+    assert {float(s["step"]) for s in trainer.optimizer.state.values()} == {5.0}
+    assert all(weight.isfinite().all() for weight in tiny.weights(model).values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_also_over_a_restart(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    flags = ("train.max_bad_steps=3", "train.checkpoint_every=1 steps")
+    with pytest.raises(ValueError, match="gradient norm: expected a finite number at step 4"):
+        run(tmp_path, *flags, model=model)
+    again = tiny.model()
+    again.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="at step 4"):
+        run(tmp_path, *flags, model=again)
+    assert run(tmp_path, *flags).step == 6
 
 
 def test_only_adapters_move_under_lora(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from sftmix.model.causal_lm import SFTMixModel
 from sftmix.scores.online import Row
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.pairs import epoch_pairs
-from sftmix.training.trainer import Trainer, train_pairs, train_plain
+from sftmix.training.runs import train_pairs, train_plain
+from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
 
 EXAMPLES = tiny.examples(21)

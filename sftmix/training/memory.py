@@ -1,0 +1,46 @@
+"""Memory of a training step: what is recomputed in the backward pass instead of kept, and the peak that was reached."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from sftmix.model.causal_lm import SFTMixModel
+
+# Products and attention: what takes the time. All else is recomputed from them.
+_KEPT = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
+
+
+def recompute(model: SFTMixModel, kind: str) -> None:
+    """Have each decoder block recompute its activations: ``none``, ``full``, or ``selective``.
+
+    ``selective`` keeps the results of matrix products and of attention and recomputes the rest.
+    """
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.__name__.partition(".")[0] if hasattr(operator, "__name__") else str(operator)
+    kept = name in _KEPT or "attention" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: on a GPU by torch's allocator, on a CPU by the whole process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
