@@ -6,8 +6,6 @@ over the run folder's config.yaml. Bad input ends with one line on stderr and ex
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import sys
 import time
@@ -17,8 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from sftmix.config import describe, load_config
-from sftmix.progress import activity, on_terminal, say, show
-from sftmix.rank import is_main
+from sftmix.process import advice, prepare
+from sftmix.progress import activity, say, show
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
 from sftmix.training.signals import Stopped, end_at_signals
@@ -260,7 +258,7 @@ def main() -> None:
     So does what the machine refuses: a full disk, a file that may not be read or written, a package that is missing.
     Ctrl-C ends with 130, SIGTERM with 143, SIGUSR1 with 138, training and scoring after they have saved.
     """
-    _prepare_process()
+    prepare()
     end_at_signals()
     try:
         app()
@@ -277,45 +275,8 @@ def main() -> None:
     except BrokenPipeError:  # `sftmix knobs | head` has read enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        advice = _advice(error)
-        if advice is None:  # a fault of ours: its traceback is wanted
+        refused = advice(error)
+        if refused is None:  # a fault of ours: its traceback is wanted
             raise
-        print(f"sftmix: {advice}", file=sys.stderr)
+        print(f"sftmix: {refused}", file=sys.stderr)
         sys.exit(2)
-
-
-def _advice(error: Exception) -> str | None:
-    """One line for what the machine refuses: a full disk, a file that may not be written, a package; else None."""
-    text = " ".join(str(error).split())
-    if isinstance(error, ImportError):
-        return f"expected the packages of `pip install '.[recipe]'`, got {text}: install it"
-    # Writers of weights have error classes of their own, whose text holds the system's.
-    writer = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
-    if not isinstance(error, OSError) and not writer:
-        return None
-    number = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in text or writer else 0)
-    what = {
-        errno.ENOSPC: "free some space; the same command then goes on",
-        errno.EDQUOT: "free some space; the same command then goes on",
-        errno.EACCES: "change its permissions, or take another folder",
-        errno.EPERM: "change its permissions, or take another folder",
-        errno.EROFS: "take a folder that can be written",
-        errno.ENOENT: "bring it back, or begin its stage anew with --restart",
-    }.get(number, "the same command goes on once that is mended")
-    named = getattr(error, "filename", None) or "a file"
-    return f"{named}: expected to read or write it, got {getattr(error, 'strerror', None) or text}: {what}"
-
-
-def _prepare_process() -> None:
-    """A narrow encoding loses characters, never the run; other libraries' bars are for terminals at most."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # torch's threads wait for each other by spinning, for milliseconds: on cores that other programs use too, a step
-    # takes five times as long. Read when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read by tqdm when it is imported
-    if not (is_main() and on_terminal()):
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -184,7 +184,7 @@ class TrainConfig:
     max_steps: int | None = knob("stop after so many optimizer steps", None, at_least=1)
     log_every: int = knob("optimizer steps between metric records", 1, at_least=1)
     gradient_checkpointing: str = knob(
-        "activations recomputed in the backward pass: none, selective (all but products and attention), or full",
+        "recompute activations in the backward pass: none, full, or selective (all but products, attention)",
         "none",
         choices=("none", "selective", "full"),
         aliases={False: "none", True: "full"},

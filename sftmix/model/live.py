@@ -57,6 +57,7 @@ class Live:
 def _without_checkpointing(causal_lm: Any) -> None:
     """Switch off the recomputation that a stage switched on, and the gradient of the embeddings that came with it."""
     if any(getattr(module, "gradient_checkpointing", False) for module in causal_lm.modules()):
-        causal_lm.gradient_checkpointing_disable()
+        newer = getattr(causal_lm, "activation_checkpointing_disable", None)  # transformers 5.24
+        (newer or causal_lm.gradient_checkpointing_disable)()
     if hasattr(causal_lm, "_require_grads_hook"):  # older versions of transformers have none without peft
         causal_lm.disable_input_require_grads()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.model.causal_lm import cast_parameters
+from sftmix.model.rendezvous import join
 from sftmix.model.targets import decoder_blocks, is_lora
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
 
-PATIENCE = timedelta(hours=2)  # how long a process waits for the others
+# How long a process waits for the others: the main one tokenises, exports and writes answers.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def join_world(device: torch.device) -> World:
             return World()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # The others wait while the main process tokenises, exports and writes answers.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        join("nccl" if device.type == "cuda" else "gloo", PATIENCE)
     if dist.get_world_size() == 1:
         return World()
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))

@@ -98,7 +98,7 @@ def passed(session: Session, stage: str, *, whole: bool) -> bool:
     """
     present = settings(session, stage)
     _refuse(session, stage, present, restart=stage)
-    more = _more_steps(session.folder.record().get(stage, {}), present)
+    more = _more_steps(stage, session.folder.record().get(stage, {}), present)
     if more:
         say(f"{stage}: goes on from where it was finished, with {'; '.join(more)}")
         session.forget_exports(stage)
@@ -116,10 +116,10 @@ def passed(session: Session, stage: str, *, whole: bool) -> bool:
     return False
 
 
-def _more_steps(entry: Settings, present: Settings) -> list[str]:
-    """How a finished stage is asked for more epochs or steps, and nothing else; empty where it is not."""
+def _more_steps(stage: str, entry: Settings, present: Settings) -> list[str]:
+    """How a finished training stage is asked for more epochs or steps, and nothing else; empty where it is not."""
     present, recorded = json.loads(json.dumps(present)), entry.get("settings")
-    if entry.get("state") != "finished" or not isinstance(recorded, dict):
+    if stage == "score" or entry.get("state") != "finished" or not isinstance(recorded, dict):
         return []
     keys = [key for key in {*recorded, *present} if recorded.get(key) != present.get(key)]
     if not all(key in _LENGTHS and key in recorded and key in present for key in keys):
@@ -199,7 +199,7 @@ def _refuse(session: Session, stage: str, present: Settings, *, restart: str) ->
     recorded = entry.get("settings")
     if entry.get("state") == "begun" and not session.folder.has_left(stage):
         return  # nothing of it is there that could be mixed up
-    if _more_steps(entry, present):
+    if _more_steps(stage, entry, present):
         return
     if not isinstance(recorded, dict):
         raise ValueError(

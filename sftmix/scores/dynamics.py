@@ -185,7 +185,7 @@ def read_table(path: str | os.PathLike[str], schema: pa.Schema, stage: str) -> p
         table = pq.read_table(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a whole Parquet file, got a damaged one ({error}); {remedy}"
+            f"{path}: expected a whole Parquet file, got a damaged one ({' '.join(str(error).split())}); {remedy}"
         ) from error
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:

@@ -25,7 +25,9 @@ def recompute(model: SFTMixModel, kind: str) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    causal_lm = model.base
+    newer = getattr(causal_lm, "activation_checkpointing_enable", None)  # transformers 5.24
+    (newer or causal_lm.gradient_checkpointing_enable)(options)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -105,7 +105,7 @@ def test_output_in_any_encoding(arguments: list[str], encoding: str) -> None:
 def test_lines_and_errors_in_ascii() -> None:
     """The three dots, the dash of an empty cell and a file's name are not worth a run."""
     code = (
-        "from sftmix import cli, progress\nfrom rich.table import Table\ncli._prepare_process()\n"
+        "from sftmix import process, progress\nfrom rich.table import Table\nprocess.prepare()\n"
         "progress.say('… 8 µs – é')\nt = Table('–')\nt.add_row('é')\nprogress.show(t)\n"
         "with progress.activity('x', every=.01):\n    import time; time.sleep(.1)"
     )
@@ -137,7 +137,7 @@ def test_no_colour_where_none_is_wanted() -> None:
 def test_other_libraries_show_no_bars_off_a_terminal() -> None:
     """tqdm as transformers' GGUF reader, datasets and the hub's client use it."""
     code = (
-        "from sftmix import cli\ncli._prepare_process()\n"
+        "from sftmix import process\nprocess.prepare()\n"
         "from tqdm.auto import tqdm\nfrom huggingface_hub.utils import tqdm as hub\n"
         "import sftmix.run.session\nfrom transformers.utils.logging import tqdm as theirs\n"
         "from datasets.utils import tqdm as data\n"
@@ -148,7 +148,7 @@ def test_other_libraries_show_no_bars_off_a_terminal() -> None:
 
 
 def test_threads_do_not_spin_for_long_unless_the_user_says_so() -> None:
-    code = "import os\nfrom sftmix import cli\ncli._prepare_process()\nprint(os.environ['GOMP_SPINCOUNT'])"
+    code = "import os\nfrom sftmix import process\nprocess.prepare()\nprint(os.environ['GOMP_SPINCOUNT'])"
     assert python("-c", code, GOMP_SPINCOUNT="7").stdout.split() == [b"7"]
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)

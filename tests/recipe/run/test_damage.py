@@ -16,9 +16,10 @@ from sftmix.run.folder import RunFolder
 from sftmix.scores.dynamics import read_dynamics
 from tests.recipe.run.small import run, same, sftmix, trained
 
+POINT = "shard-00001-model-00001-of-00001.safetensors"
 # (file of the run, what is said)
 FILES = [
-    ("reference/point-000/weights.safetensors", "reference: again, reference/point-000/weights.safetensors"),
+    (f"reference/point-000/{POINT}", f"reference: again, reference/point-000/{POINT}"),
     ("reference/point-001.json", "reference: again, reference/point-001.json"),
     ("reference/online.parquet", "reference: again, reference/online.parquet"),
     ("dynamics.parquet", "score: again, dynamics.parquet"),
@@ -98,7 +99,7 @@ def test_what_may_change_after_a_stage_is_not_held(finished: Path) -> None:
         stage: {path.name for path in files_of(finished, stage)} for stage in RunFolder(finished).record()
     }
     assert names["reference"] == {
-        "weights.safetensors",
+        POINT,
         "meta.json",
         "online.parquet",
         "point-000.json",

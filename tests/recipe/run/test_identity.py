@@ -16,6 +16,8 @@ from sftmix.run.folder import RunFolder, stages_from
 from sftmix.run.identity import differences
 from sftmix.run.session import Session
 from sftmix.scores.confidence import read_split, write_split
+from sftmix.scores.dynamics import read_dynamics
+from sftmix.training.metrics import read_metrics
 from tests.recipe import tiny
 from tests.recipe.run.small import run, same, sftmix, stop_in, trained
 
@@ -78,9 +80,13 @@ def test_a_date_that_the_template_prints_is_noticed_though_no_knob_changed(
 DIFFERENT = {
     "--optim.lr=0.5": ("reference", "optim.lr: 0.01 → 0.5"),
     "--seed=1": ("reference", "seed: 0 → 1"),
-    "--reference.epochs=3": ("reference", "reference.epochs: 2 → 3"),
+    "--reference.epochs=3": (
+        "score",
+        "reference.epochs: 2 → 3; take another run folder, or --restart score,",
+    ),
+    "--reference.epochs=1": ("reference", "reference.epochs: 2 → 1"),
     "--train.max_steps=2": ("reference", "train.max_steps: null → 2"),
-    "--train.epochs=3": ("train-ntp", "train.epochs: 2 → 3; take another run folder, or --restart train,"),
+    "--train.epochs=1": ("train-ntp", "train.epochs: 2 → 1; take another run folder, or --restart train,"),
     "--mixup.weight=0.4": ("train-sftmix", "mixup.weight: 0.2 → 0.4"),
     "--data.limit=20": ("reference", "examples: other tokens; data.limit: null → 20"),
     "--data.heldout_fraction=0.3": ("reference", "data.heldout_fraction: 0.2 → 0.3"),
@@ -105,7 +111,7 @@ def test_settings_without_effect_on_results_and_a_moved_file_go_on(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("trained again")
 
-    for name in ("train_plain", "train_pairs", "score_examples"):
+    for name in ("train_plain", "train_pairs", "score_points"):
         monkeypatch.setattr(stages, name, refuse)
     moved = tmp_path / "elsewhere"
     shutil.copytree(material[0], moved / "model")
@@ -113,6 +119,65 @@ def test_settings_without_effect_on_results_and_a_moved_file_go_on(
     flags = ["--train.log_every=5", "--train.micro_batch_size=8", "--data.num_workers=1", "--train.impl=reference",
              "--evaluate.batch_size=4", "--data.max_length=1000", "--train.gradient_checkpointing=true"]  # fmt: skip
     run((moved / "model", moved / "renamed.jsonl"), copy, *flags)
+
+
+def test_more_epochs_are_added_to_a_finished_run(copy: Path, material: Material, capfd: Any) -> None:
+    """Training goes on from its last step, is exported and evaluated anew, and the record says how it came about."""
+    before = trained(copy)
+    run(material, copy, "--train.epochs=3")
+    told = capfd.readouterr().out
+    for method in ("ntp", "sftmix"):
+        assert f"train-{method}: goes on from where it was finished, with train.epochs: 2 → 3" in told
+        assert f"train-{method}: 6 steps were finished; the next 3 follow the schedule of 9 steps" in told
+        steps = [record["step"] for record in read_metrics(copy / f"train-{method}" / "metrics.jsonl")]
+        assert steps == list(range(1, 10))
+    assert (
+        "reference: done before" in told
+        and "anew, the figures that stand there are about other model" in told
+    )
+    assert not same(trained(copy), before)
+    record = RunFolder(copy).record()["train-sftmix"]
+    assert record["lengthened"] == ["train.epochs: 2 → 3"] and record["state"] == "finished"
+    run(material, copy, "--train.epochs=3")
+    assert "train sftmix: done before" in capfd.readouterr().out
+
+
+def test_more_epochs_of_the_reference_add_scoring_points(copy: Path, material: Material) -> None:
+    run(material, copy, "--reference.epochs=3", "--restart=score")
+    dynamics = read_dynamics(copy / "dynamics.parquet")
+    assert dynamics.num_checkpoints == 3 and sorted(set(dynamics.step[:, 0].tolist())) == [3, 6, 9]
+    steps = [record["step"] for record in read_metrics(copy / "reference" / "metrics.jsonl")]
+    assert steps == list(range(1, 10))
+
+
+def test_a_stage_that_left_nothing_binds_nobody(
+    copy: Path, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun and refused late, or killed before its first checkpoint: other settings may follow, also the first ones."""
+    shutil.rmtree(copy / "train-ntp")
+    shutil.rmtree(copy / "train-sftmix")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("too late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_pairs", refuse)
+        with pytest.raises(ValueError, match="too late"):
+            run(material, copy, "--mixup.weight=0.4", "--restart=train")
+    assert RunFolder(copy).record()["train-ntp"]["state"] == "begun"
+    run(material, copy, "--mixup.weight=0.2")
+
+
+def test_the_smoke_test_of_one_step(material: Material, tmp_path: Path) -> None:
+    """--train.max_steps 1 runs through all stages; online scores, which would lack examples, are refused before all."""
+    run(material, tmp_path / "r", "--train.max_steps=1", "--reference.dynamics=checkpoint")
+    assert read_dynamics(tmp_path / "r" / "dynamics.parquet").step.tolist() == [[1] * 24]
+    for dynamics in ("online", "both"):
+        with pytest.raises(
+            ValueError, match=r"reference\.dynamics: expected checkpoint where train.max_steps=1 ends"
+        ):
+            run(material, tmp_path / "q", "--train.max_steps=1", f"--reference.dynamics={dynamics}")
+        assert not (tmp_path / "q" / "config.yaml").exists()
 
 
 def test_another_model_of_the_same_shape_is_refused(copy: Path, material: Material, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_again(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("trained again")
 
-    for name in ("train_plain", "train_pairs", "score_examples"):
+    for name in ("train_plain", "train_pairs", "score_points"):
         monkeypatch.setattr(stages, name, refuse)
     run(material, finished)
 
