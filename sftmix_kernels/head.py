@@ -33,6 +33,7 @@ class SharedOptions(TypedDict, total=False):
     vocab_parallel: (
         ProcessGroup | DeviceMesh | None
     )  # not Any, which would make the result of a call with it Any
+    exchange: ProcessGroup | DeviceMesh | None
     impl: str | None
     scratch_bytes: int | None
 
@@ -127,6 +128,10 @@ class LossHead(nn.Linear):
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
+    def layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the loss is to take them; a subclass may keep them in another form."""
+        return self.weight, self.bias
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, softcap={self.softcap}, logit_scale={self.logit_scale}"
 
@@ -154,17 +159,18 @@ class LossHead(nn.Linear):
             if lam is not None or stats or options:
                 raise ValueError("target: expected int64 [N] beside lam, stats or loss options, got None")
             return super().forward(hidden)
-        shared: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        weight, bias = self.layer()
+        shared: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if stats:
             if lam is not None:
                 raise ValueError("lam: expected None with stats=True, got a tensor")
-            return token_stats(hidden, self.weight, target, **shared, **options)
+            return token_stats(hidden, weight, target, **shared, **options)
         # fully_shard marks the modules whose parameters it manages; it would not see what goes to main_grad.
         if options.get("main_grad") is not None and getattr(self, "_is_fsdp_managed_module", False):
             raise ValueError("main_grad: expected None under FSDP2, which owns its gradients, got a tensor")
         if lam is None:
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
-        return sftmix_loss(hidden, self.weight, target, lam, **shared, **options)
+        return sftmix_loss(hidden, weight, target, lam, **shared, **options)
 
     if TYPE_CHECKING:
         # nn.Module declares a call as Callable[..., Any], which would hide what each form of it gives.
