@@ -23,8 +23,8 @@ SOURCES = {
 # A module of the kernels may import those of a lower rank only.
 KERNEL_RANKS = {
     "checks": 0, "reference": 0, "hardware": 0, "shareable": 0, "call": 1, "lora_head": 1, "terms": 2,
-    "vocab_parallel": 3, "chunked": 3, "fused": 4, "choice": 5, "operators": 5, "autocast": 6, "arguments": 6, "exchange": 6,
-    "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10, "__main__": 11,
+    "vocab_parallel": 3, "chunked": 3, "fused": 4, "choice": 5, "operators": 5, "autocast": 6, "arguments": 6,
+    "exchange": 6, "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10, "__main__": 11,
 }  # fmt: skip
 KERNEL_FOLDERS = {"chunked", "fused", "vocab_parallel", "doctor"}
 LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}

@@ -90,7 +90,7 @@ def exchanges_head(model: SFTMixModel, head_sharding: str, *, processes: int, ro
 
 
 class ExchangedHead(LossHead):
-    """A ``LossHead`` whose parameters are DTensors ``Shard(0)`` that no FSDP unit manages; see :func:`exchange_head`."""
+    """A ``LossHead`` whose parameters are DTensors ``Shard(0)`` that no FSDP unit manages (:func:`exchange_head`)."""
 
     mesh: DeviceMesh
     compute_dtype: torch.dtype

@@ -2,7 +2,8 @@
 
 A unit is a set of modules gathered together: every decoder block is one, final norm and head are one, the
 rest (the embedding) is the root's. A head tied to the embedding stays in the root's unit with it, or the
-parameter would be gathered twice; an exchanged one is in no unit (head_exchange.py). No unit casts its inputs: under a bfloat16 policy FSDP would round lambda.
+parameter would be gathered twice; one that is exchanged is in none (head_exchange.py). No unit casts its
+inputs: under a bfloat16 policy FSDP would round lambda.
 Gradients are summed over processes, not averaged, because the loss is already divided by global counts.
 """
 
