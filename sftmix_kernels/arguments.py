@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,17 @@ from .call import Call, Needs, Options
 from .choice import REFUSED, Choice, HeadFacts, choose, choose_impl
 from .lora_head import LoRA, low_rank
 from .reference import sum_dtype
-from .vocab_parallel import Ranks, Shard, agree, check_target, reference_layer, reference_shard, resolve_shard
+from .vocab_parallel import (
+    Ranks,
+    Shard,
+    agree,
+    check_target,
+    group_of,
+    reference_layer,
+    reference_shard,
+    refuse,
+    resolve_shard,
+)
 
 
 class HeadOptions(NamedTuple):
@@ -88,14 +97,15 @@ def make_call(
         raise ValueError(
             "exchange: expected no torch.compile(fullgraph=True), as the host waits for the ranks' sizes"
         )
-    shard = resolve_shard(hidden, weight, bias, ways.exchange, name="exchange")
+    name, shard = group_of(ways.exchange, "exchange").group_name, None
     try:
+        shard = resolve_shard(hidden, weight, bias, ways.exchange, name="exchange")
         call, choice = _make_call(hidden, weight, target, bias, options, rows, ways, shard)
     except ValueError:
-        with suppress(ValueError):
-            agree(None, shard.group_name, hidden.device)  # or the other ranks would wait for this one
+        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        refuse(name, device, has_place=shard is not None)
         raise
-    return call, choice._replace(ranks=agree(call, shard.group_name, hidden.device))
+    return call, choice._replace(ranks=agree(call, name, hidden.device))
 
 
 def _make_call(

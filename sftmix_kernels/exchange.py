@@ -60,7 +60,9 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what is returned would be a constant to a second backward
-            raise RuntimeError("sftmix_loss: double backward (create_graph=True) is not supported with exchange")
+            raise RuntimeError(
+                "sftmix_loss: double backward (create_graph=True) is not supported with exchange"
+            )
         # A rank whose loss has no upstream takes part: the others' rows pass through its shard.
         ranks, saved = ctx.ranks, ctx.saved_tensors
         joined = Call(*saved[:TENSORS], *ctx.rest)._replace(main_grad=ctx.main_grad)

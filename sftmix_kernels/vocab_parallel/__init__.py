@@ -15,8 +15,8 @@ With ``exchange`` every rank holds other rows, which are joined first (rows.py; 
 shard.py: one rank's part, and the reference's · statistics.py: those of all shards · rows.py: those of all ranks
 """
 
-from .rows import Ranks, agree, join_call, join_upstream, own_statistics, own_sum, reference_layer
-from .shard import Shard, check_target, reference_shard, resolve_shard, sum_over_shards
+from .rows import Ranks, agree, join_call, join_upstream, own_statistics, own_sum, reference_layer, refuse
+from .shard import Shard, check_target, group_of, reference_shard, resolve_shard, sum_over_shards
 from .statistics import of_no_columns, own_columns, whole
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Shard",
     "agree",
     "check_target",
+    "group_of",
     "join_call",
     "join_upstream",
     "of_no_columns",
@@ -32,6 +33,7 @@ __all__ = [
     "own_sum",
     "reference_layer",
     "reference_shard",
+    "refuse",
     "resolve_shard",
     "sum_over_shards",
     "whole",

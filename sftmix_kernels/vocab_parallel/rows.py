@@ -11,6 +11,7 @@ like any other, in the order of the ranks within each part:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..call import Call, Statistics, Upstream
 from ..reference import sum_dtype
-from .shard import gather, group_named
+from .shard import gather, group_named, shard_place
 
 # Of one tensor each, under the names that torch has given them since 2.13 or, before it, the others.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,6 +78,14 @@ def agree(call: Call | None, group_name: str, device: torch.device) -> Ranks:
     rank = dist.get_rank(group)
     source, own = (t.to(device, non_blocking=True) for t in _order(num_rows, num_pairs, rank))
     return Ranks(group_name, rank, num_rows, num_pairs, num_columns, source, own)
+
+
+def refuse(group_name: str, device: torch.device, *, has_place: bool) -> None:
+    """Take part in what is left of the others' agreement, or they would wait for this rank; they raise."""
+    if not has_place:
+        shard_place(torch.empty(0, device=device), group_name)
+    with suppress(ValueError):
+        agree(None, group_name, device)
 
 
 def _told(call: Call) -> list[float]:

@@ -36,14 +36,15 @@ def resolve_shard(
     A collective call: the shards' sizes are exchanged, without making the host wait for a GPU.
     Raises ValueError naming the argument for another kind of group, another placement or mesh, a wrong shape or dtype.
     """
-    group = _group_of(ranks, name)
+    group = group_of(ranks, name)
     weight = _local("weight", weight, group, name)
     bias = None if bias is None else _local("bias", bias, group, name)
     _check_shard(hidden, weight, bias)
     return Shard(weight, bias, group.group_name, shard_place(weight.detach(), group.group_name))
 
 
-def _group_of(ranks: Any, name: str) -> ProcessGroup:
+def group_of(ranks: Any, name: str) -> ProcessGroup:
+    """The process group that the argument ``name`` is, or is a mesh of."""
     if isinstance(ranks, ProcessGroup):
         return ranks
     if type(ranks).__name__ != "DeviceMesh" or ranks.ndim != 1:

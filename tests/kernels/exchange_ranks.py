@@ -200,6 +200,11 @@ def refusals(spread: Spread, rank: int, mesh: DeviceMesh) -> dict[str, str]:
 
         return run
 
+    def gathered() -> None:
+        head: Any = LossHead(D, V)
+        head._is_fsdp_managed_module = True  # as fully_shard leaves it
+        head(case.hidden, case.target, exchange=mesh)
+
     def compiled(fullgraph: bool) -> Any:
         def run() -> None:
             step = torch.compile(loss(), fullgraph=fullgraph, backend="eager")
@@ -217,6 +222,8 @@ def refusals(spread: Spread, rank: int, mesh: DeviceMesh) -> dict[str, str]:
         "z_loss of one rank": loss(z_loss=0.0 if first else 0.1),
         "gradients of one rank": loss(hidden=case.hidden.clone().requires_grad_(first)),
         "implementation of one rank": loss(impl="reference" if first else "chunked"),
+        "hidden of one rank": loss(hidden=case.hidden if first else case.hidden.half()),
+        "gathered by FSDP2": gathered,
         "double backward": second_backward(None),
         "double backward of the reference": second_backward("reference"),
         "whole graph": compiled(True),

@@ -293,6 +293,7 @@ REFUSED = {
     "z_loss of one rank": "ValueError: exchange: expected the same z_loss on every rank, got 0, 0.1",
     "gradients of one rank": "ValueError: exchange: expected the same gradients of hidden on every rank, got 1, 0",
     "implementation of one rank": "ValueError: exchange: expected the same impl on every rank, got 1, 0",
+    "gathered by FSDP2": "ValueError: exchange: expected a head that FSDP2 leaves alone",
     "double backward": "RuntimeError: sftmix_loss: double backward .* is not supported with exchange",
     "double backward of the reference": "RuntimeError: trying to differentiate twice a function that was marked",
     "whole graph": r"(?s)Unsupported: .*exchange: expected no torch.compile\(fullgraph=True\)",
@@ -300,6 +301,7 @@ REFUSED = {
     "after all": "True",
 }
 ONE_RANK = {
+    "hidden of one rank": r"ValueError: weight: expected float16 \[V_r=.*, D=6\], got float32",
     "target of one rank": r"ValueError: target: expected class indices in \[0, V\).*, got 37 with V=37",
     "lam of one rank": r"ValueError: lam: expected values in \[0, 1\]",
 }
