@@ -103,7 +103,7 @@ def make_call(
         call, choice = _make_call(hidden, weight, target, bias, options, rows, ways, shard)
     except ValueError:
         device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-        refuse(name, device, has_place=shard is not None)
+        refuse(name, device, weight, has_place=shard is not None)
         raise
     return call, choice._replace(ranks=agree(call, name, hidden.device))
 

@@ -80,10 +80,15 @@ def agree(call: Call | None, group_name: str, device: torch.device) -> Ranks:
     return Ranks(group_name, rank, num_rows, num_pairs, num_columns, source, own)
 
 
-def refuse(group_name: str, device: torch.device, *, has_place: bool) -> None:
-    """Take part in what is left of the others' agreement, or they would wait for this rank; they raise."""
+def refuse(group_name: str, device: torch.device, weight: Any, *, has_place: bool) -> None:
+    """Take part in what is left of the others' agreement, or they would wait for this rank; they raise.
+
+    Where the shards' sizes are still to be told the ``weight``'s is, for the others look for their targets in the sum.
+    """
     if not has_place:
-        shard_place(torch.empty(0, device=device), group_name)
+        local = weight.to_local() if type(weight).__name__ == "DTensor" else weight
+        size = local.shape[0] if isinstance(local, Tensor) and local.ndim else 0
+        shard_place(torch.empty(size, 0, device=device), group_name)
     with suppress(ValueError):
         agree(None, group_name, device)
 
