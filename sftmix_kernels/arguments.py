@@ -77,42 +77,19 @@ class Ways(NamedTuple):
 
 def make_call(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
-    ways: Ways,
+    ways: Ways, *, shard: Shard | None = None,
 ) -> tuple[Call, Choice]:  # fmt: skip
     """Check everything, once; with ``vocab_parallel`` or ``exchange`` a collective call.
 
     Raises ValueError naming the argument; with ``exchange`` on every rank where one of them does.
     """
-    if ways.exchange is None:
-        shard: Shard | None = None
+    if shard is None:
+        if ways.exchange is not None:
+            return _exchanged_call(hidden, weight, target, bias, options, rows, ways)
         if ways.vocab_parallel is None:
             checks.check_head(hidden, weight, bias)
         else:
             shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
-        return _make_call(hidden, weight, target, bias, options, rows, ways, shard)
-    if ways.vocab_parallel is not None:
-        why = REFUSED["exchange", "vocab_parallel"]
-        raise ValueError(f"exchange: expected None beside vocab_parallel, got both: {why}")
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "exchange: expected no torch.compile(fullgraph=True), as the host waits for the ranks' sizes"
-        )
-    name, shard = group_of(ways.exchange, "exchange").group_name, None
-    try:
-        shard = resolve_shard(hidden, weight, bias, ways.exchange, name="exchange")
-        call, choice = _make_call(hidden, weight, target, bias, options, rows, ways, shard)
-    except ValueError:
-        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-        refuse(name, device, weight, has_place=shard is not None)
-        raise
-    return call, choice._replace(ranks=agree(call, name, hidden.device))
-
-
-def _make_call(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
-    ways: Ways, shard: Shard | None,
-) -> tuple[Call, Choice]:  # fmt: skip
-    """The call of one rank, of its shard where the vocabulary is spread."""
     if shard is not None:
         weight, bias = shard.weight, shard.bias
     device, dtype = hidden.device, hidden.dtype
@@ -154,6 +131,29 @@ def _make_call(
         engine=choice.impl, group_name="" if shard is None else shard.group_name,
     )  # fmt: skip
     return call, choice
+
+
+def _exchanged_call(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
+    ways: Ways,
+) -> tuple[Call, Choice]:  # fmt: skip
+    """This rank's call, once every rank has one."""
+    if ways.vocab_parallel is not None:
+        why = REFUSED["exchange", "vocab_parallel"]
+        raise ValueError(f"exchange: expected None beside vocab_parallel, got both: {why}")
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "exchange: expected no torch.compile(fullgraph=True), as the host waits for the ranks' sizes"
+        )
+    name, shard = group_of(ways.exchange, "exchange").group_name, None
+    try:
+        shard = resolve_shard(hidden, weight, bias, ways.exchange, name="exchange")
+        call, choice = make_call(hidden, weight, target, bias, options, rows, ways, shard=shard)
+    except ValueError:
+        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        refuse(name, device, weight, has_place=shard is not None)
+        raise
+    return call, choice._replace(ranks=agree(call, name, hidden.device))
 
 
 def _side_inputs(

@@ -22,18 +22,15 @@ from torch import Tensor
 
 from . import operators, terms
 from .call import TENSORS, Call, Coefficients, Kept
-from .choice import Choice
 from .terms import Terms
 from .vocab_parallel import Ranks, join_call, join_upstream, own_statistics, own_sum
 
 FIRST_FIVE = 5  # loss, term, lse, entropy, token_logprob: the terms that carry gradients
 
 
-def run(call: Call, choice: Choice) -> Terms:
-    """A call by the operators or, where its rows are exchanged, by them on the rows of all ranks."""
-    if choice.ranks is None:
-        return operators.run(call, choice.made)
-    return Terms(*_Exchanged.apply(choice.ranks, *call))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def run(call: Call, ranks: Ranks) -> Terms:
+    """This rank's terms of its call; a collective call, and so is its backward."""
+    return Terms(*_Exchanged.apply(ranks, *call))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class _Exchanged(torch.autograd.Function):
@@ -69,7 +66,7 @@ class _Exchanged(torch.autograd.Function):
         tokens, *coef, nll, column, row_carry, pair_carry, entropy = saved[TENSORS:]
         own = joined._replace(tokens=tokens)
         upstream = terms.upstream_of(own, Coefficients(*coef), nll, grads[:FIRST_FIVE])
-        found = operators.of_columns(
+        found = operators.of_shard(
             joined, column, Kept(row_carry, pair_carry, entropy), join_upstream(upstream, own, ranks)
         )
         needs, dtype = joined.needs, joined.hidden.dtype

@@ -11,8 +11,9 @@ from torch import Tensor
 from . import checks, reference
 from .arguments import HeadOptions, Rows, Ways, for_reference, for_reference_loss, make_call, number_or_tensor
 from .autocast import follows_autocast
-from .exchange import run
+from .exchange import run as run_exchanged
 from .lora_head import LoRA
+from .operators import run
 from .reference import SFTMixLoss, TokenStats
 
 
@@ -151,7 +152,7 @@ def sftmix_loss(
             **numbers, **for_reference_loss(call, choice.ranks),
         )  # fmt: skip
     else:
-        found = run(call, choice)
+        found = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
         result = SFTMixLoss(
             found.loss, found.nll.detach(), found.lse.detach(), found.is_top1, found.mixup_nll.detach(),
             found.z_loss.detach(), found.predicted if want_predicted else None,
@@ -228,7 +229,7 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, options, rows, ways
     )
     if choice.impl != "reference":
-        found = run(call, choice)
+        found = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
         if reduction != "none":
             return found.loss
         terms = found.term
@@ -295,7 +296,7 @@ def token_stats(
             return found
         # A list: torch 2.11 cannot trace a generator here.
         return TokenStats._make([None if value is None else value.detach() for value in found])
-    terms = run(call, choice)
+    terms = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
     return TokenStats(
         -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,
         None if tokens is None else terms.token_logprob,

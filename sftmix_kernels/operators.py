@@ -135,8 +135,8 @@ def terms_bwd_into(*arguments: Any) -> Tensors:
     return _gradients(*arguments)
 
 
-def of_columns(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
-    """Gradients of the columns at hand: an engine's, of a shard without a column 0."""
+def of_shard(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
+    """Gradients of this shard's columns; zeros where it has none."""
     own, column = local(call, column)
     if not call.weight.shape[0]:
         return Gradients(*(each.zero_() for each in empty_gradients(call)))
@@ -148,9 +148,10 @@ def _gradients(*arguments: Any) -> Tensors:
     call, coef = Call(*rest), Coefficients(*kept[:3])
     upstream = made_by(call, "upstream_of")(call, coef, kept[4][2], grads)
     entropy, row_carry, pair_carry = kept[3:]
-    found = of_columns(call, coef.column, Kept(row_carry, pair_carry, entropy), upstream)
+    again = Kept(row_carry, pair_carry, entropy)
     if call.place is None:
-        return found
+        return cast(Tensors, engine_of(call.engine).gradients(call, coef.column, again, upstream))
+    found = of_shard(call, coef.column, again, upstream)
     from .vocab_parallel import sum_over_shards
 
     dtype, group = call.hidden.dtype, call.group_name
