@@ -1,9 +1,9 @@
 """A head that is never gathered: every process keeps its rows of it and sees the hidden states of all processes.
 
-An output layer of V D weights is often the largest part of a step's traffic and memory. Its process gathers it (the
-weight's bytes, and the gradient's in float32 to reduce) or the processes exchange their N rows of hidden states and
-the gradients of these, which is less where all rows together are fewer than V; see :func:`head_traffic`. The optimizer,
-clipping and checkpoints see a DTensor ``Shard(0)`` either way.
+Gathering an output layer costs each process the bytes of its V D weights, those of their float32 gradient, and the
+memory of both. Exchanging costs those of all processes' rows of hidden states and of their float32 gradients instead,
+which is less where all rows together are fewer than V (:func:`head_traffic`). To the optimizer, clipping and checkpoints
+the weight is a DTensor ``Shard(0)`` either way.
 """
 
 from __future__ import annotations
