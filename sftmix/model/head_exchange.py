@@ -2,7 +2,7 @@
 
 Gathering an output layer costs each process the bytes of its V D weights, those of their float32 gradient, and the
 memory of both. Exchanging costs those of all processes' rows of hidden states and of their float32 gradients instead,
-which is less where all rows together are fewer than V (:func:`head_traffic`). To the optimizer, clipping and checkpoints
+which is less where all rows together are fewer than V (:func:`head_traffic`). To optimizer, clipping and checkpoints
 the weight is a DTensor ``Shard(0)`` either way.
 """
 
