@@ -10,10 +10,20 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Needs, Options
-from .choice import Choice, HeadFacts, choose, choose_impl
+from .choice import REFUSED, Choice, HeadFacts, choose, choose_impl
 from .lora_head import LoRA, low_rank
 from .reference import sum_dtype
-from .vocab_parallel import Shard, check_target, reference_shard, resolve_shard
+from .vocab_parallel import (
+    Ranks,
+    Shard,
+    agree,
+    check_target,
+    group_of,
+    reference_layer,
+    reference_shard,
+    refuse,
+    resolve_shard,
+)
 
 
 class HeadOptions(NamedTuple):
@@ -62,21 +72,25 @@ class Ways(NamedTuple):
     detached: bool = False
     entropy: bool = False
     predicted: bool = False
+    exchange: Any = None
 
 
 def make_call(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
-    ways: Ways,
+    ways: Ways, *, shard: Shard | None = None,
 ) -> tuple[Call, Choice]:  # fmt: skip
-    """Check everything, once; with ``vocab_parallel`` a collective call.
+    """Check everything, once; with ``vocab_parallel`` or ``exchange`` a collective call.
 
-    Raises ValueError naming the argument.
+    Raises ValueError naming the argument; with ``exchange`` on every rank where one of them does.
     """
-    shard: Shard | None = None
-    if ways.vocab_parallel is None:
-        checks.check_head(hidden, weight, bias)
-    else:
-        shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
+    if shard is None:
+        if ways.exchange is not None:
+            return _exchanged_call(hidden, weight, target, bias, options, rows, ways)
+        if ways.vocab_parallel is None:
+            checks.check_head(hidden, weight, bias)
+        else:
+            shard = resolve_shard(hidden, weight, bias, ways.vocab_parallel)
+    if shard is not None:
         weight, bias = shard.weight, shard.bias
     device, dtype = hidden.device, hidden.dtype
     impl = choose_impl(ways.impl, device, dtype)
@@ -101,8 +115,8 @@ def make_call(
     needs = Needs(*(grad and t is not None and t.requires_grad for t in tensors))
     choice = choose(
         impl, HeadFacts(device, dtype, hidden.shape[0], *weight.shape), needs, schedule=ways.schedule,
-        scratch_bytes=ways.scratch_bytes, rows=ways.rows, vocab_parallel=shard is not None,
-        main_grad=ways.main_grad is not None,
+        scratch_bytes=ways.scratch_bytes, rows=ways.rows, vocab_parallel=ways.vocab_parallel is not None,
+        exchange=ways.exchange is not None, main_grad=ways.main_grad is not None,
     )  # fmt: skip
     if choice.impl != "reference":
         checks.check_transforms(choice.impl, *tensors)
@@ -117,6 +131,29 @@ def make_call(
         engine=choice.impl, group_name="" if shard is None else shard.group_name,
     )  # fmt: skip
     return call, choice
+
+
+def _exchanged_call(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, rows: Rows,
+    ways: Ways,
+) -> tuple[Call, Choice]:  # fmt: skip
+    """This rank's call, once every rank has one."""
+    if ways.vocab_parallel is not None:
+        why = REFUSED["exchange", "vocab_parallel"]
+        raise ValueError(f"exchange: expected None beside vocab_parallel, got both: {why}")
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "exchange: expected no torch.compile(fullgraph=True), as the host waits for the ranks' sizes"
+        )
+    name, shard = group_of(ways.exchange, "exchange").group_name, None
+    try:
+        shard = resolve_shard(hidden, weight, bias, ways.exchange, name="exchange")
+        call, choice = make_call(hidden, weight, target, bias, options, rows, ways, shard=shard)
+    except ValueError:
+        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        refuse(name, device, weight, has_place=shard is not None)
+        raise
+    return call, choice._replace(ranks=agree(call, name, hidden.device))
 
 
 def _side_inputs(
@@ -176,27 +213,29 @@ class _AddTo(torch.autograd.Function):
         return None, None
 
 
-def for_reference(call: Call) -> dict[str, Any]:
+def for_reference(call: Call, ranks: Ranks | None) -> dict[str, Any]:
     """The reference's keywords for rows, layer and its numbers; main_grad gets weight's gradient."""
-    hidden, weight, low = call.hidden, call.weight, call.low
+    hidden, weight, bias, low, up = call[:5]
     if call.main_grad is not None:
         weight = _AddTo.apply(weight, call.main_grad)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     join: Callable[[Tensor], Tensor] | None = None
-    if call.place is not None:
+    if ranks is not None:
+        weight, bias, up = reference_layer(weight, bias, up, ranks)
+    elif call.place is not None:
         hidden, low, join = reference_shard(hidden, low, call.group_name)
     return {
-        "hidden": hidden, "weight": weight, "target": call.target, "bias": call.bias, "low": low, "up": call.up,
+        "hidden": hidden, "weight": weight, "target": call.target, "bias": bias, "low": low, "up": up,
         "join": join, "softcap": call.options.softcap or None, "logit_scale": call.options.logit_scale,
         "ignore_index": call.wanted.ignore_index,
     }  # fmt: skip
 
 
-def for_reference_loss(call: Call) -> dict[str, Any]:
+def for_reference_loss(call: Call, ranks: Ranks | None) -> dict[str, Any]:
     """The same, and what stands beside the rows' terms."""
     options = call.options
     numbers = {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
     beside = {"class_weight": call.class_weight, "token_scaling": bool(options.token_scaling)}
-    return for_reference(call) | numbers | beside
+    return for_reference(call, ranks) | numbers | beside
 
 
 def number_or_tensor(call: Call, name: str) -> float | Tensor | None:

@@ -16,6 +16,7 @@ import torch
 
 from .call import Needs
 from .chunked.scratch import DEFAULT_ROWS, default_scratch
+from .vocab_parallel import Ranks
 
 IMPLEMENTATIONS = ("reference", "chunked", "fused")
 SCHEDULES = ("recompute", "stored")
@@ -31,6 +32,11 @@ REFUSED = {
         "vocab_parallel",
         "stored",
     ): "it makes gradients in the forward, before the log-sum-exp of all shards is known",
+    (
+        "exchange",
+        "stored",
+    ): "it makes gradients in the forward, before the log-sum-exp of all shards is known",
+    ("exchange", "vocab_parallel"): "its ranks hold the same rows, those of an exchange each their own",
     ("rows", "stored"): "it makes gradients in the forward, before each row's upstream is known",
 }
 
@@ -43,6 +49,7 @@ class Choice(NamedTuple):
     impl: str
     made: bool  # gradients in the forward
     scratch_bytes: int  # 0: the engine's default
+    ranks: Ranks | None = None  # whose rows a call is about, where hidden states are exchanged
 
 
 class HeadFacts(NamedTuple):
@@ -104,7 +111,7 @@ def choose_impl(impl: str | None, device: torch.device, dtype: torch.dtype) -> s
 
 def choose(
     impl: str, head: HeadFacts, needs: Needs, *, schedule: str | None, scratch_bytes: int | None, rows: bool,
-    vocab_parallel: bool, main_grad: bool,
+    vocab_parallel: bool, exchange: bool = False, main_grad: bool,
 ) -> Choice:  # fmt: skip
     """How a call runs. ``rows``: each row's term may have an upstream of its own.
 
@@ -116,13 +123,13 @@ def choose(
         raise ValueError(f"schedule: expected None where impl {impl!r} runs, got {schedule!r}")
     if scratch_bytes is not None and (type(scratch_bytes) is not int or scratch_bytes < 1):
         raise ValueError(f"scratch_bytes: expected an int > 0 or None, got {scratch_bytes!r}")
-    for name, given in (("vocab_parallel", vocab_parallel), ("rows", rows)):
+    for name, given in (("vocab_parallel", vocab_parallel), ("exchange", exchange), ("rows", rows)):
         if given and schedule is not None and (name, schedule) in REFUSED:
             what = "an upstream for each row (reduction='none')" if name == "rows" else name
             raise ValueError(
                 f"schedule: expected 'recompute' or None with {what}, got {schedule!r}: {REFUSED[name, schedule]}"
             )
-    again = rows or vocab_parallel or main_grad or not any(needs)
+    again = rows or vocab_parallel or exchange or main_grad or not any(needs)
     if impl == "chunked":
         return Choice(impl, not again, scratch_bytes or default_scratch(head.device.type))
     if impl == "reference" or not any(needs) or (again and schedule is None):

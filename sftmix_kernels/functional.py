@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks, reference
 from .arguments import HeadOptions, Rows, Ways, for_reference, for_reference_loss, make_call, number_or_tensor
 from .autocast import follows_autocast
+from .exchange import run as run_exchanged
 from .lora_head import LoRA
 from .operators import run
 from .reference import SFTMixLoss, TokenStats
@@ -39,6 +40,7 @@ def sftmix_loss(
     want_predicted: bool = False,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
+    exchange: Any = None,
     main_grad: Tensor | None = None,  # (V, D) float32
     impl: str | None = None,
     schedule: str | None = None,
@@ -83,19 +85,27 @@ def sftmix_loss(
             B of ``lora``) are spread: each rank passes its shard [V_r, D], of any size, or a DTensor ``Shard(0)``,
             and the same rows. Every rank gets the same loss and the whole gradients of hidden and of A
             (vocab_parallel/). Not with "stored", which makes gradients before all columns' sums are known.
+        exchange: a ProcessGroup or a 1-D DeviceMesh like ``vocab_parallel``'s, but each rank passes its own rows, any
+            number of them, none too, and gets its own loss (default denominators count its own rows). The hidden
+            states are gathered, never the weight. The gradient of weight, bias and B is whole on its owner, that of
+            the sum over the ranks of each loss times its upstream: what FSDP with summed gradients gives. hidden and A
+            get those of this rank's rows. Forward and backward are collective calls: every rank makes both, with the
+            same options (target, lam, weights, denominators and mixup_weight may differ); a call that one rank refuses
+            all refuse. The host waits once, for the ranks' sizes: no CUDA graph, and a graph break under compile
+            (exchange.py). Not with "stored", nor with ``vocab_parallel``.
         main_grad: [V, D] float32 (float64 for float64 inputs): the gradient of weight is added here in the backward,
             unrounded, and ``weight.grad`` stays as it is: no second [V, D] buffer ("stored" keeps its dweight until
             then; "chunked" makes the logits again in the backward, 4 products instead of 3). With ``vocab_parallel``
-            the shard's, [V_r, D]. Not under FSDP2, which owns its gradients. Under DDP it is not reduced over ranks:
-            DDP sees gradients of parameters alone, so all-reduce the buffer after the backward.
+            or ``exchange`` the shard's, [V_r, D]. Not under FSDP2, which owns its gradients. Under DDP it is not
+            reduced over ranks: DDP sees gradients of parameters alone, so all-reduce the buffer after the backward.
         impl: "reference", "chunked", "fused"; None takes "fused" on a GPU whose triton has the dtype, else "chunked".
         schedule: how "fused" makes gradients: "recompute" keeps no logits and makes them again in the backward,
             a slice of the vocabulary at a time; "stored" turns a chunk of rows' logits into gradients in the forward,
             one product less, and holds them with a float32 dweight [V, D] until the backward. None takes the faster by
             fused/schedule.py's cost model, on this chip, "stored" only where that takes at most 1/32 of the GPU's
-            memory; "recompute" with vocab_parallel, when interpreted, and with main_grad. "recompute" and "chunked"
-            give the same loss with gradients as without; "stored" rounds each logit of 16-bit inputs once in between,
-            so that where None changes schedule with N, a 16-bit loss changes by that rounding.
+            memory; "recompute" with vocab_parallel or exchange, when interpreted, and with main_grad. "recompute" and
+            "chunked" give the same loss with gradients as without; "stored" rounds each logit of 16-bit inputs once in
+            between, so that where None changes schedule with N, a 16-bit loss changes by that rounding.
         scratch_bytes: bound for the logits held at a time ("chunked": default 64 MiB, off a CPU 512; "fused": its
             dlogits slice, or the stored schedule's chunk, by default 4096 rows and at most half of all). With schedule
             None "stored" is taken only where its float32 dweight fits into it too, and its chunk gets the rest.
@@ -122,7 +132,16 @@ def sftmix_loss(
         lam, row_weight, pair_weight, class_weight, mixup_weight, ntp_denominator, mixup_denominator, None,
         ignore_index, token_scaling,
     )  # fmt: skip
-    ways = Ways(lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, predicted=want_predicted)
+    ways = Ways(
+        lora,
+        vocab_parallel,
+        main_grad,
+        impl,
+        schedule,
+        scratch_bytes,
+        predicted=want_predicted,
+        exchange=exchange,
+    )
     options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
     call, choice = make_call(hidden, weight, target, bias, options, rows, ways)
     if choice.impl == "reference":
@@ -130,10 +149,10 @@ def sftmix_loss(
         numbers: dict[str, Any] = {name: number_or_tensor(call, name) for name in names}
         result = reference.sftmix_loss(
             lam=call.lam, row_weight=call.row_weight, pair_weight=call.pair_weight, want_predicted=want_predicted,
-            **numbers, **for_reference_loss(call),
+            **numbers, **for_reference_loss(call, choice.ranks),
         )  # fmt: skip
     else:
-        found = run(call, choice.made)
+        found = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
         result = SFTMixLoss(
             found.loss, found.nll.detach(), found.lse.detach(), found.is_top1, found.mixup_nll.detach(),
             found.z_loss.detach(), found.predicted if want_predicted else None,
@@ -162,6 +181,7 @@ def linear_cross_entropy(
     shift: int = 0,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
+    exchange: Any = None,
     main_grad: Tensor | None = None,  # (V, D) float32
     impl: str | None = None,
     schedule: str | None = None,
@@ -194,23 +214,35 @@ def linear_cross_entropy(
         class_weight=class_weight, ntp_denominator=1 if reduction == "sum" else None, ignore_index=ignore_index,
         token_scaling=token_scaling,
     )  # fmt: skip
-    ways = Ways(lora, vocab_parallel, main_grad, impl, schedule, scratch_bytes, rows=reduction == "none")
+    ways = Ways(
+        lora,
+        vocab_parallel,
+        main_grad,
+        impl,
+        schedule,
+        scratch_bytes,
+        rows=reduction == "none",
+        exchange=exchange,
+    )
     options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
     call, choice = make_call(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, options, rows, ways
     )
     if choice.impl != "reference":
-        found = run(call, choice.made)
+        found = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
         if reduction != "none":
             return found.loss
         terms = found.term
     elif reduction != "none":
         denominator = number_or_tensor(call, "ntp_denominator")
         return reference.sftmix_loss(
-            lam=call.lam, mixup_weight=0.0, ntp_denominator=denominator, **for_reference_loss(call)
+            lam=call.lam,
+            mixup_weight=0.0,
+            ntp_denominator=denominator,
+            **for_reference_loss(call, choice.ranks),
         ).loss
     else:
-        terms = reference.row_losses(**for_reference_loss(call))
+        terms = reference.row_losses(**for_reference_loss(call, choice.ranks))
     terms = terms.reshape(target.shape)
     return terms[..., : target.shape[-1] - shift] if shift else terms
 
@@ -230,6 +262,7 @@ def token_stats(
     logit_scale: float = 1.0,
     lora: LoRA | None = None,
     vocab_parallel: Any = None,
+    exchange: Any = None,
     impl: str | None = None,
     scratch_bytes: int | None = None,
 ) -> TokenStats:
@@ -252,16 +285,18 @@ def token_stats(
     rows = Rows(ignore_index=ignore_index, tokens=tokens)
     ways = Ways(
         lora, vocab_parallel, None, impl, None, scratch_bytes, rows=True, detached=not differentiable, entropy=True,
-        predicted=want_predicted,
+        predicted=want_predicted, exchange=exchange,
     )  # fmt: skip
     call, choice = make_call(hidden, weight, target, bias, HeadOptions(softcap, logit_scale), rows, ways)
     if choice.impl == "reference":
-        found = reference.token_stats(tokens=tokens, want_predicted=want_predicted, **for_reference(call))
+        found = reference.token_stats(
+            tokens=tokens, want_predicted=want_predicted, **for_reference(call, choice.ranks)
+        )
         if differentiable:
             return found
         # A list: torch 2.11 cannot trace a generator here.
         return TokenStats._make([None if value is None else value.detach() for value in found])
-    terms = run(call, choice.made)
+    terms = run(call, choice.made) if choice.ranks is None else run_exchanged(call, choice.ranks)
     return TokenStats(
         -terms.term, terms.lse, terms.entropy, terms.is_top1, terms.predicted if want_predicted else None,
         None if tokens is None else terms.token_logprob,

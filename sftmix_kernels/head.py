@@ -33,6 +33,7 @@ class SharedOptions(TypedDict, total=False):
     vocab_parallel: (
         ProcessGroup | DeviceMesh | None
     )  # not Any, which would make the result of a call with it Any
+    exchange: ProcessGroup | DeviceMesh | None
     impl: str | None
     scratch_bytes: int | None
 
@@ -127,6 +128,10 @@ class LossHead(nn.Linear):
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
+    def layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the loss is to take them; a subclass may keep them in another form."""
+        return self.weight, self.bias
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, softcap={self.softcap}, logit_scale={self.logit_scale}"
 
@@ -144,7 +149,7 @@ class LossHead(nn.Linear):
         ``options`` are those of :func:`sftmix_kernels.sftmix_loss` (with ``stats``, of ``token_stats``) but for the
         head's own: weight, bias, softcap, logit_scale. Without ``lam`` there are no pairs (M = 0).
         Raises: ValueError from the loss, for an unknown option by its name, for ``lam`` or ``stats`` without a target,
-        for ``main_grad`` under FSDP2.
+        for ``main_grad`` under FSDP2, and for ``exchange`` of a weight that FSDP2 gathers.
         """
         if stats:
             check_options(options, STATS_OPTIONS, "token_stats")
@@ -154,17 +159,25 @@ class LossHead(nn.Linear):
             if lam is not None or stats or options:
                 raise ValueError("target: expected int64 [N] beside lam, stats or loss options, got None")
             return super().forward(hidden)
-        shared: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        weight, bias = self.layer()
+        # fully_shard marks the modules whose parameters it manages; those that it ignores stay DTensors in the forward.
+        is_managed = getattr(self, "_is_fsdp_managed_module", False)
+        if is_managed and options.get("exchange") is not None and type(weight).__name__ != "DTensor":
+            raise ValueError(
+                "exchange: expected a head that FSDP2 leaves alone (ignored_params of fully_shard), got one that it "
+                "gathers"
+            )
+        shared: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if stats:
             if lam is not None:
                 raise ValueError("lam: expected None with stats=True, got a tensor")
-            return token_stats(hidden, self.weight, target, **shared, **options)
-        # fully_shard marks the modules whose parameters it manages; it would not see what goes to main_grad.
-        if options.get("main_grad") is not None and getattr(self, "_is_fsdp_managed_module", False):
+            return token_stats(hidden, weight, target, **shared, **options)
+        # FSDP2 would not see what goes to main_grad.
+        if options.get("main_grad") is not None and is_managed:
             raise ValueError("main_grad: expected None under FSDP2, which owns its gradients, got a tensor")
         if lam is None:
             lam = torch.empty(0, dtype=torch.float32, device=hidden.device)
-        return sftmix_loss(hidden, self.weight, target, lam, **shared, **options)
+        return sftmix_loss(hidden, weight, target, lam, **shared, **options)
 
     if TYPE_CHECKING:
         # nn.Module declares a call as Callable[..., Any], which would hide what each form of it gives.

@@ -28,6 +28,7 @@ from .call import (
     Gradients,
     Kept,
     Statistics,
+    Upstream,
     empty_gradients,
 )
 from .checks import readable
@@ -134,24 +135,25 @@ def terms_bwd_into(*arguments: Any) -> Tensors:
     return _gradients(*arguments)
 
 
-def kept_of(kept: Tensors) -> Kept:
-    entropy, row_carry, pair_carry = kept[3:]
-    return Kept(row_carry, pair_carry, entropy)
+def of_shard(call: Call, column: Tensor, kept: Kept, upstream: Upstream) -> Gradients:
+    """Gradients of this shard's columns; zeros where it has none."""
+    own, column = local(call, column)
+    if not call.weight.shape[0]:
+        return Gradients(*(each.zero_() for each in empty_gradients(call)))
+    return cast(Gradients, engine_of(call.engine).gradients(own, column, kept, upstream))
 
 
 def _gradients(*arguments: Any) -> Tensors:
     grads, rest, kept = arguments[:5], arguments[5:-NUM_KEPT], arguments[-NUM_KEPT:]
     call, coef = Call(*rest), Coefficients(*kept[:3])
     upstream = made_by(call, "upstream_of")(call, coef, kept[4][2], grads)
+    entropy, row_carry, pair_carry = kept[3:]
+    again = Kept(row_carry, pair_carry, entropy)
     if call.place is None:
-        return cast(Tensors, engine_of(call.engine).gradients(call, coef.column, kept_of(kept), upstream))
+        return cast(Tensors, engine_of(call.engine).gradients(call, coef.column, again, upstream))
+    found = of_shard(call, coef.column, again, upstream)
     from .vocab_parallel import sum_over_shards
 
-    own, column = local(call, coef.column)
-    if call.weight.shape[0]:
-        found = engine_of(call.engine).gradients(own, column, kept_of(kept), upstream)
-    else:
-        found = Gradients(*(each.zero_() for each in empty_gradients(call)))
     dtype, group = call.hidden.dtype, call.group_name
     return found._replace(
         dhidden=sum_over_shards(found.dhidden, dtype, group), dlow=sum_over_shards(found.dlow, dtype, group)

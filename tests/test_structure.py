@@ -24,7 +24,7 @@ SOURCES = {
 KERNEL_RANKS = {
     "checks": 0, "reference": 0, "hardware": 0, "shareable": 0, "call": 1, "lora_head": 1, "terms": 2,
     "vocab_parallel": 3, "chunked": 3, "fused": 4, "choice": 5, "operators": 5, "autocast": 6, "arguments": 6,
-    "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10, "__main__": 11,
+    "exchange": 6, "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10, "__main__": 11,
 }  # fmt: skip
 KERNEL_FOLDERS = {"chunked", "fused", "vocab_parallel", "doctor"}
 LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}

@@ -159,7 +159,8 @@ class _HeadCall:
         hidden = hidden.flatten(0, -2).index_select(0, self.rows)  # [N, D]
         # A model casts to its weight's type, which is float32 while it is sharded.
         weight = cast(LossHead, getattr(head, "base_layer", head)).weight
-        return (hidden.to(weight.dtype), self.target), self.options
+        dtype = getattr(head, "compute_dtype", weight.dtype)  # of a head whose shards stay in float32
+        return (hidden.to(dtype), self.target), self.options
 
     def _after(self, head: nn.Module, args: Any, output: Any) -> Tensor:
         self.result = output

@@ -2,7 +2,8 @@
 
 A unit is a set of modules gathered together: every decoder block is one, final norm and head are one, the
 rest (the embedding) is the root's. A head tied to the embedding stays in the root's unit with it, or the
-parameter would be gathered twice. No unit casts its inputs: under a bfloat16 policy FSDP would round lambda.
+parameter would be gathered twice; one that is exchanged is in none (head_exchange.py). No unit casts its
+inputs: under a bfloat16 policy FSDP would round lambda.
 Gradients are summed over processes, not averaged, because the loss is already divided by global counts.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.model.causal_lm import cast_parameters
+from sftmix.model.head_exchange import exchange_head, exchanges_head
 from sftmix.model.rendezvous import join
 from sftmix.model.targets import decoder_blocks, is_lora
 
@@ -78,16 +80,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(model: SFTMixModel, world: World) -> SFTMixModel:
+def shard(
+    model: SFTMixModel, world: World, *, head_sharding: str = "gather", rows: int | None = None
+) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
+
+    ``head_sharding``: "gather" the head like any other unit, "exchange" hidden states in its place, or "auto", what
+    moves fewer bytes with ``rows`` rows of a process in a micro-batch (head_exchange.py).
 
     A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
     float32; modules whose parameters the model keeps in float32 are units of their own, computed in float32. Under
     LoRA the frozen base and the float32 adapters are gathered as they are, and modules that are trained whole beside
     them as in a model trained in full.
 
-    Raises ``ValueError`` for a module that holds both kinds itself: a unit has one dtype.
+    Raises ``ValueError`` for a module that holds both kinds itself: a unit has one dtype. And for "exchange" of a head
+    that is tied, frozen, or of a model with adapters.
     """
+    is_exchanged = exchanges_head(model, head_sharding, processes=world.size, rows=rows)
     if world.mesh is None:
         return model
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -103,6 +112,7 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
         for module in kept:
             fully_shard(module, **unit)
         unit = cast
+    ignored = exchange_head(model.head, world.mesh, model.dtype) if is_exchanged else set()
     shared = {id(model.head), id(model.base.get_input_embeddings())} if model.is_tied else set()
     for module in _trained_whole(model) if is_lora(model) else []:
         # Its float32 shards are cast where they are gathered, the adapters beside it are not: a unit of its own.
@@ -115,12 +125,12 @@ def shard(model: SFTMixModel, world: World) -> SFTMixModel:
             fully_shard(block, **unit)
     if not model.is_tied:
         # The head's backward comes straight after its forward: gathering it once is enough.
-        last = [
-            module for module in [*_after_blocks(model), model.head] if not isinstance(module, FSDPModule)
-        ]
+        end = _after_blocks(model) if is_exchanged else [*_after_blocks(model), model.head]
+        last = [module for module in end if not isinstance(module, FSDPModule)]
         if last:
             fully_shard(last, reshard_after_forward=False, **unit)
-    fully_shard(model, **(cast if model.is_tied and model.head.weight.requires_grad else unit))
+    own_unit = cast if model.is_tied and model.head.weight.requires_grad else unit
+    fully_shard(model, ignored_params=ignored, **own_unit)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

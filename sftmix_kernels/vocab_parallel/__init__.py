@@ -10,18 +10,30 @@ A target becomes a column of its own shard or -1 in every other, so it can match
 shards' sizes and one of all statistics in the forward, the sums of dhidden and dlow in the backward. G needs the lse
 of all shards, so the backward recomputes its logits: a fourth product per row.
 
-shard.py: one rank's part, and the reference's · statistics.py: those of all shards
+With ``exchange`` every rank holds other rows, which are joined first (rows.py; ../exchange.py is the call).
+
+shard.py: one rank's part, and the reference's · statistics.py: those of all shards · rows.py: those of all ranks
 """
 
-from .shard import Shard, check_target, reference_shard, resolve_shard, sum_over_shards
+from .rows import Ranks, agree, join_call, join_upstream, own_statistics, own_sum, reference_layer, refuse
+from .shard import Shard, check_target, group_of, reference_shard, resolve_shard, sum_over_shards
 from .statistics import of_no_columns, own_columns, whole
 
 __all__ = [
+    "Ranks",
     "Shard",
+    "agree",
     "check_target",
+    "group_of",
+    "join_call",
+    "join_upstream",
     "of_no_columns",
     "own_columns",
+    "own_statistics",
+    "own_sum",
+    "reference_layer",
     "reference_shard",
+    "refuse",
     "resolve_shard",
     "sum_over_shards",
     "whole",

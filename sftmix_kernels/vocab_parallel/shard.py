@@ -26,29 +26,33 @@ class Shard(NamedTuple):
     place: Tensor  # (2,) int64 on weight's device: the first column of this shard, V
 
 
-def resolve_shard(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_parallel: object) -> Shard:
+def resolve_shard(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ranks: object, *, name: str = "vocab_parallel"
+) -> Shard:
     """The local shard and its place, from local tensors or from DTensors ``Shard(0)`` on the same ranks.
 
-    ``vocab_parallel`` is a ProcessGroup or a 1-D DeviceMesh. A DTensor's gradient is a DTensor placed like it.
+    ``ranks``, the argument ``name``, is a ProcessGroup or a 1-D DeviceMesh. A DTensor's gradient is a DTensor placed
+    like it.
     A collective call: the shards' sizes are exchanged, without making the host wait for a GPU.
     Raises ValueError naming the argument for another kind of group, another placement or mesh, a wrong shape or dtype.
     """
-    group = _group_of(vocab_parallel)
-    weight = _local("weight", weight, group)
-    bias = None if bias is None else _local("bias", bias, group)
+    group = group_of(ranks, name)
+    weight = _local("weight", weight, group, name)
+    bias = None if bias is None else _local("bias", bias, group, name)
     _check_shard(hidden, weight, bias)
     return Shard(weight, bias, group.group_name, shard_place(weight.detach(), group.group_name))
 
 
-def _group_of(vocab_parallel: Any) -> ProcessGroup:
-    if isinstance(vocab_parallel, ProcessGroup):
-        return vocab_parallel
-    if type(vocab_parallel).__name__ != "DeviceMesh" or vocab_parallel.ndim != 1:
+def group_of(ranks: Any, name: str) -> ProcessGroup:
+    """The process group that the argument ``name`` is, or is a mesh of."""
+    if isinstance(ranks, ProcessGroup):
+        return ranks
+    if type(ranks).__name__ != "DeviceMesh" or ranks.ndim != 1:
         raise ValueError(
-            "vocab_parallel: expected a torch.distributed ProcessGroup this rank is in or a 1-D DeviceMesh, got "
-            f"{type(vocab_parallel).__name__} {vocab_parallel!r}"
+            f"{name}: expected a torch.distributed ProcessGroup this rank is in or a 1-D DeviceMesh, got "
+            f"{type(ranks).__name__} {ranks!r}"
         )
-    group: ProcessGroup = vocab_parallel.get_group()
+    group: ProcessGroup = ranks.get_group()
     return group
 
 
@@ -57,7 +61,7 @@ def group_named(name: str) -> ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]  # GroupName in torch's types, a str at run time
 
 
-def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
+def _local(name: str, value: Any, group: ProcessGroup, ranks: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{name}: expected a local shard or a DTensor Shard(0), got {checks.describe(value)}"
@@ -73,7 +77,7 @@ def _local(name: str, value: Any, group: ProcessGroup) -> Tensor:
     if mesh.get_group().group_name != group.group_name and (
         dist.get_process_group_ranks(mesh.get_group()) != dist.get_process_group_ranks(group)
     ):
-        raise ValueError(f"{name}: expected a DTensor on the ranks of vocab_parallel, got one on {mesh}")
+        raise ValueError(f"{name}: expected a DTensor on the ranks of {ranks}, got one on {mesh}")
     local: Tensor = dtensor.to_local()
     return local
 

@@ -19,9 +19,11 @@ from tests.parity import Case, assert_within_contract, make_case
 N, V, D, M, R = 14, 40, 12, 5, 3
 # What may be asked of a call beside its rows; "rows" is an upstream of each row's own, linear_cross_entropy's "none".
 MODIFIERS = (
-    "lora", "vocab_parallel", "main_grad", "rows", "class_weight", "token_scaling", "softcap", "label_smoothing",
+    "lora", "vocab_parallel", "exchange", "main_grad", "rows", "class_weight", "token_scaling", "softcap",
+    "label_smoothing",
 )  # fmt: skip
-PAIRS = list(combinations(MODIFIERS, 2))
+GROUPS = ("vocab_parallel", "exchange")
+PAIRS = [pair for pair in combinations(MODIFIERS, 2) if pair not in REFUSED and pair[::-1] not in REFUSED]
 ENGINES = [name for name in WAYS if name != "reference"]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 
@@ -48,7 +50,7 @@ def results(
     )
     main_grad = torch.zeros(V, D, dtype=dtype)
     options: dict[str, Any] = {
-        "lora": (down, up, 0.5), "vocab_parallel": group, "main_grad": main_grad,
+        "lora": (down, up, 0.5), "vocab_parallel": group, "exchange": group, "main_grad": main_grad,
         "class_weight": torch.linspace(0, 2, V), "token_scaling": True, "softcap": 2.0, "label_smoothing": 0.2,
     }  # fmt: skip
     options = {name: value for name, value in options.items() if name in chosen} | way | {"bias": bias}
@@ -81,7 +83,7 @@ def test_every_pair_of_modifiers_is_right_or_refused(group: Any, name: str, pair
         assert any(reason in str(error.value) for reason in why)
         return
     # The reference by itself: one process, no main gradient.
-    plain = tuple(modifier for modifier in pair if modifier not in ("vocab_parallel", "main_grad"))
+    plain = tuple(modifier for modifier in pair if modifier not in (*GROUPS, "main_grad"))
     same, truth = (results(WAYS["reference"], plain, None, dtype) for dtype in (torch.float32, torch.float64))
     ours = results(WAYS[name], pair, group, torch.float32)
     assert ours.keys() == truth.keys()
@@ -92,7 +94,7 @@ def test_every_pair_of_modifiers_is_right_or_refused(group: Any, name: str, pair
 
 @pairs
 def test_the_reference_refuses_no_pair(group: Any, pair: tuple[str, str]) -> None:
-    plain = tuple(modifier for modifier in pair if modifier not in ("vocab_parallel", "main_grad"))
+    plain = tuple(modifier for modifier in pair if modifier not in (*GROUPS, "main_grad"))
     ours, alone = (results(WAYS["reference"], each, group, torch.float64) for each in (pair, plain))
     assert ours.keys() == alone.keys()
     for name, value in ours.items():
@@ -101,8 +103,10 @@ def test_the_reference_refuses_no_pair(group: Any, pair: tuple[str, str]) -> Non
 
 @pytest.mark.parametrize("entry", REFUSED, ids="+".join)
 def test_every_entry_of_the_table_is_refused_with_its_reason(group: Any, entry: tuple[str, str]) -> None:
-    modifier, schedule = entry
-    assert modifier in MODIFIERS and schedule in SCHEDULES
-    with pytest.raises(ValueError, match=r"^schedule: expected .* got '") as error:
-        results(WAYS[schedule], (modifier,), group, torch.float32)
+    modifier, other = entry
+    assert modifier in MODIFIERS and other in (*SCHEDULES, *MODIFIERS)
+    way = WAYS.get(other, {})
+    argument = modifier if other in MODIFIERS else "schedule"
+    with pytest.raises(ValueError, match=f"^{argument}: expected .* got ") as error:
+        results(way, (modifier,) if way else entry, group, torch.float32)
     assert REFUSED[entry] in str(error.value)
