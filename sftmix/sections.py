@@ -193,6 +193,11 @@ class TrainConfig:
     replicas: int = knob(
         "copies of the sharded model (HSDP), e.g. one per node; 1: sharded over all processes", 1, at_least=1
     )
+    head_sharding: str = knob(
+        "with several processes, gather the untied head's weight or exchange hidden states; auto: fewer bytes",
+        "gather",
+        choices=("gather", "exchange", "auto"),
+    )
     checkpoint_every: str = knob(
         "time or optimizer steps between checkpoints, e.g. 10 min, 2 h, 500 steps; also one after every epoch",
         "10 min",

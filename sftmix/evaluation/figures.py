@@ -123,8 +123,8 @@ def sample_answers(
     The model is given the conversation up to its last assistant turn, in the tokenizer's chat template with the
     arguments of ``options``; of a text or of ready tokens, what comes before the first that bears loss. An answer
     ends before the first of ``stop_ids``, or of the model's own stop tokens; ``stopped`` is False where none came
-    within ``max_new_tokens``. The model's mode is restored. A model sharded by FSDP cannot generate: load its
-    exported form. None are given, and a line is said, of a class that has no ``generate``.
+    within ``max_new_tokens``. The model's mode is restored. Of a sharded model every process calls it with the same
+    examples. None are given, and a line is said, of a class that has no ``generate``.
     """
     answers: list[dict[str, Any]] = []
     if not hasattr(model.base, "generate"):
@@ -137,7 +137,7 @@ def sample_answers(
             ids = prompt_ids(example, tokenizer, options)
             question, expected = _last_turns(example, tokenizer)
             prompt = torch.tensor([ids], device=model.device)
-            output = model.base.generate(
+            output = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                 max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None,
             )  # fmt: skip

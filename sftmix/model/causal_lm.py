@@ -125,6 +125,10 @@ class SFTMixModel(nn.Module):
         loss = cast(SFTMixLoss, result)
         return loss._replace(loss=loss.loss + self.extra.aux_weight * aux_share * aux)
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """transformers' ``generate`` of the causal LM; sharded by FSDP, of all processes together."""
+        return self.base.generate(*args, **options)
+
     def logits(self, input_ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V] of whole sequences [B, T], through the forward that FSDP knows."""
         return cast(Tensor, self(input_ids, torch.ones_like(input_ids), None, None))

@@ -64,7 +64,9 @@ def why_gathered(model: SFTMixModel) -> str | None:
     return None
 
 
-def exchanges_head(model: SFTMixModel, head_sharding: str, *, processes: int, rows: int | None) -> bool:
+def exchanges_head(
+    model: SFTMixModel, head_sharding: str, *, processes: int, rows: int | None, replicas: int = 1
+) -> bool:
     """Whether the head is exchanged. ``rows``: a process's rows in a micro-batch, which "auto" weighs.
 
     Raises ``ValueError`` for another name, for "exchange" of a head that must be gathered, and "auto" without rows.
@@ -74,6 +76,8 @@ def exchanges_head(model: SFTMixModel, head_sharding: str, *, processes: int, ro
     if head_sharding == "gather":
         return False
     why = why_gathered(model)
+    if replicas > 1:
+        why = f"each of the {replicas} replicas has a head of its own, whose gradients only gathering sums"
     if head_sharding == "exchange":
         if why:
             raise ValueError(f"head_sharding: expected 'gather' or 'auto', got 'exchange': {why}")

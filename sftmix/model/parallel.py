@@ -81,61 +81,115 @@ def barrier() -> None:
 
 
 def shard(
-    model: SFTMixModel, world: World, *, head_sharding: str = "gather", rows: int | None = None
+    model: SFTMixModel,
+    world: World,
+    *,
+    head_sharding: str = "gather",
+    rows: int | None = None,
+    replicas: int = 1,
 ) -> SFTMixModel:
     """Shard the model in place over ``world``; alone it is left as it is.
 
     ``head_sharding``: "gather" the head like any other unit, "exchange" hidden states in its place, or "auto", what
-    moves fewer bytes with ``rows`` rows of a process in a micro-batch (head_exchange.py).
+    moves fewer bytes with ``rows`` rows of a process in a micro-batch (head_exchange.py). ``replicas``: the processes
+    are divided into so many groups, each of which holds the whole model (HSDP); one per node where nodes are far apart.
 
     A model trained in full is kept in float32 shards and computed in its own dtype, with gradients reduced in
     float32; modules whose parameters the model keeps in float32 are units of their own, computed in float32. Under
     LoRA the frozen base and the float32 adapters are gathered as they are, and modules that are trained whole beside
-    them as in a model trained in full.
+    them as in a model trained in full. One unit at a time is cast and moved to the processes' device, so that a model
+    that was read on the CPU never stands whole on a GPU.
 
     Raises ``ValueError`` for a module that holds both kinds itself: a unit has one dtype. And for "exchange" of a head
-    that is tied, frozen, or of a model with adapters.
+    that is tied, frozen, of a model with adapters, or has replicas, and ``replicas`` that do not divide the processes.
     """
-    is_exchanged = exchanges_head(model, head_sharding, processes=world.size, rows=rows)
-    if world.mesh is None:
+    is_exchanged = exchanges_head(model, head_sharding, processes=world.size, rows=rows, replicas=replicas)
+    mesh = _mesh_of(world, replicas)
+    if mesh is None:
         return model
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):
         return model
-    own = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
-    unit: dict[str, Any] = {"mesh": world.mesh, "mp_policy": own}
-    cast = {**unit, "mp_policy": MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)}
-    if not is_lora(model) and model.dtype != torch.float32:
-        kept = kept_in_float32(model)
-        cast_parameters(model, torch.float32)
-        for module in kept:
-            fully_shard(module, **unit)
-        unit = cast
-    ignored = exchange_head(model.head, world.mesh, model.dtype) if is_exchanged else set()
+    units = _Units(mesh, model)
+    if not is_lora(model):
+        for module in kept_in_float32(model) if model.dtype != torch.float32 else []:
+            units.own(module)
+    ignored: set[nn.Parameter] = set()
+    if is_exchanged:
+        cast_parameters(model.head, torch.float32)
+        ignored = exchange_head(model.head, mesh, model.dtype)
     shared = {id(model.head), id(model.base.get_input_embeddings())} if model.is_tied else set()
     for module in _trained_whole(model) if is_lora(model) else []:
         # Its float32 shards are cast where they are gathered, the adapters beside it are not: a unit of its own.
         kinds = {p.dtype for p in module.parameters(recurse=False)}
         cast_parameters(module, torch.float32)
         if id(module) not in shared:
-            fully_shard(module, **(unit if kinds == {torch.float32} else cast))
+            (units.own if kinds == {torch.float32} else units.cast)(module)
     for block in decoder_blocks(model)[1]:
-        if not isinstance(block, FSDPModule):
-            fully_shard(block, **unit)
+        units.add(block)
     if not model.is_tied:
         # The head's backward comes straight after its forward: gathering it once is enough.
-        end = _after_blocks(model) if is_exchanged else [*_after_blocks(model), model.head]
-        last = [module for module in end if not isinstance(module, FSDPModule)]
-        if last:
-            fully_shard(last, reshard_after_forward=False, **unit)
-    own_unit = cast if model.is_tied and model.head.weight.requires_grad else unit
-    fully_shard(model, ignored_params=ignored, **own_unit)
+        units.add(*_after_blocks(model), *([] if is_exchanged else [model.head]), reshard_after_forward=False)
+    root = units.cast if model.is_tied and model.head.weight.requires_grad else units.add
+    root(model, ignored_params=ignored)
+    register_fsdp_forward_method(model, "generate")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
     return model
+
+
+def _mesh_of(world: World, replicas: int) -> DeviceMesh | None:
+    if world.size % replicas:
+        raise ValueError(f"train.replicas: expected a divisor of the {world.size} processes, got {replicas}")
+    if world.mesh is None or replicas == 1:
+        return world.mesh
+    shape = (replicas, world.size // replicas)
+    names = ("replicate", "shard")
+    return dist.device_mesh.init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=names)
+
+
+class _Units:
+    """``fully_shard`` of a model's modules, as it is to be trained."""
+
+    def __init__(self, mesh: DeviceMesh, model: SFTMixModel) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        self.mesh = mesh
+        self.masters = (
+            not is_lora(model) and model.dtype != torch.float32
+        )  # float32 shards, gathered in 16 bits
+        self.as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+        self.in_dtype = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
+
+    def add(self, *modules: nn.Module, **options: Any) -> None:
+        """One unit of modules that are in none yet."""
+        from torch.distributed.fsdp import FSDPModule
+
+        found = [module for module in modules if not isinstance(module, FSDPModule)]
+        if self.masters:
+            for module in found:
+                cast_parameters(module, torch.float32)
+        if found:
+            self._shard(found, self.in_dtype if self.masters else self.as_is, **options)
+
+    def own(self, module: nn.Module, **options: Any) -> None:
+        """A unit that is gathered in the data type it has."""
+        self._shard([module], self.as_is, **options)
+
+    def cast(self, module: nn.Module, **options: Any) -> None:
+        """A unit of float32 shards that is gathered in the model's data type."""
+        if self.masters:
+            cast_parameters(module, torch.float32)
+        self._shard([module], self.in_dtype, **options)
+
+    def _shard(self, modules: list[nn.Module], policy: Any, **options: Any) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        chosen = modules[0] if len(modules) == 1 else modules
+        fully_shard(chosen, mesh=self.mesh, mp_policy=policy, **options)  # type: ignore[arg-type]
 
 
 def kept_in_float32(model: SFTMixModel) -> list[nn.Module]:

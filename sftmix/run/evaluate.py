@@ -15,6 +15,7 @@ from sftmix.data.digest import examples_digest
 from sftmix.evaluation.figures import evaluate_model, sample_answers
 from sftmix.files import replacing
 from sftmix.model.identity import model_identity
+from sftmix.model.parallel import shard
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import write_card
@@ -112,14 +113,17 @@ def _figures(
     session: Session, source: ModelConfig, label: str, plain: Any, *, generate: bool
 ) -> dict[str, Any]:
     config = session.config
-    model = session.models.load(source, trainable=False) if plain is None else session.models.adopt(plain)
+    if plain is None or session.world.mesh is not None:  # of the processes only the first has just read it
+        model = shard(session.models.load(source, trainable=False), session.world)
+    else:
+        model = session.models.adopt(plain)
     with bar(f"evaluate {label}") as progress:
         figures: dict[str, Any] = evaluate_model(
             model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
             impl=config.train.impl, progress=progress.batches, world=session.world,
         )  # fmt: skip
     figures["num_examples"] = len(session.heldout)
-    if generate and is_main():
+    if generate:
         chosen = session.heldout_examples(config.evaluate.num_samples)
         with activity(f"writing sample answers ({label})"):
             figures["samples"] = sample_answers(

@@ -109,8 +109,10 @@ class Models:
         if self._live is not None and self._live.source != source:
             self._live = None  # before the next one is read: one base model at a time
         if self._live is None:
+            # Processes that share a model read it on the CPU, whose pages of the files they share too.
+            device = self.device if self.world.mesh is None else torch.device("cpu")
             with activity(f"loading {source.name}"):
-                model, _ = load_model(source, device=self.device, tuning=self.config.train.tuning)
+                model, _ = load_model(source, device=device, tuning=self.config.train.tuning)
             self._live = Live(source, model)
         if trainable:
             check_added_tokens(self._live.model, self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,15 @@ class StepResults:
             "mixed_share": 2 * step.num_mixed / step.num_supervised,
             "token_accuracy": top1 / step.num_supervised, **({"aux_loss": aux} if auxiliary else {}),
         }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: on a GPU by torch's allocator, on a CPU by the whole process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

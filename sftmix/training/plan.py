@@ -83,6 +83,15 @@ def denominators(step: Step, examples: Examples, *, mixup: MixupConfig, seed: in
     return math.fsum(member.weight_sum for member in members), mixed or 1
 
 
+def most_rows(steps: Sequence[Step], examples: Examples) -> int:
+    """The most rows that bear loss in one chunk."""
+    return max(
+        sum(examples[name].num_supervised for name in chunk_ids(chunk))
+        for step in steps
+        for chunk in step.chunks
+    )
+
+
 def digest(steps: Sequence[Step], *, lam: bool = True) -> str:
     """A short hash of an epoch's ids, in order, and with ``lam`` the lambdas: equal plans have equal digests."""
     pairs = [pair for step in steps for chunk in step.chunks for pair in chunk]

@@ -26,8 +26,8 @@ from sftmix.rank import is_main
 from sftmix.scores.online import OnlineDynamics
 from sftmix.training import checkpoint
 from sftmix.training.batch import Batch, blank_batch, check_batch
-from sftmix.training.memory import peak_memory, recompute
-from sftmix.training.metrics import MetricsWriter, Record, StepResults
+from sftmix.training.blocks import compile_blocks, recompute
+from sftmix.training.metrics import MetricsWriter, Record, StepResults, peak_memory
 from sftmix.training.optim import (
     TrainableWeights,
     build_optimizer,
@@ -35,7 +35,7 @@ from sftmix.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from sftmix.training.plan import Step, collate_chunk, denominators, digest, point_steps
+from sftmix.training.plan import Step, collate_chunk, denominators, digest, most_rows, point_steps
 from sftmix.training.randomness import own_randomness, seed_chunk
 from sftmix.training.saving import Saver
 from sftmix.training.signals import Stopped
@@ -82,13 +82,18 @@ class Trainer:
         self.step = self.first_step = self.bad_steps = 0
         self.world = join_world(model.device)
         recompute(model, config.train.gradient_checkpointing)
+        if config.train.compile:
+            compile_blocks(model)
         self.auxiliary = model.extra.aux_weight
         told = dict(identity or {})
         if "examples" not in told:
             told["examples"] = examples_digest(examples)
         run = {**self._run_fingerprint(first), **told}
         self.fingerprint = {"fingerprint": checkpoint.fingerprint(model), "run": run}
-        self.model = shard(model, self.world)
+        self.model = shard(
+            model, self.world, head_sharding=config.train.head_sharding, rows=most_rows(first, examples),
+            replicas=config.train.replicas,
+        )  # fmt: skip
         self.weights = TrainableWeights(self.model)
         self.optimizer = build_optimizer(self.weights, config.optim)
         self.online = OnlineDynamics(examples, enabled=online)

@@ -18,7 +18,7 @@ from sftmix.model.export import merge_and_export
 from sftmix.model.head_exchange import ExchangedHead
 from sftmix.model.parallel import barrier, join_world, shard, whole
 from sftmix.training.checkpoint import save_trainable
-from sftmix.training.trainer import train_pairs
+from sftmix.training.runs import train_pairs
 from tests.recipe import tiny
 from tests.recipe.model.two_processes import examples
 

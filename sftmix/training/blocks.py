@@ -1,15 +1,14 @@
-"""Memory of a training step: what is recomputed in the backward pass instead of kept, and the peak that was reached."""
+"""What is done to the decoder's blocks for training: activations that are recomputed, compilation."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.targets import decoder_blocks
 
 # Products and attention: what takes the time. All else is recomputed from them.
 _KEPT = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
@@ -36,13 +35,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes held so far: on a GPU by torch's allocator, on a CPU by the whole process; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource  # which Windows lacks
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def compile_blocks(model: SFTMixModel) -> None:
+    """Compile each decoder block by itself, in place: one graph serves all of a kind, and FSDP gathers around it."""
+    for block in decoder_blocks(model)[1]:
+        block.compile()
