@@ -1,0 +1,99 @@
+"""What test_splits runs under torchrun: one global batch, split over processes and micro-batches in every way.
+
+A way gives the losses of a step and its gradients, whole, before they are clipped. Written by rank 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sftmix.config import LoraConfig
+from sftmix.model.lora import apply_lora
+from sftmix.model.parallel import join_world, whole
+from sftmix.training import trainer as trainer_module
+from sftmix.training.checkpoint import complete_checkpoints
+from sftmix.training.metrics import read_metrics
+from sftmix.training.runs import train_pairs
+from tests.recipe import tiny
+
+# 23 examples: an odd one without a partner. Steps of 12 and 11 sequences.
+EXAMPLES = tiny.examples(23, longest=20)
+MICRO = (2, 4, 12)
+# By name: architecture, tuning, flags. Chunks of 12 leave three of four processes without a token.
+CASES: dict[str, tuple[str, str, list[str]]] = {
+    "untied": ("llama", "full", []),
+    "tied": ("qwen3", "full", []),
+    "lora": ("llama", "lora", []),
+    "weighted": ("llama", "full", ["weighted"]),
+    "exchange": ("llama", "full", ["train.head_sharding=exchange"]),
+    "recomputed": ("llama", "full", ["train.gradient_checkpointing=full"]),
+    "selective": ("llama", "full", ["train.gradient_checkpointing=selective"]),
+    "compiled": ("llama", "full", ["train.compile=true"]),
+    "lambda per token": ("llama", "full", ["mixup.lam=token"]),
+}
+REPLICATED = ("untied", "tied", "lora")
+
+
+def split(case: str, micro: int, folder: Path, *flags: str) -> dict[str, Any]:
+    """Loss parts and gradients of the first step, and the losses of the next ones."""
+    kind, tuning, own = CASES[case]
+    own = [flag for flag in own if flag != "weighted"]
+    found = tiny.weighted(dict(EXAMPLES)) if case == "weighted" else EXAMPLES
+    model = tiny.model(kind)
+    if tuning == "lora":
+        apply_lora(model, LoraConfig(rank=4))
+        with torch.no_grad():  # B begins at zero, and with it the gradient of A
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    config = tiny.config(
+        "train.batch_size=12", f"train.micro_batch_size={micro}", f"train.tuning={tuning}", "train.max_steps=3",
+        "optim.eps=1e-3", *own, *flags,
+    )  # fmt: skip
+    kept: dict[str, torch.Tensor] = {}
+    real = trainer_module.clip_gradients
+
+    def look(weights: Any, max_norm: float) -> torch.Tensor:
+        if not kept:
+            for name, master in weights.masters.items():
+                grad = torch.zeros_like(master) if master.grad is None else master.grad
+                kept[name] = whole(grad).clone()
+        return real(weights, max_norm)
+
+    trainer_module.clip_gradients = look
+    try:
+        train_pairs(config, model, found, tiny.halves(dict(found)), folder=folder)
+    finally:
+        trainer_module.clip_gradients = real
+    records = (
+        read_metrics(folder / "metrics.jsonl") if not dist.is_initialized() or dist.get_rank() == 0 else []
+    )
+    parts = [[record[key] for key in ("loss", "ntp_loss", "mixup_loss", "grad_norm")] for record in records]
+    saved = complete_checkpoints(folder / "checkpoints")[-1] if records else None
+    return {"gradients": kept, "parts": parts, "checkpoint": str(saved)}
+
+
+def main(out: Path) -> None:
+    results: dict[str, Any] = {}
+    world = join_world(torch.device("cpu"))
+    for case in CASES:
+        for micro in MICRO if case in ("untied", "lora") else MICRO[:1]:
+            results[f"{case}-{micro}"] = split(case, micro, out / f"{case}-{micro}")
+    if world.size == 4:
+        for case in REPLICATED:
+            name = f"replicas {case}"
+            results[name] = split(case, 2, out / name, "train.replicas=2")
+    beside = "train.async_checkpoint=true", "train.checkpoint_every=1 step"
+    results["beside"] = split("untied", 2, out / "beside", *beside)
+    if dist.get_rank() == 0:
+        torch.save(results, out / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
