@@ -36,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count these tensors' storages, each once."""
         for tensor in tensors:
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor its own shard
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._references:
