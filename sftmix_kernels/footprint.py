@@ -15,7 +15,7 @@ import torch
 
 from .choice import IMPLEMENTATIONS, MEMORY_SHARE, SCHEDULES, stored_from
 from .chunked.layer import WIDENED_BYTES, WIDENED_COLUMNS, product_dtype
-from .chunked.scratch import DEFAULT_ROWS, PRODUCT_COLUMNS, chunk_size, choose_sizes, default_scratch
+from .chunked.scratch import DEFAULT_ROWS, PRODUCT_COLUMNS, choose_sizes, chunk_size, default_scratch
 
 ROW_BYTES = 96  # of a row's statistics, coefficients and gradient terms, about
 

@@ -7,7 +7,6 @@ those of the portable attention kernels; a GPU's keep the same tensors. A batch 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,17 +86,14 @@ class _Watch:
         parameter.grad = None
 
 
-def trace(
-    model: SFTMixModel, *, sequences: int, length: int, checkpointing: str, first: int = 0
-) -> Activations:
-    """Run two of the model's blocks, forward and backward, on a batch [``sequences``, ``length``] of no numbers.
+def trace(model: SFTMixModel, *, sequences: int, length: int, checkpointing: str) -> Activations:
+    """Run the model's two blocks, forward and backward, on a batch [``sequences``, ``length``] of no numbers.
 
-    ``model`` is on the meta device and loses its other blocks. ``first``: the first block that records a graph.
+    ``model`` is on the meta device, as ``keep_two`` leaves it, and is used up.
     Raises ``ValueError`` for a model whose forward needs numbers.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing: expected one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
-    _keep_two(model, first)
     watch = _Watch(model.dtype.itemsize)
     with FakeTensorMode(), _without_numbers(model):
         model.train()
@@ -165,21 +161,6 @@ def _decoder(model: SFTMixModel) -> Any:
     return model.base.base_model if model.base.base_model is not model.base else model.decoder
 
 
-def _keep_two(model: SFTMixModel, first: int) -> None:
-    """Leave two blocks that record a graph, the largest of them last; a model of one has it twice."""
-    name, blocks = decoder_blocks(model)
-    candidates = list(blocks)[first:]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in candidates]
-    last = sizes.index(max(sizes))
-    others = [*reversed(candidates[:last]), *candidates[last + 1 :], *blocks]
-    two = [others[0], candidates[last]]
-    if two[0] is two[1]:
-        two[0] = copy.deepcopy(two[1])
-    model.base.set_submodule(name, nn.ModuleList(two))
-    config = model.base.config.get_text_config()
-    config.num_hidden_layers = 2
-
-
 @contextmanager
 def _without_numbers(model: SFTMixModel) -> Iterator[None]:
     """Fake tensors on the CPU in the place of the model's, a tie staying a tie."""
@@ -203,7 +184,9 @@ def _checkpoint(model: SFTMixModel, kind: str) -> None:
     told: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         packets = [getattr(torch.ops.aten, name, None) for name in _KEPT_OPS]
-        attention = [n for n in dir(torch.ops.aten) if n.startswith("_scaled_dot_product") and "backward" not in n]
+        attention = [
+            n for n in dir(torch.ops.aten) if n.startswith("_scaled_dot_product") and "backward" not in n
+        ]
         packets += [getattr(torch.ops.aten, name) for name in attention]
         kept = [getattr(packet, "default", None) for packet in packets if packet is not None]
         told["context_fn"] = partial(create_selective_checkpoint_contexts, [op for op in kept if op])

@@ -1,7 +1,7 @@
 """GPUs by name: what their makers state, and the shares of it that a plan takes for real.
 
-Rates are those of the datasheets: dense 16-bit products with float32 sums, memory and one direction of the links. A
-datasheet's GB are read as 10^9 bytes; cards report up to 7 % more, which is left to the driver and the allocator's gaps.
+Rates are those of the datasheets: dense 16-bit products with float32 sums, memory, and one direction of the links.
+A datasheet's GB are read as 10^9 bytes; what cards report beyond, up to 7 %, is left to the driver and the allocator.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,5 +82,3 @@ def _is_fake(args: Any) -> bool:
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of these tensors' numbers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-

@@ -75,7 +75,9 @@ def memory(
         "first block backward": step.block_backward(1), "embedding backward": step.root_backward(),
         "optimizer": step.optimizer(),
     }  # fmt: skip
-    return Memory({name: {c: found.get(c, 0) for c in CAUSES} for name, found in phases.items()}, step.start())
+    return Memory(
+        {name: {c: found.get(c, 0) for c in CAUSES} for name, found in phases.items()}, step.start()
+    )
 
 
 def numbers(weights: Iterable[Weight], shards: int = 1) -> int:
@@ -247,6 +249,8 @@ class _Step:
     def start(self) -> int:
         """Each process reads the whole model, and has it in float32 where it will shard it so."""
         if self.sharded:
-            return sum(weight.count * (4 if weight.trained else weight.itemsize) for weight in self.model.weights)
+            return sum(
+                weight.count * (4 if weight.trained else weight.itemsize) for weight in self.model.weights
+            )
         found = self.persistent()
         return found["parameters"] + found["main weights"]

@@ -6,6 +6,7 @@ what is trained, adapted and tied is what a run would train, adapt and tie.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sftmix.config import Config, ModelConfig
+from sftmix.config import Config, LoraConfig, ModelConfig
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.dtype import DTYPES
 from sftmix.model.lora import apply_lora
@@ -75,6 +76,15 @@ class Skeleton:
         return torch.float32 if self.itemsize == 4 else torch.bfloat16
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether all blocks have the same parameters."""
+        kinds = {
+            tuple((weight.shape, weight.itemsize) for weight in self.of(BLOCK, index))
+            for index in range(self.num_blocks)
+        }
+        return len(kinds) == 1
+
+    @property
     def count(self) -> int:
         return sum(weight.count for weight in self.weights)
 
@@ -108,29 +118,71 @@ def read_model_config(model: ModelConfig) -> Any:
         ) from error
 
 
-def build_model(model_config: Any, config: Config) -> SFTMixModel:
-    """The model, LoRA included, on the meta device.
+def build(model: ModelConfig, tuning: str, lora: LoraConfig) -> tuple[Skeleton, SFTMixModel]:
+    """The description of a model, and the model on the meta device with two of its blocks, to run.
 
-    Raises ``ValueError`` for a model without a list of blocks or a linear head, and what ``apply_lora`` refuses.
+    Raises ``ValueError`` for what is no causal LM with a list of blocks and a linear head, and as ``apply_lora`` does.
     """
-    if config.model.dtype not in DTYPES:
-        raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)} to plan, got {config.model.dtype}")
+    built = build_model(read_model_config(model), model.dtype)
+    whole = describe_model(built)
+    if tuning == "lora":
+        if lora.layers is None and whole.is_uniform:
+            # One block stands for all: peft takes seconds for a hundred.
+            keep_two(built, 0)
+            _adapt(built, lora)
+            return _repeated(describe_model(built), whole.num_blocks), built
+        _adapt(built, lora)
+        whole = describe_model(built)
+    keep_two(built, whole.first_trained)
+    return whole, built
+
+
+def build_model(model_config: Any, dtype: str) -> SFTMixModel:
+    """The model, without LoRA, on the meta device."""
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)} to plan, got {dtype}")
     try:
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype])
+            causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype])
     except ValueError as error:
         raise ValueError(
             f"model.name: expected a causal language model, got {type(model_config).__name__}"
         ) from error
-    model = _with_head(causal_lm)
-    if config.train.tuning == "lora":
-        own = causal_lm.config._attn_implementation
-        # The others ask whether anything is padded, which tensors without numbers cannot answer.
-        causal_lm.set_attn_implementation("eager")
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            apply_lora(model, config.lora, seed=config.seed)
-        causal_lm.set_attn_implementation(own)
-    return model
+    return _with_head(causal_lm)
+
+
+def _adapt(model: SFTMixModel, lora: LoraConfig) -> None:
+    """Add adapters, without a word."""
+    causal_lm = model.base
+    own = causal_lm.config._attn_implementation
+    # The others ask whether anything is padded, which tensors without numbers cannot answer.
+    causal_lm.set_attn_implementation("eager")
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        apply_lora(model, lora)
+    causal_lm.set_attn_implementation(own)
+
+
+def _repeated(two: Skeleton, num_blocks: int) -> Skeleton:
+    """A model of ``num_blocks`` blocks like the first of ``two``."""
+    others = [weight for weight in two.weights if weight.unit != BLOCK]
+    block = two.of(BLOCK, 0)
+    blocks = [dataclasses.replace(weight, block=index) for index in range(num_blocks) for weight in block]
+    return dataclasses.replace(two, weights=(*others, *blocks), num_blocks=num_blocks)
+
+
+def keep_two(model: SFTMixModel, first: int) -> None:
+    """Leave two of the blocks from ``first`` on, the largest last; a model of one has it twice."""
+    name, blocks = decoder_blocks(model)
+    candidates = list(blocks)[first:]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in candidates]
+    last = sizes.index(max(sizes))
+    others = [*reversed(candidates[:last]), *candidates[last + 1 :], *blocks]
+    two = [others[0], candidates[last]]
+    if two[0] is two[1]:
+        two[0] = copy.deepcopy(two[1])
+    model.base.set_submodule(name, nn.ModuleList(two))
+    config = model.base.config.get_text_config()
+    config.num_hidden_layers = 2
 
 
 def _with_head(causal_lm: Any) -> SFTMixModel:
