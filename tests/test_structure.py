@@ -32,7 +32,7 @@ LEAF_USERS = {"sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}
 # A room of the recipe, or a file beside the rooms, may import those of a lower rank only.
 RECIPE_RANKS = {
     "": 0, "files": 0, "rank": 0, "knobs": 1, "progress": 1, "config": 2, "knobs_page": 3, "data": 3, "model": 3,
-    "scores": 4, "doctor": 4, "training": 5, "evaluation": 6, "planning": 6, "run": 7, "demo": 8, "cli": 9,
+    "scores": 4, "doctor": 4, "training": 5, "evaluation": 6, "run": 7, "planning": 8, "demo": 8, "cli": 9,
     "__main__": 10,
 }  # fmt: skip
 
