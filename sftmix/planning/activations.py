@@ -7,6 +7,7 @@ those of the portable attention kernels; a GPU's keep the same tensors. A batch 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -190,4 +191,8 @@ def _checkpoint(model: SFTMixModel, kind: str) -> None:
         packets += [getattr(torch.ops.aten, name) for name in attention]
         kept = [getattr(packet, "default", None) for packet in packets if packet is not None]
         told["context_fn"] = partial(create_selective_checkpoint_contexts, [op for op in kept if op])
-    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=told)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing_enable"
+        )  # renamed; as the trainer calls it
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=told)

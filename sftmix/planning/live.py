@@ -57,12 +57,11 @@ class LiveBytes(TorchDispatchMode):
             self.on_op(self.now)
         return out
 
-    def refresh(self) -> None:
-        """Read all sizes again, where storages were resized outside an operator."""
-        for key, reference in list(self._references.items()):
-            storage = reference()
-            if storage is not None:
-                self._resize(key, storage.nbytes())
+    def resized(self, storage: Any) -> None:
+        """A storage that was emptied or filled outside an operator has another size now."""
+        if storage._cdata in self._references:
+            self._resize(storage._cdata, storage.nbytes())
+            self.peak = max(self.peak, self.now)
 
     def _resize(self, key: int, size: int) -> None:
         self.now += size - self._sizes.get(key, 0)

@@ -38,12 +38,12 @@ def find_remedies(plan: Plan) -> list[Remedy]:
     ]
     found = [remedy for remedy in singles if remedy is not None]
     if not found:
-        least = _least(question)
-        found = [remedy for remedy in (_first_fit(least), _first_fit(_more_gpus_of(least))) if remedy]
+        least = list(_together(question))
+        found = [remedy for remedy in (_first_fit(least), _first_fit(_more_gpus_of(least[-1:]))) if remedy]
     lora = list(_lora(question))
     if lora:
-        least = _least(lora[0][2], before=lora[0])
-        tries = (_first_fit(lora), _first_fit(least), _first_fit(_more_gpus_of(least)))
+        least = [*lora, *_together(lora[0][2], *lora[0][:2])]
+        tries = (_first_fit(least), _first_fit(_more_gpus_of(least[-1:])))
         found += [remedy for remedy in tries if remedy][:1]
     return found
 
@@ -101,12 +101,14 @@ def _lora(question: Question) -> Iterator[Change]:
         yield "LoRA", "--train.tuning lora", _with(question, tuning="lora")
 
 
-def _least(question: Question, before: Change | None = None) -> list[Change]:
-    """Checkpointing and the smallest micro-batches together."""
-    words, flags = ([before[0]], [before[1]]) if before else ([], [])
-    for changed in (_checkpointed, _smaller):
-        for what, flag, after in list(changed(question))[-1:]:
-            words.append(what)
-            flags.append(flag)
-            question = after
-    return [(", ".join(words), " ".join(flags), question)] if words else []
+def _together(question: Question, *before: str) -> Iterator[Change]:
+    """Checkpointing, then smaller and smaller micro-batches with it; ``before``: words and flags of a change made."""
+    for what, flags, changed in _checkpointed(question):
+        question, before = changed, _joined(before, what, flags)
+        yield *before, question
+    for what, flags, changed in _smaller(question):
+        yield *_joined(before, what, flags), changed
+
+
+def _joined(before: tuple[str, ...], what: str, flags: str) -> tuple[str, str]:
+    return (f"{before[0]}, {what}", f"{before[1]} {flags}") if before else (what, flags)

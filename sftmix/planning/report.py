@@ -101,7 +101,8 @@ def _step(plan: Plan) -> list[str]:
         head = plan.traffic.head
         if not plan.model.is_tied:
             lines.append(
-                f"  head: {head.chosen} ({head.gather / GB:.2f} GB gathered, {head.exchange / GB:.2f} GB exchanged)"
+                f"  head: {head.chosen} (gathering its weight {head.gather / GB:.2f} GB, exchanging rows "
+                f"{head.exchange / GB:.2f} GB)"
             )
         lines.append("")
     work = _of_gpu(plan)
@@ -110,8 +111,8 @@ def _step(plan: Plan) -> list[str]:
         {name: value for name, value in dataclasses.asdict(work).items() if value}, 10**12, "TFLOP"
     )
     lines.append(
-        f"step: {seconds.total:.3g} s (compute {seconds.compute:.3g}, traffic {seconds.traffic:.3g} beside it, optimizer "
-        f"{seconds.optimizer:.3g}); {plan.tokens_per_second:,.0f} tokens/s"
+        f"step: {seconds.total:.3g} s (compute {seconds.compute:.3g}, traffic {seconds.traffic:.3g} beside it, "
+        f"optimizer {seconds.optimizer:.3g}); {plan.tokens_per_second:,.0f} tokens/s"
     )
     share = f"{plan.question.efficiency:.0%} of the peak and {LINK_SHARE:.0%} of the links"
     lines.append(f"  assumed, not measured: {share}; {plan.question.gpu.source}")
@@ -152,8 +153,8 @@ def _verdict(plan: Plan, remedies: Sequence[Remedy]) -> list[str]:
             lines.append("  nothing of checkpointing, smaller micro-batches, LoRA and up to 4,096 GPUs")
     if not plan.starts:
         lines.append(
-            f"warning: a process holds the whole model, {plan.memory.start / GB:.0f} GB, before it is sharded: more than "
-            f"the GPU's {gpu.memory_bytes / GB:.0f}"
+            f"warning: a process holds the whole model, {plan.memory.start / GB:.0f} GB, before it is sharded: "
+            f"more than the GPU's {gpu.memory_bytes / GB:.0f}"
         )
     if plan.idle:
         train = plan.question.config.train
