@@ -44,9 +44,10 @@ def loss_bytes(
     ``arch`` is "cpu" or a GPU's ("sm_80", "sm_90", "sm_100"), of ``memory_bytes`` in all, of which the default bound of
     ``stored`` is a part. Raises ``ValueError`` for what ``sftmix_loss`` would refuse.
     """
-    for name, value in (("num_rows", num_rows), ("num_pairs", num_pairs)):
-        if value < 0 or 2 * num_pairs > num_rows:
-            raise ValueError(f"{name}: expected 0 <= 2 num_pairs <= num_rows, got {value}")
+    if num_rows < 0:
+        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
+    if not 0 <= num_pairs <= num_rows // 2:
+        raise ValueError(f"num_pairs: expected 0 to {num_rows // 2}, half of num_rows, got {num_pairs}")
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
     if schedule is not None and schedule not in SCHEDULES:

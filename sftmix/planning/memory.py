@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from sftmix.planning.activations import Activations
 from sftmix.planning.skeleton import BLOCK, HEAD, ROOT, Skeleton, Weight
@@ -116,6 +117,7 @@ class _Step:
     def sharded(self) -> bool:
         return self.shards > 1
 
+    @cached_property
     def persistent(self) -> Bytes:
         """What is there all the time, the batch included."""
         parameters = main = 0
@@ -163,7 +165,7 @@ class _Step:
 
     def phase(self, **causes: int) -> Bytes:
         named = {name.replace("_", " "): value for name, value in causes.items()}
-        return {**self.persistent(), **named}
+        return {**self.persistent, **named}
 
     def forward(self) -> Bytes:
         return self.phase(
@@ -252,5 +254,5 @@ class _Step:
             return sum(
                 weight.count * (4 if weight.trained else weight.itemsize) for weight in self.model.weights
             )
-        found = self.persistent()
+        found = self.persistent
         return found["parameters"] + found["main weights"]

@@ -23,12 +23,13 @@ from sftmix.planning.skeleton import (
     read_model_config,
     with_model,
 )
-from sftmix.planning.traffic import Traffic, traffic
+from sftmix.planning.traffic import HEAD_SHARDING, Traffic, traffic
 from sftmix.planning.work import Flops, Seconds, forward_flops, links_of, step_flops, step_seconds
 from sftmix_kernels import LossBytes, loss_bytes
 
 MOST_GPUS = 4096
 PER_NODE = 8
+NO_ACTIVATIONS = Activations(0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Question:
             )
         if self.tokens < 0:
             raise ValueError(f"tokens: expected at least 0, got {self.tokens}")
+        if self.head_sharding not in HEAD_SHARDING:
+            raise ValueError(
+                f"head_sharding: expected one of {', '.join(HEAD_SHARDING)}, got {self.head_sharding!r}"
+            )
         for name in ("answers", "efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and at most 1, got {getattr(self, name)}")
@@ -137,7 +142,12 @@ def make_plan(question: Question) -> Plan:
     return dataclasses.replace(plan, stages=_stages(plan))
 
 
-def _of_step(question: Question) -> Plan:
+def least_bytes(question: Question) -> int:
+    """What a GPU holds without activations, the loss's tensors included: found at once."""
+    return _of_step(question, with_activations=False).memory.total
+
+
+def _of_step(question: Question, *, with_activations: bool = True) -> Plan:
     """The plan of an optimizer step, without stages."""
     train, config = question.config.train, question.config
     sequences = min(train.micro_batch_size, train.batch_size)
@@ -149,7 +159,9 @@ def _of_step(question: Question) -> Plan:
     micro_batches, shards = -(-chunks // question.gpus), question.shards
     rows = max(2, round(sequences * length * question.answers) // 2 * 2)
     load = Load(sequences, length, rows, rows // 2, micro_batches > 1)
-    kept = _traced(config.model, train.tuning, config.lora, sequences, length, question.kind)
+    kept = NO_ACTIVATIONS
+    if with_activations:
+        kept = _traced(config.model, train.tuning, config.lora, sequences, length, question.kind)
     moved = traffic(
         model, rows=rows, shards=shards, copies=question.nodes or 1, micro_batches=micro_batches,
         head=question.head_sharding,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sftmix.planning.plan import MOST_GPUS, Plan, Question, make_plan
+from sftmix.planning.plan import MOST_GPUS, Plan, Question, least_bytes, make_plan
 
 SMALLEST = 2  # sequences of a micro-batch: a pair
 
@@ -50,6 +50,8 @@ def find_remedies(plan: Plan) -> list[Remedy]:
 
 def _first_fit(changes: Iterator[Change] | list[Change]) -> Remedy | None:
     for what, flags, question in changes:
+        if least_bytes(question) > question.gpu.memory_bytes:
+            continue  # before the seconds of a trace
         plan = make_plan(question)
         if plan.fits:
             return Remedy(what, flags, plan.memory.total)

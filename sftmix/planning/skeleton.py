@@ -10,8 +10,11 @@ import copy
 import dataclasses
 import io
 import json
+import math
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +45,9 @@ class Weight:
     itemsize: int  # bytes of a number, as the model computes with it
     trained: bool
 
-    @property
+    @cached_property
     def count(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def share(self, shards: int) -> int:
         """Numbers on the first of ``shards`` processes: rows are dealt out in equal runs, the last may be short."""
@@ -84,17 +87,25 @@ class Skeleton:
         }
         return len(kinds) == 1
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(weight.count for weight in self.weights)
 
-    @property
+    @cached_property
     def trained(self) -> int:
         return sum(weight.count for weight in self.weights if weight.trained)
 
     def of(self, unit: str, block: int | None = None) -> tuple[Weight, ...]:
         """A unit's parameters; of ``block`` alone where one is named."""
-        return tuple(w for w in self.weights if w.unit == unit and block in (None, w.block))
+        found = self._units.get(unit, {})
+        return tuple(chain(*found.values())) if block is None else tuple(found.get(block, ()))
+
+    @cached_property
+    def _units(self) -> dict[str, dict[int, list[Weight]]]:
+        found: dict[str, dict[int, list[Weight]]] = {}
+        for weight in self.weights:
+            found.setdefault(weight.unit, {}).setdefault(weight.block, []).append(weight)
+        return found
 
 
 def read_model_config(model: ModelConfig) -> Any:

@@ -26,11 +26,17 @@ PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
     "Llama-3.1-70B": (
-        {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+        {
+            **LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
         70_553_706_496,
     ),
     "Llama-3.1-405B": (
-        {**LLAMA_8B, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+        {
+            **LLAMA_8B, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+        },
         405_853_388_800,
     ),
     "Mistral-7B": (
@@ -53,7 +59,7 @@ PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def folder(name: str, within: Path) -> Path:
-    """A folder with a public model's config.json, or one of changed numbers, and nothing else."""
+    """A folder with a public model's config.json and nothing else."""
     path = within / name
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(PUBLIC[name][0]))
