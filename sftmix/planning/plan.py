@@ -89,7 +89,17 @@ class Question:
     @property
     def kind(self) -> str:
         """Of activation checkpointing."""
-        return self.checkpointing or ("full" if self.config.train.gradient_checkpointing else "none")
+        return self.checkpointing or kind_of(self.config.train.gradient_checkpointing)
+
+
+def kind_of(knob: bool | str) -> str:
+    """The kind of activation checkpointing that a value of ``train.gradient_checkpointing`` is."""
+    return knob if isinstance(knob, str) else ("full" if knob else "none")
+
+
+def knob_for(knob: bool | str, kind: str) -> Any:
+    """The value that means ``kind``, of the type that ``knob`` has."""
+    return kind if isinstance(knob, str) else kind == "full"
 
 
 @dataclass(frozen=True)
@@ -232,7 +242,7 @@ def _trained(name: str, plan: Plan, epochs: int) -> Stage:
 
 
 def _read(name: str, plan: Plan, tokens: int) -> Stage:
-    """A pass without gradients: every process reads every example, whatever their number."""
+    """A pass without gradients, its batches dealt out to all processes."""
     question, model, length = plan.question, plan.model, plan.load.length
     sequences = question.config.evaluate.batch_size
     batches = -(-tokens // (sequences * length))
@@ -243,9 +253,9 @@ def _read(name: str, plan: Plan, tokens: int) -> Stage:
     rate = question.gpu.flops * question.efficiency / (8 if model.itemsize == 4 else 1)
     links = links_of(question.gpu, shards=question.shards, per_node=question.in_a_node)
     gathered = in_bytes(model.weights) * (question.shards - 1) / question.shards
-    seconds = batches * max(flops.total / rate, gathered / (links.sharded * LINK_SHARE))
+    seconds = -(-batches // question.gpus) * max(flops.total / rate, gathered / (links.sharded * LINK_SHARE))
     hours = seconds * question.gpus / 3600
-    return Stage(name, tokens, batches * flops.total * question.gpus, seconds, hours)
+    return Stage(name, tokens, batches * flops.total, seconds, hours)
 
 
 @lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sftmix.planning.plan import MOST_GPUS, Plan, Question, least_bytes, make_plan
+from sftmix.planning.plan import MOST_GPUS, Plan, Question, knob_for, least_bytes, make_plan
 
 SMALLEST = 2  # sequences of a micro-batch: a pair
 
@@ -72,8 +72,9 @@ def _whole(question: Question) -> Iterator[Change]:
 
 def _checkpointed(question: Question) -> Iterator[Change]:
     if question.kind != "full":
-        changed = dataclasses.replace(_with(question, gradient_checkpointing=True), checkpointing="full")
-        yield "activation checkpointing", "--train.gradient_checkpointing true", changed
+        knob = knob_for(question.config.train.gradient_checkpointing, "full")
+        changed = dataclasses.replace(_with(question, gradient_checkpointing=knob), checkpointing="full")
+        yield "activation checkpointing", f"--train.gradient_checkpointing {str(knob).lower()}", changed
 
 
 def _smaller(question: Question) -> Iterator[Change]:

@@ -132,8 +132,6 @@ def _stages(plan: Plan) -> list[str]:
     together = sum(stage.seconds for stage in plan.stages)
     hours = sum(stage.gpu_hours for stage in plan.stages)
     lines.append(f"  {'together':<14}{_duration(together):>10}{hours:>12,.2f} GPU hours")
-    if plan.question.gpus > 1:
-        lines.append("  score and evaluate read every example on every GPU")
     return lines
 
 
@@ -162,7 +160,9 @@ def _verdict(plan: Plan, remedies: Sequence[Remedy]) -> list[str]:
             f"warning: {plan.idle} of {plan.question.gpus} GPUs get no micro-batch: train.batch_size="
             f"{train.batch_size} makes {plan.question.gpus - plan.idle} of {plan.load.sequences}"
         )
-    if plan.question.kind == "selective":
+    if plan.question.kind == "selective" and isinstance(
+        plan.question.config.train.gradient_checkpointing, bool
+    ):
         lines.append(
             "note: the trainer has none (false) and full (true) of activation checkpointing, not selective"
         )

@@ -8,8 +8,12 @@ from typing import Any
 
 from sftmix.config import load_config
 from sftmix.planning.hardware import find_gpu
-from sftmix.planning.plan import Question
+from sftmix.planning.plan import Question, knob_for
+from tests.recipe import tiny
 
+CHECKPOINTED = (
+    f"train.gradient_checkpointing={knob_for(tiny.config().train.gradient_checkpointing, 'full')}".lower()
+)
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

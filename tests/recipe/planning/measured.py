@@ -18,6 +18,7 @@ from sftmix.model.lora import apply_lora
 from sftmix.planning.activations import trace
 from sftmix.planning.live import LiveBytes
 from sftmix.planning.memory import Load, Memory, memory
+from sftmix.planning.plan import kind_of
 from sftmix.planning.skeleton import Skeleton, build
 from sftmix.training.batch import Batch
 from sftmix.training.pairs import epoch_pairs
@@ -130,7 +131,7 @@ def modelled(case: Case, *, shards: int = 1) -> tuple[Memory, Skeleton, LossByte
         (Path(folder) / "config.json").write_text(json.dumps(numbers))
         told = tiny.config(f"model.name={folder}", f"model.dtype={case.dtype}").model
         skeleton, two = build(told, config.train.tuning, config.lora)
-    kind = "full" if config.train.gradient_checkpointing else "none"
+    kind = kind_of(config.train.gradient_checkpointing)
     kept = trace(two, sequences=case.sequences, length=LENGTH, checkpointing=kind)
     rows = case.sequences * (LENGTH - PROMPT)
     loss = loss_bytes(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sftmix.planning.live import LiveBytes
+from tests.recipe.planning.configs import CHECKPOINTED
 from tests.recipe.planning.measured import LENGTH, Case, measure, modelled
 
 BOUND = 0.15
@@ -19,10 +20,10 @@ WIDE = {
 DEEP = {**WIDE, "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4}
 TIED = {**WIDE, "tie_word_embeddings": True}
 GPT2 = {"vocab_size": 4096, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 128}
-CHECKPOINTED, LORA = "train.gradient_checkpointing=true", "train.tuning=lora"
+LORA = "train.tuning=lora"
 CASES = [
     Case("llama", WIDE), Case("llama", WIDE, "bfloat16", micro_batches=2), Case("llama", DEEP, "bfloat16", 8),
-    Case("llama", DEEP, "float32", 4, 2, (CHECKPOINTED,)), Case("llama", TIED, "float32", 4, 2),
+    Case("llama", WIDE, "float32", 4, 2, (CHECKPOINTED,)), Case("llama", TIED, "float32", 4, 2),
     Case("llama", TIED, "bfloat16", 2), Case("llama", DEEP, "bfloat16", 4, 1, (LORA,)),
     Case("llama", WIDE, "float32", 8, 1, (LORA, CHECKPOINTED)), Case("gpt2", GPT2, "float32", 8),
     Case("gpt2", GPT2, "bfloat16", 4, 2, (CHECKPOINTED,)), Case("gpt2", GPT2, "bfloat16", 4, 2, (LORA,)),
@@ -57,6 +58,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from sftmix.planning.live import LiveBytes
 from tests.recipe.planning import test_memory
+from tests.recipe.planning.configs import CHECKPOINTED
 from tests.recipe.planning.measured import measure
 torch.set_num_threads(1)
 processes = int(sys.argv[1])

@@ -12,9 +12,7 @@ from sftmix.planning.hardware import GPUS, find_gpu
 from sftmix.planning.plan import Question, make_plan, model_of
 from sftmix.planning.remedies import find_remedies
 from sftmix.planning.report import as_data, in_words
-from tests.recipe.planning.configs import PUBLIC, folder, question
-
-CHECKPOINTED = "train.gradient_checkpointing=true"
+from tests.recipe.planning.configs import CHECKPOINTED, PUBLIC, folder, question
 
 
 @pytest.mark.parametrize("name", PUBLIC)

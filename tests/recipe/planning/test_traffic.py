@@ -8,7 +8,7 @@ import pytest
 
 from sftmix.planning.plan import make_plan
 from sftmix.planning.traffic import head_bytes
-from tests.recipe.planning.configs import PUBLIC, question
+from tests.recipe.planning.configs import CHECKPOINTED, PUBLIC, question
 
 
 def test_the_head_is_gathered_or_its_rows_are_exchanged() -> None:
@@ -67,7 +67,7 @@ def test_lora_reduces_adapters_alone(tmp_path: Path) -> None:
 
 
 def test_exchanging_rows_leaves_the_head_where_it_is(tmp_path: Path) -> None:
-    flags = ("train.micro_batch_size=2", "train.gradient_checkpointing=true")
+    flags = ("train.micro_batch_size=2", CHECKPOINTED)
     told = {"gpus": 8, "answers": 0.25, "length": 512}
     gathered = make_plan(question("Llama-3.1-8B", tmp_path, *flags, **told))
     exchanged = make_plan(question("Llama-3.1-8B", tmp_path, *flags, **told, head_sharding="auto"))
