@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sftmix.config import describe, load_config
+from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
 from sftmix.progress import activity, say, show
 from sftmix.run.folder import RESTARTS, stage_names
@@ -26,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=KNOBS_AS_FLAGS)(plan)
 
 
 def _forms() -> str:

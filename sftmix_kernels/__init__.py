@@ -10,6 +10,7 @@ if sys.orig_argv[1:3] != ["-m", __name__]:
     from .around_head import adapt_head
     from .doctor.examine import examine
     from .doctor.findings import Finding
+    from .footprint import LossBytes, loss_bytes
     from .functional import linear_cross_entropy, sftmix_loss, token_stats
     from .hardware import ProductSupport, product_factor, product_support, time_product
     from .head import LossHead, LossOptions, StatsOptions
@@ -18,6 +19,7 @@ if sys.orig_argv[1:3] != ["-m", __name__]:
 __version__ = "0.1.0"
 __all__ = [
     "Finding",
+    "LossBytes",
     "LossHead",
     "LossOptions",
     "ProductSupport",
@@ -27,6 +29,7 @@ __all__ = [
     "adapt_head",
     "examine",
     "linear_cross_entropy",
+    "loss_bytes",
     "product_factor",
     "product_support",
     "sftmix_loss",

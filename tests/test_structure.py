@@ -24,7 +24,8 @@ SOURCES = {
 KERNEL_RANKS = {
     "checks": 0, "reference": 0, "hardware": 0, "shareable": 0, "call": 1, "lora_head": 1, "terms": 2,
     "vocab_parallel": 3, "chunked": 3, "fused": 4, "choice": 5, "operators": 5, "autocast": 6, "arguments": 6,
-    "exchange": 6, "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10, "__main__": 11,
+    "exchange": 6, "footprint": 6, "functional": 7, "head": 8, "around_head": 9, "doctor": 9, "": 10,
+    "__main__": 11,
 }  # fmt: skip
 KERNEL_FOLDERS = {"chunked", "fused", "vocab_parallel", "doctor"}
 LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}
@@ -32,8 +33,8 @@ LEAF_USERS = {"sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}
 # A room of the recipe, or a file beside the rooms, may import those of a lower rank only.
 RECIPE_RANKS = {
     "": 0, "files": 0, "rank": 0, "knobs": 0, "progress": 1, "sections": 1, "config": 2, "process": 2,
-    "knobs_page": 3, "data": 3, "model": 3, "scores": 4, "doctor": 4,
-    "training": 5, "evaluation": 6, "run": 7, "demo": 8, "cli": 9, "__main__": 10,
+    "knobs_page": 3, "data": 3, "model": 3, "scores": 4, "doctor": 4, "training": 5, "evaluation": 6, "run": 7,
+    "planning": 8, "demo": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 
 

@@ -37,9 +37,11 @@ class HeadTraffic(NamedTuple):
 
 
 def head_traffic(
-    *, rows: int, vocab_size: int, hidden_size: int, processes: int, itemsize: int
+    *, rows: int, vocab_size: int, hidden_size: int, processes: int, itemsize: int, trained: bool = True
 ) -> HeadTraffic:
     """Both ways' bytes for ``rows`` rows N of each of R processes; ``itemsize`` is that of the computing dtype.
+
+    Of a head that is not ``trained`` no gradient is reduced.
 
         gather     (R - 1) / R V D (itemsize + 4)      the weight once, its float32 gradient once
         exchange   (R - 1) N (D (itemsize + 4) + 48 R)      hidden states and their float32 gradients, statistics
@@ -48,7 +50,7 @@ def head_traffic(
     """
     others, element = processes - 1, itemsize + 4
     return HeadTraffic(
-        others * vocab_size * hidden_size * element // processes,
+        others * vocab_size * hidden_size * (itemsize + 4 * trained) // processes,
         others * rows * (hidden_size * element + STATISTICS_BYTES * processes),
     )
 

@@ -202,6 +202,8 @@ def _initialise(model: SFTMixModel, seed: int) -> None:
     DoRA's magnitude is the norm of the weight's rows in float32, in which peft's forward takes it too: the adapted
     model begins as the base model.
     """
+    if model.device.type == "meta":  # a plan's model: shapes have no values
+        return
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
