@@ -1,0 +1,194 @@
+"""Whether a model can read several documents in one row, measured; and what its forward is then given.
+
+A packed row [1, T] holds documents one after the other, without padding, each with positions from 0. That one document
+then sees nothing of another is a matter of the model's masks, positions, convolutions and recurrent states, and a model
+that lets them cross says nothing. So it is not believed: three short documents are read packed and each alone, and
+then again with one of them changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sftmix.model.documents import BY_DOCUMENT, attend_by_document
+from sftmix.model.probe import rounding
+from sftmix.progress import say
+
+if TYPE_CHECKING:
+    from sftmix.model.causal_lm import SFTMixModel
+
+LENGTHS = (9, 14, 6)  # of the probe's documents
+WINDOW = 5  # what windows and chunks of attention are cut to meanwhile, so that these documents reach beyond them
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_window_size")
+BY_DOCUMENTS, BLOCK_MASK, VARLEN = "a document at a time", "a mask over the row", "variable lengths"
+CHEAP = (BY_DOCUMENTS, VARLEN)  # ways whose cost is that of the documents, not of the row's square
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model reads packed rows; ``way`` None: it cannot, and ``reason`` says why."""
+
+    way: str | None
+    reason: str = ""
+    moved: float = 0.0  # largest relative change of a hidden state against the document alone
+    crossed: float = 0.0  # and when another document changes
+
+
+def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Any]:
+    """What the model's forward is given for a packed row beside its tokens: no mask, positions, flash's lengths."""
+    inputs: dict[str, Any] = {"position_ids": position_ids}
+    if is_flash(causal_lm):
+        # Told, not left to be found: transformers would read them from the positions in every layer, waiting for the GPU.
+        cut = torch.tensor(starts, dtype=torch.int32).to(position_ids.device, non_blocking=True)
+        longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
+        inputs.update(cu_seq_lens_q=cut, cu_seq_lens_k=cut, max_length_q=longest, max_length_k=longest)
+    return inputs
+
+
+def attention_of(causal_lm: Any) -> str:
+    """The name of the attention of a model's text part."""
+    config = causal_lm.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return str(getattr(config, "_attn_implementation", None))
+
+
+def is_flash(causal_lm: Any) -> bool:
+    return "flash" in attention_of(causal_lm)
+
+
+def packs(model: SFTMixModel, wanted: str) -> bool:
+    """Whether the model's batches are packed, ``wanted`` being the knob ``train.packing``; to be asked before it is sharded.
+
+    The model is measured once, and keeps the attention that reads its rows cheapest. auto packs where the cost is that
+    of the documents, and says why it does not. Raises ``ValueError`` for on and a model that cannot.
+    """
+    if wanted == "off":
+        return False
+    said = model.packing is not None
+    found = model.packing = model.packing or measure_packing(model)
+    if wanted == "on":
+        if found.way is None:
+            raise ValueError(
+                f"train.packing: expected off or auto with {type(model.base).__name__}, which cannot read packed rows "
+                f"({found.reason}), got on"
+            )
+        return True
+    if found.way in CHEAP:
+        return True
+    if not said:
+        say(f"packing: off for {type(model.base).__name__}: {found.reason}")
+    return False
+
+
+@torch.no_grad()
+def measure_packing(model: SFTMixModel) -> Packing:
+    """How ``model`` reads packed rows, by what it does with three documents of random tokens."""
+    undo = attend_by_document(model.base)
+    found = _measured(model, VARLEN if undo is None else BY_DOCUMENTS)
+    if found.way is not None or undo is None:
+        return found
+    undo()
+    masked = _measured(model, BLOCK_MASK)
+    if masked.way is None:
+        return masked
+    return Packing(BLOCK_MASK, f"only {BLOCK_MASK}, which costs its square, keeps its documents apart ({found.reason})")
+
+
+def _measured(model: SFTMixModel, way: str) -> Packing:
+    """What is found of one way of attention, the one that the model has."""
+    name, device = type(model.base).__name__, model.device
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(model.vocab_size, (n,), generator=generator).to(device) for n in LENGTHS]
+    before = model.training
+    model.eval()
+    try:
+        with _short_windows(model.base):
+            return _compared(model, way, ids)
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, IndexError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        return Packing(None, f"{name} fails on one: {type(error).__name__}: {reason[0] if reason else ''}")
+    finally:
+        model.train(before)
+
+
+def _compared(model: SFTMixModel, way: str, ids: list[Tensor]) -> Packing:
+    alone = [_hidden(model, x.unsqueeze(0))[0] for x in ids]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+    usual = [row[: len(x)] for row, x in zip(_hidden(model, padded, mask), ids, strict=True)]
+    row = _hidden_packed(model, ids)
+    noise = max(map(_change, usual, alone))
+    moved = max(map(_change, row, alone))
+    crossed = 0.0
+    for changed in range(len(ids)):
+        other = [(x + 1) % model.vocab_size if i == changed else x for i, x in enumerate(ids)]
+        again = _hidden_packed(model, other)
+        crossed = max(crossed, *(_change(a, b) for i, (a, b) in enumerate(zip(again, row)) if i != changed))
+    print(type(model.base).__name__, attention_of(model.base), way, f"noise {noise:.2g} moved {moved:.2g} crossed {crossed:.2g}")
+    eps = rounding(row[0], model.head.weight)
+    if not crossed <= 8 * eps + 4 * noise:
+        return Packing(None, f"a document's hidden states change by {crossed:.2g} when another one does", moved, crossed)
+    if not moved <= max(1e-4, 8 * eps) + 4 * noise:
+        return Packing(None, f"a document's hidden states are not what they are alone, by {moved:.2g}", moved, crossed)
+    return Packing(way, "", moved, crossed)
+
+
+def _hidden_packed(model: SFTMixModel, ids: list[Tensor]) -> list[Tensor]:
+    """Last hidden states [n, D] of each document of a row."""
+    starts = [0]
+    for x in ids:
+        starts.append(starts[-1] + len(x))
+    position_ids = torch.cat([torch.arange(len(x), device=x.device) for x in ids]).unsqueeze(0)
+    row = torch.cat(ids).unsqueeze(0)
+    found = _hidden(model, row, None, position_ids=position_ids, starts=starts)[0]
+    return [found[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def _hidden(model: SFTMixModel, input_ids: Tensor, mask: Tensor | None | str = "ones", **options: Any) -> Tensor:
+    """What goes into the head [B, T, D] for ``input_ids`` [B, T]; without a mask given, of ones."""
+    seen: list[Tensor] = []
+    if isinstance(mask, str):
+        mask = torch.ones_like(input_ids)
+    handle = model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model(input_ids, mask, None, None, **options)
+    finally:
+        handle.remove()
+    return seen[0].float()
+
+
+def _change(found: Tensor, expected: Tensor) -> float:
+    """The largest relative change of a token's hidden state."""
+    change = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(change.nan_to_num(torch.inf).max())
+
+
+@contextmanager
+def _short_windows(causal_lm: Any) -> Iterator[None]:
+    """Windows and chunks of attention cut to ``WINDOW`` inside the block."""
+    holders: dict[int, Any] = {}
+    for module in causal_lm.modules():
+        holders[id(module)] = module
+        config = getattr(module, "config", None)
+        for part in (config, getattr(config, "text_config", None)):
+            if part is not None:
+                holders[id(part)] = part
+    before = [
+        (holder, name, value)
+        for holder in holders.values()
+        for name in WINDOWS
+        if isinstance(value := getattr(holder, name, None), int) and value > WINDOW
+    ]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, WINDOW)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
