@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 BY_DOCUMENT = {"sdpa": "sdpa_by_document", "eager": "eager_by_document"}
+ORIGINAL = {new: name for name, new in BY_DOCUMENT.items()}
 _lengths: ContextVar[tuple[int, ...] | None] = ContextVar("lengths of a row's documents", default=None)
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from sftmix.model.documents import BY_DOCUMENT, attend_by_document
+from sftmix.model.documents import ORIGINAL, attend_by_document
 from sftmix.model.probe import rounding
 from sftmix.progress import say
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
 LENGTHS = (9, 14, 6)  # of the probe's documents
+LONG, ROW = 150, 300  # and of a row of long ones: some models compress blocks of 128 tokens, which no short one fills
 WINDOW = 5  # what windows and chunks of attention are cut to meanwhile, so that these documents reach beyond them
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
+NOISE = 0.25  # a relative change by padding above which nothing can be told
 BY_DOCUMENTS, BLOCK_MASK, VARLEN = "a document at a time", "a mask over the row", "variable lengths"
 CHEAP = (BY_DOCUMENTS, VARLEN)  # ways whose cost is that of the documents, not of the row's square
 
@@ -36,8 +39,9 @@ class Packing:
 
     way: str | None
     reason: str = ""
-    moved: float = 0.0  # largest relative change of a hidden state against the document alone
-    crossed: float = 0.0  # and when another document changes
+
+
+_measurements: dict[tuple[Any, ...], Packing] = {}  # by class, configuration, attention, dtype and kind of device
 
 
 def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Any]:
@@ -49,6 +53,12 @@ def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -
         longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
         inputs.update(cu_seq_lens_q=cut, cu_seq_lens_k=cut, max_length_q=longest, max_length_k=longest)
     return inputs
+
+
+def numbers_of(config: Any, name: str) -> list[int]:
+    """The whole numbers called ``name`` in a configuration and in that of its text part."""
+    parts = [config, config.get_text_config() if hasattr(config, "get_text_config") else config]
+    return [value for part in parts if isinstance(value := getattr(part, name, None), int)]
 
 
 def attention_of(causal_lm: Any) -> str:
@@ -63,27 +73,43 @@ def is_flash(causal_lm: Any) -> bool:
 
 
 def packs(model: SFTMixModel, wanted: str) -> bool:
-    """Whether the model's batches are packed, ``wanted`` being the knob ``train.packing``; to be asked before it is sharded.
+    """Whether the model's batches are packed, ``wanted`` being the knob ``train.packing``.
 
-    The model is measured once, and keeps the attention that reads its rows cheapest. auto packs where the cost is that
-    of the documents, and says why it does not. Raises ``ValueError`` for on and a model that cannot.
+    To be asked before the model is sharded: it is measured, and keeps the attention that reads its rows cheapest. auto
+    packs where the cost is that of the documents, and says once why it does not. Raises ``ValueError`` for on and a
+    model that cannot.
     """
     if wanted == "off":
         return False
-    said = model.packing is not None
-    found = model.packing = model.packing or measure_packing(model)
-    if wanted == "on":
-        if found.way is None:
-            raise ValueError(
-                f"train.packing: expected off or auto with {type(model.base).__name__}, which cannot read packed rows "
-                f"({found.reason}), got on"
-            )
-        return True
-    if found.way in CHEAP:
+    name, said = type(model.base).__name__, _kind(model) in _measurements
+    found = _measurement(model)
+    if wanted == "on" and found.way is None:
+        raise ValueError(
+            f"train.packing: expected off or auto with {name}, which cannot read packed rows ({found.reason}), got on"
+        )
+    if wanted == "on" or found.way in CHEAP:
         return True
     if not said:
-        say(f"packing: off for {type(model.base).__name__}: {found.reason}")
+        say(f"packing: off for {name}: {found.reason}")
     return False
+
+
+def _measurement(model: SFTMixModel) -> Packing:
+    """What is measured of the model, or was of another of its class and configuration."""
+    if model.packing is None:
+        known = _measurements.get(kind := _kind(model))
+        if known is None:
+            known = _measurements[kind] = measure_packing(model)
+        elif known.way == BY_DOCUMENTS:
+            attend_by_document(model.base)
+        model.packing = known
+    return model.packing
+
+
+def _kind(model: SFTMixModel) -> tuple[Any, ...]:
+    base = model.base
+    attention = ORIGINAL.get(attention_of(base), attention_of(base))
+    return type(base), str(base.config.to_dict()), attention, model.dtype, model.device.type
 
 
 @torch.no_grad()
@@ -94,49 +120,63 @@ def measure_packing(model: SFTMixModel) -> Packing:
     if found.way is not None or undo is None:
         return found
     undo()
+    end = _end_of_masks(model.base)
+    if end is not None:
+        return Packing(None, f"its own masks end at {end} tokens")
     masked = _measured(model, BLOCK_MASK)
     if masked.way is None:
         return masked
-    return Packing(BLOCK_MASK, f"only {BLOCK_MASK}, which costs its square, keeps its documents apart ({found.reason})")
+    return Packing(BLOCK_MASK, f"its documents are kept apart by {BLOCK_MASK} alone, which costs its square")
+
+
+def _end_of_masks(causal_lm: Any) -> int | None:
+    """The side of the smallest square mask among a model's buffers, which no row may pass."""
+    shapes = [b.shape for b in causal_lm.buffers() if b.dtype in (torch.bool, torch.uint8) and b.ndim >= 2]
+    return min((int(shape[-1]) for shape in shapes if shape[-1] == shape[-2] > 1), default=None)
 
 
 def _measured(model: SFTMixModel, way: str) -> Packing:
     """What is found of one way of attention, the one that the model has."""
-    name, device = type(model.base).__name__, model.device
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(model.vocab_size, (n,), generator=generator).to(device) for n in LENGTHS]
+    longest = min([LONG, *numbers_of(model.base.config, "max_position_embeddings")])
+
+    def draw(*lengths: int) -> list[Tensor]:
+        sizes = [(min(length, longest),) for length in lengths]
+        return [torch.randint(model.vocab_size, size, generator=generator).to(model.device) for size in sizes]
+
     before = model.training
     model.eval()
     try:
         with _short_windows(model.base):
-            return _compared(model, way, ids)
+            return _compared(model, way, draw(*LENGTHS), draw(*[longest] * -(-ROW // longest)))
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, IndexError, KeyError) as error:
         reason = str(error).strip().splitlines()
-        return Packing(None, f"{name} fails on one: {type(error).__name__}: {reason[0] if reason else ''}")
+        return Packing(None, f"it fails on one: {type(error).__name__}: {reason[0] if reason else ''}")
     finally:
         model.train(before)
 
 
-def _compared(model: SFTMixModel, way: str, ids: list[Tensor]) -> Packing:
-    alone = [_hidden(model, x.unsqueeze(0))[0] for x in ids]
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+def _compared(model: SFTMixModel, way: str, ids: list[Tensor], long: list[Tensor]) -> Packing:
+    """What the hidden states of packed documents say, against the rounding that padding alone brings."""
+    alone = [_hidden(model, x.unsqueeze(0), torch.ones_like(x).unsqueeze(0))[0] for x in ids]
+    padded, mask = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(x) for x in ids]))
     usual = [row[: len(x)] for row, x in zip(_hidden(model, padded, mask), ids, strict=True)]
     row = _hidden_packed(model, ids)
-    noise = max(map(_change, usual, alone))
-    moved = max(map(_change, row, alone))
-    crossed = 0.0
+    noise, eps = max(map(_change, usual, alone)), rounding(row[0], model.head.weight)
+    moved, crossed = max(map(_change, row, alone)), 0.0
     for changed in range(len(ids)):
         other = [(x + 1) % model.vocab_size if i == changed else x for i, x in enumerate(ids)]
-        again = _hidden_packed(model, other)
-        crossed = max(crossed, *(_change(a, b) for i, (a, b) in enumerate(zip(again, row)) if i != changed))
-    print(type(model.base).__name__, attention_of(model.base), way, f"noise {noise:.2g} moved {moved:.2g} crossed {crossed:.2g}")
-    eps = rounding(row[0], model.head.weight)
-    if not crossed <= 8 * eps + 4 * noise:
-        return Packing(None, f"a document's hidden states change by {crossed:.2g} when another one does", moved, crossed)
-    if not moved <= max(1e-4, 8 * eps) + 4 * noise:
-        return Packing(None, f"a document's hidden states are not what they are alone, by {moved:.2g}", moved, crossed)
-    return Packing(way, "", moved, crossed)
+        pairs = zip(_hidden_packed(model, other), row, strict=True)
+        crossed = max(crossed, *(_change(*pair) for i, pair in enumerate(pairs) if i != changed))
+    if noise > NOISE:
+        return Packing(None, f"padding alone changes its hidden states by {noise:.2g}")
+    if not crossed <= eps + noise:
+        return Packing(None, f"a document's hidden states change by {crossed:.2g} when another one does")
+    whole = [_hidden(model, x.unsqueeze(0), torch.ones_like(x).unsqueeze(0))[0] for x in long]
+    moved = max(moved, *map(_change, _hidden_packed(model, long), whole))
+    if not moved <= max(1e-4, 4 * eps) + 4 * noise:
+        return Packing(None, f"a document's hidden states are {moved:.2g} off what they are alone")
+    return Packing(way)
 
 
 def _hidden_packed(model: SFTMixModel, ids: list[Tensor]) -> list[Tensor]:
@@ -150,11 +190,9 @@ def _hidden_packed(model: SFTMixModel, ids: list[Tensor]) -> list[Tensor]:
     return [found[a:b] for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def _hidden(model: SFTMixModel, input_ids: Tensor, mask: Tensor | None | str = "ones", **options: Any) -> Tensor:
-    """What goes into the head [B, T, D] for ``input_ids`` [B, T]; without a mask given, of ones."""
+def _hidden(model: SFTMixModel, input_ids: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """What goes into the head [B, T, D], in float32."""
     seen: list[Tensor] = []
-    if isinstance(mask, str):
-        mask = torch.ones_like(input_ids)
     handle = model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         model(input_ids, mask, None, None, **options)

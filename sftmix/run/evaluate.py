@@ -15,6 +15,7 @@ from sftmix.data.digest import examples_digest
 from sftmix.evaluation.figures import evaluate_model, sample_answers
 from sftmix.files import replacing
 from sftmix.model.identity import model_identity
+from sftmix.model.packing import packs
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import write_card
@@ -116,7 +117,7 @@ def _figures(
     with bar(f"evaluate {label}") as progress:
         figures: dict[str, Any] = evaluate_model(
             model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-            impl=config.train.impl, progress=progress.batches,
+            impl=config.train.impl, packed=packs(model, config.train.packing), progress=progress.batches,
         )  # fmt: skip
     figures["num_examples"] = len(session.heldout)
     if generate:

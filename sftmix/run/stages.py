@@ -14,6 +14,7 @@ from typing import Any
 
 from sftmix.evaluation.figures import score_examples
 from sftmix.model.export import export_adapter, merge_and_export
+from sftmix.model.packing import packs
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import card
@@ -109,6 +110,7 @@ def score(session: Session) -> None:
 def _score_points(session: Session) -> list[dict[str, Any]]:
     config, folder = session.config, session.folder
     model = session.models.load(session.models.reference, trainable=True)
+    packed = packs(model, config.train.packing)
     examples = list(session.reference_examples.values())
     num_points = config.reference.epochs * config.reference.checkpoints_per_epoch
     rows: list[dict[str, Any]] = []
@@ -122,7 +124,7 @@ def _score_points(session: Session) -> list[dict[str, Any]]:
         with bar(f"score point {index + 1}/{num_points}") as progress:
             rows += score_examples(
                 model, examples, checkpoint=index, step=step, batch_size=config.evaluate.batch_size,
-                pad_id=session.pad_id, impl=config.train.impl, progress=progress.batches,
+                pad_id=session.pad_id, impl=config.train.impl, packed=packed, progress=progress.batches,
             )  # fmt: skip
     if not rows:
         raise ValueError(
