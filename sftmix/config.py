@@ -161,7 +161,7 @@ class TrainConfig:
     batch_size: int = knob("sequences per optimizer step over all processes", 32, at_least=2, even=True)
     micro_batch_size: int = knob("sequences per forward pass and process", 8, at_least=2, even=True)
     packing: str = knob(
-        "sequences in one row without padding; auto: where it saves time", "auto", choices=("auto", "on", "off")
+        "several sequences in a row, unpadded; auto: where it is cheap", "auto", choices=("auto", "on", "off")
     )
     tuning: str = knob("train all parameters or LoRA adapters", "full", choices=("full", "lora"))
     max_steps: int | None = knob("stop after so many optimizer steps", None, at_least=1)

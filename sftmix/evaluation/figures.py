@@ -39,8 +39,10 @@ def evaluate_model(
     The model's mode is restored. Under FSDP every process must call it, with the same examples.
     Raises ``ValueError`` for no examples.
     """
-    told = {"batch_size": batch_size, "pad_id": pad_id, "impl": impl, "packed": packed, "progress": progress}
-    sums = list(_sums(model, examples, **told))
+    found = _sums(
+        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, packed=packed, progress=progress
+    )
+    sums = list(found)
     num_tokens = sum(example.num_supervised for example in examples)
     nll = math.fsum(nll_sum for _, nll_sum, _ in sums) / num_tokens
     accuracy = sum(top1 for _, _, top1 in sums) / num_tokens
@@ -54,8 +56,9 @@ def score_examples(
     progress: OnBatch | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of the dynamics per example, in the order given, from the model as it is now."""
-    told = {"batch_size": batch_size, "pad_id": pad_id, "impl": impl, "packed": packed, "progress": progress}
-    found = _sums(model, examples, **told)
+    found = _sums(
+        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, packed=packed, progress=progress
+    )
     by_id = {name: (nll_sum, top1) for name, nll_sum, top1 in found}
     rows = []
     for example in examples:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class DocumentMasks:
 @contextmanager
 def documents(starts: Sequence[int] | None) -> Iterator[None]:
     """Masks made inside the block are those of documents from ``starts[i]`` to ``starts[i + 1]``; None: of no row."""
-    lengths = None if starts is None else tuple(b - a for a, b in zip(starts, starts[1:], strict=False))
+    lengths = None if starts is None else tuple(b - a for a, b in pairwise(starts))
     token = _lengths.set(lengths)
     try:
         yield
@@ -51,7 +52,9 @@ def attend_by_document(causal_lm: Any) -> Callable[[], None] | None:
 
     It stays: the backward pass may run attention again.
     """
-    configs = {id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")}
+    configs = {
+        id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")
+    }
     before = {key: config._attn_implementation for key, config in configs.items()}
     if not set(before.values()) & set(BY_DOCUMENT):
         return None

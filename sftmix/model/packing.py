@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
 LENGTHS = (9, 14, 6)  # of the probe's documents
-LONG, ROW = 150, 300  # and of a row of long ones: some models compress blocks of 128 tokens, which no short one fills
-WINDOW = 5  # what windows and chunks of attention are cut to meanwhile, so that these documents reach beyond them
+LONG, ROW = (
+    150,
+    300,
+)  # and of a row of long ones: some models compress blocks of 128 tokens, which no short one fills
+WINDOW = (
+    5  # what windows and chunks of attention are cut to meanwhile, so that these documents reach beyond them
+)
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
 NOISE = 0.25  # a relative change by padding above which nothing can be told
 BY_DOCUMENTS, BLOCK_MASK, VARLEN = "a document at a time", "a mask over the row", "variable lengths"
@@ -41,16 +47,18 @@ class Packing:
     reason: str = ""
 
 
-_measurements: dict[tuple[Any, ...], Packing] = {}  # by class, configuration, attention, dtype and kind of device
+_measurements: dict[
+    tuple[Any, ...], Packing
+] = {}  # by class, configuration, attention, dtype and kind of device
 
 
 def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Any]:
     """What the model's forward is given for a packed row beside its tokens: no mask, positions, flash's lengths."""
     inputs: dict[str, Any] = {"position_ids": position_ids}
     if is_flash(causal_lm):
-        # Told, not left to be found: transformers would read them from the positions in every layer, waiting for the GPU.
+        # Told, not left to be found: every layer would read them from the positions, and wait for the GPU.
         cut = torch.tensor(starts, dtype=torch.int32).to(position_ids.device, non_blocking=True)
-        longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(starts))
         inputs.update(cu_seq_lens_q=cut, cu_seq_lens_k=cut, max_length_q=longest, max_length_k=longest)
     return inputs
 
@@ -187,7 +195,7 @@ def _hidden_packed(model: SFTMixModel, ids: list[Tensor]) -> list[Tensor]:
     position_ids = torch.cat([torch.arange(len(x), device=x.device) for x in ids]).unsqueeze(0)
     row = torch.cat(ids).unsqueeze(0)
     found = _hidden(model, row, None, position_ids=position_ids, starts=starts)[0]
-    return [found[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [found[a:b] for a, b in pairwise(starts)]
 
 
 def _hidden(model: SFTMixModel, input_ids: Tensor, mask: Tensor | None, **options: Any) -> Tensor:

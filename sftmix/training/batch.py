@@ -46,7 +46,9 @@ class Batch:
     row_weight: Tensor | None = None  # [N] float32, of the rows' next-token terms; None: all 1
     pair_weight: Tensor | None = None  # [M] float32, of the pairs' Mixup terms; None: all 1
     position_ids: Tensor | None = None  # [1, T] int64, from 0 in each sequence; None: padded
-    starts: tuple[int, ...] | None = None  # [B + 1], where the sequences begin in the row, and T; None: padded
+    starts: tuple[int, ...] | None = (
+        None  # [B + 1], where the sequences begin in the row, and T; None: padded
+    )
 
     @property
     def num_supervised(self) -> int:
@@ -202,9 +204,7 @@ def _spread(lam: Lam, size: int, name: str) -> NDArray[np.float32]:
     return values
 
 
-def _assemble(
-    sequences: Sequence[TokenizedExample], cuts: Sequence[int], pad_id: int, packed: bool
-) -> Batch:
+def _assemble(sequences: Sequence[TokenizedExample], cuts: Sequence[int], pad_id: int, packed: bool) -> Batch:
     """The batch but for its lambdas and weights; ``cuts``: how many of each sequence's rows are mixed."""
     lengths = [len(sequence.input_ids) for sequence in sequences]
     shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from sftmix.model.packing import BLOCK_MASK, BY_DOCUMENTS, VARLEN, measure_packi
 from tests.recipe import tiny
 from tests.recipe.model.architectures import ROWS, causal_lm
 
-# Dense, learned positions, eager with a cap and a window, windows, chunks, sinks, experts, a scale, an own first position.
+# Dense, learned positions, eager with a cap and windows, windows, chunks, sinks, experts, a scale, shifted positions.
 PACKED = "llama gpt2 gemma2 qwen3 mistral llama4_text gpt_oss mixtral cohere opt".split()
 MASKED = "doge codegen gpt_neox_japanese".split()  # they calculate with the mask that they are given
 REFUSED = {
@@ -56,7 +57,7 @@ def row_of(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
 def packed_logits(model: SFTMixModel, ids: Sequence[Tensor]) -> list[Tensor]:
     row, positions, starts = row_of(ids)
     found: Any = model(row, None, None, None, position_ids=positions, starts=starts)
-    return [found[0, a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [found[0, a:b] for a, b in pairwise(starts)]
 
 
 def check_row(model: SFTMixModel, ids: list[Tensor], *, exact: bool) -> None:
@@ -122,11 +123,15 @@ def test_a_model_that_wants_a_mask_packs_when_told_to(name: str, capsys: pytest.
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_lets_documents_cross_is_refused(name: str) -> None:
     model = built(name)
-    if name == "deepseek_v4":  # documents of its 64 positions fill no block of the 128 tokens that it compresses
+    if (
+        name == "deepseek_v4"
+    ):  # documents of its 64 positions fill no block of the 128 tokens that it compresses
         model.base.config.max_position_embeddings = 512
     before = {id(m): m.config._attn_implementation for m in model.base.modules() if hasattr(m, "config")}
     kind = type(model.base).__name__
-    with pytest.raises(ValueError, match=f"^train.packing: expected off or auto with {kind}.*{REFUSED[name]}.*got on$"):
+    with pytest.raises(
+        ValueError, match=f"^train.packing: expected off or auto with {kind}.*{REFUSED[name]}.*got on$"
+    ):
         packs(model, "on")
     assert not packs(model, "auto") and not packs(model, "off")
     after = {id(m): m.config._attn_implementation for m in model.base.modules() if hasattr(m, "config")}
@@ -136,13 +141,17 @@ def test_a_model_that_lets_documents_cross_is_refused(name: str) -> None:
 @pytest.mark.parametrize("wrong", ["windows", "positions", "one mask"])
 def test_the_probe_sees_what_crosses(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is for: each of these models answers as if nothing were wrong."""
-    model = built("gpt2" if wrong == "positions" else "mistral")  # turned positions are relative: these need none
+    model = built(
+        "gpt2" if wrong == "positions" else "mistral"
+    )  # turned positions are relative: these need none
     forward, config = type(model.base).forward, model.base.config
 
     def told(self: Any, **inputs: Any) -> Any:
         if inputs.get("position_ids") is not None:
             if wrong == "one mask":  # a model that overwrites the mask it makes
-                inputs["attention_mask"] = torch.ones(1, 1, *inputs["input_ids"].shape * 2, dtype=torch.bool).tril()
+                inputs["attention_mask"] = torch.ones(
+                    1, 1, *inputs["input_ids"].shape * 2, dtype=torch.bool
+                ).tril()
             elif wrong == "positions":
                 del inputs["position_ids"]
             else:  # documents apart, the window lost; the configuration's own is far longer than the probe's
@@ -208,9 +217,9 @@ def variable_lengths(
     else:
         cuts = told["cu_seq_lens_q"].tolist()
         assert told["cu_seq_lens_q"].dtype == torch.int32 and told["cu_seq_lens_k"].tolist() == cuts
-        assert told["max_length_q"] == told["max_length_k"] == max(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+        assert told["max_length_q"] == told["max_length_k"] == max(b - a for a, b in pairwise(cuts))
         assert isinstance(told["max_length_q"], int) and attention_mask is None
-        parts = [(0, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [(0, a, b) for a, b in pairwise(cuts)]
     found = torch.zeros(batch, query.shape[2], query.shape[1], value.shape[-1])
     for b, start, stop in parts:
         q = query[b, :, start:stop]
@@ -221,7 +230,9 @@ def variable_lengths(
         if attention_mask is not None:
             seen = seen & attention_mask[b, None, start:stop].bool()
             seen = seen | torch.eye(stop - start, dtype=torch.bool)  # a padding row has something to see
-        found[b, start:stop] = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling).transpose(0, 1)
+        found[b, start:stop] = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling).transpose(
+            0, 1
+        )
     return found, None
 
 
