@@ -55,18 +55,24 @@ def attend_by_document(causal_lm: Any) -> Callable[[], None] | None:
     configs = {
         id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")
     }
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: plain_attention(config) for key, config in configs.items()}
     if not set(before.values()) & set(BY_DOCUMENT):
         return None
 
-    def assign(names: dict[int, str]) -> None:
+    def assign(names: dict[int, str | None]) -> None:
         for key in names:  # outer configurations set their parts' too, which come again by themselves
             configs[key]._attn_implementation = names[key]
         for key in names:
             configs[key]._attn_implementation_internal = names[key]
 
-    assign({key: BY_DOCUMENT.get(name, name) for key, name in before.items()})
+    assign({key: BY_DOCUMENT.get(name or "", name) for key, name in before.items()})
     return partial(assign, before)
+
+
+def plain_attention(config: Any) -> str | None:
+    """The attention of a configuration by transformers' own name."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return ORIGINAL.get(name or "", name)
 
 
 def _mask(

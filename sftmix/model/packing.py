@@ -4,6 +4,15 @@ A packed row [1, T] holds documents one after the other, without padding, each w
 then sees nothing of another is a matter of the model's masks, positions, convolutions and recurrent states, and a model
 that lets them cross says nothing. So it is not believed: three short documents are read packed and each alone, and
 then again with one of them changed.
+
+A packed step is the padded one but for rounding. Dropout is drawn otherwise. A router's auxiliary loss is the mean over
+the chunk's tokens, as it is where a model leaves padding out of it. What packing costs (sdpa and eager, a document at a
+time; flash attention, by lengths; flex attention, by blocks): the tokens that there are, and each document's square.
+A mask over the row costs the square of the whole, more than padding does, so only ``on`` takes it. Measured on one
+core, a llama of width 576 with 4 layers, forward and backward in CPU time, against the padded chunks of steps of 32:
+  chunks of 8 of alpaca, gsm8k, medquad (27, 12, 17 % padding): documents 1.37, 1.20, 1.21 times as fast, a mask 0.71,
+  0.76, 0.81; chunks of 2 of alpaca (5 %): 1.06, 0.92; 8 of 256 tokens each (no padding): 0.93, 0.58.
+Flash and flex attention are passed what transformers asks for and were not run: they need a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sftmix.model.documents import ORIGINAL, attend_by_document
+from sftmix.model.documents import attend_by_document, plain_attention
 from sftmix.model.probe import rounding
 from sftmix.progress import say
 
@@ -26,13 +35,8 @@ if TYPE_CHECKING:
     from sftmix.model.causal_lm import SFTMixModel
 
 LENGTHS = (9, 14, 6)  # of the probe's documents
-LONG, ROW = (
-    150,
-    300,
-)  # and of a row of long ones: some models compress blocks of 128 tokens, which no short one fills
-WINDOW = (
-    5  # what windows and chunks of attention are cut to meanwhile, so that these documents reach beyond them
-)
+LONG, ROW = 150, 300  # and of long ones in a row: some models compress blocks of 128 tokens
+WINDOW = 5  # what windows and chunks of attention are cut to meanwhile, for these documents to leave them
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
 NOISE = 0.25  # a relative change by padding above which nothing can be told
 BY_DOCUMENTS, BLOCK_MASK, VARLEN = "a document at a time", "a mask over the row", "variable lengths"
@@ -47,9 +51,8 @@ class Packing:
     reason: str = ""
 
 
-_measurements: dict[
-    tuple[Any, ...], Packing
-] = {}  # by class, configuration, attention, dtype and kind of device
+# By class, configuration, attention, data type and kind of device.
+_measurements: dict[tuple[Any, ...], Packing] = {}
 
 
 def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -> dict[str, Any]:
@@ -63,21 +66,12 @@ def packed_inputs(causal_lm: Any, position_ids: Tensor, starts: Sequence[int]) -
     return inputs
 
 
-def numbers_of(config: Any, name: str) -> list[int]:
-    """The whole numbers called ``name`` in a configuration and in that of its text part."""
-    parts = [config, config.get_text_config() if hasattr(config, "get_text_config") else config]
-    return [value for part in parts if isinstance(value := getattr(part, name, None), int)]
-
-
-def attention_of(causal_lm: Any) -> str:
-    """The name of the attention of a model's text part."""
-    config = causal_lm.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return str(getattr(config, "_attn_implementation", None))
-
-
 def is_flash(causal_lm: Any) -> bool:
-    return "flash" in attention_of(causal_lm)
+    return "flash" in str(plain_attention(_text(causal_lm.config)))
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def packs(model: SFTMixModel, wanted: str) -> bool:
@@ -116,13 +110,13 @@ def _measurement(model: SFTMixModel) -> Packing:
 
 def _kind(model: SFTMixModel) -> tuple[Any, ...]:
     base = model.base
-    attention = ORIGINAL.get(attention_of(base), attention_of(base))
+    attention = plain_attention(_text(base.config))
     return type(base), str(base.config.to_dict()), attention, model.dtype, model.device.type
 
 
 @torch.no_grad()
 def measure_packing(model: SFTMixModel) -> Packing:
-    """How ``model`` reads packed rows, by what it does with three documents of random tokens."""
+    """How ``model`` reads packed rows, by what it does with documents of random tokens."""
     undo = attend_by_document(model.base)
     found = _measured(model, VARLEN if undo is None else BY_DOCUMENTS)
     if found.way is not None or undo is None:
@@ -146,7 +140,8 @@ def _end_of_masks(causal_lm: Any) -> int | None:
 def _measured(model: SFTMixModel, way: str) -> Packing:
     """What is found of one way of attention, the one that the model has."""
     generator = torch.Generator().manual_seed(0)
-    longest = min([LONG, *numbers_of(model.base.config, "max_position_embeddings")])
+    limit = getattr(_text(model.base.config), "max_position_embeddings", None)
+    longest = min(LONG, limit) if isinstance(limit, int) else LONG
 
     def draw(*lengths: int) -> list[Tensor]:
         sizes = [(min(length, longest),) for length in lengths]

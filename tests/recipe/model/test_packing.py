@@ -186,6 +186,7 @@ def test_without_a_row_the_attention_is_transformers() -> None:
         assert "by_document" not in str(model.base.config.to_dict())
         assert torch.equal(model.base(input_ids=ids, attention_mask=mask).logits, expected)
         assert torch.equal(model.base.generate(ids[:1], max_new_tokens=4, do_sample=False), written)
+        assert attend_by_document(model.base) is not None  # again: nothing changes
         undo()
         assert model.base.config._attn_implementation in BY_DOCUMENT
 

@@ -17,8 +17,9 @@ from sftmix.config import LoraConfig
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.evaluation.figures import evaluate_model, score_examples
 from sftmix.model.causal_lm import SFTMixModel, install_head
+from sftmix.model.documents import plain_attention
 from sftmix.model.lora import apply_lora
-from sftmix.model.packing import attention_of, packs
+from sftmix.model.packing import packs
 from sftmix.training.batch import Batch, check_batch, collate_pairs, collate_plain
 from sftmix.training.metrics import read_metrics
 from sftmix.training.trainer import Trainer, train_pairs, train_plain
@@ -72,7 +73,7 @@ def gradients(model: SFTMixModel, batch: Batch, **options: Any) -> tuple[Any, di
 def assert_one(model: SFTMixModel, pairs: Sequence[Any]) -> None:
     """A step on the packed batch is that on the padded one, but for rounding: in float64 where the model can."""
     padded, packed = both(pairs)
-    if "eager" not in attention_of(model.base) and model.base.config.model_type != "mixtral":
+    if plain_attention(model.base.config) != "eager" and model.base.config.model_type != "mixtral":
         model.double()
     eps = torch.finfo(model.head.weight.dtype).eps
     model.train()  # without dropout, which a row draws otherwise
