@@ -47,26 +47,22 @@ def documents(starts: Sequence[int] | None) -> Iterator[None]:
         _lengths.reset(token)
 
 
-def attend_by_document(causal_lm: Any) -> Callable[[], None] | None:
-    """Let a model's sdpa or eager attention cut packed rows; a call that undoes it, or None where it has neither.
+def attend_by_document(causal_lm: Any) -> None:
+    """Let a model's sdpa or eager attention cut packed rows. It stays: the backward pass may run attention again."""
+    _rename(causal_lm, BY_DOCUMENT)
 
-    It stays: the backward pass may run attention again.
-    """
-    configs = {
-        id(module.config): module.config for module in causal_lm.modules() if hasattr(module, "config")
-    }
-    before = {key: plain_attention(config) for key, config in configs.items()}
-    if not set(before.values()) & set(BY_DOCUMENT):
-        return None
 
-    def assign(names: dict[int, str | None]) -> None:
-        for key in names:  # outer configurations set their parts' too, which come again by themselves
-            configs[key]._attn_implementation = names[key]
-        for key in names:
-            configs[key]._attn_implementation_internal = names[key]
+def attend_as_before(causal_lm: Any) -> None:
+    """Take back ``attend_by_document``."""
+    _rename(causal_lm, ORIGINAL)
 
-    assign({key: BY_DOCUMENT.get(name or "", name) for key, name in before.items()})
-    return partial(assign, before)
+
+def _rename(causal_lm: Any, names: dict[str, str]) -> None:
+    configs = {id(m.config): m.config for m in causal_lm.modules() if hasattr(m, "config")}
+    found = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
+    for key, name in found.items():
+        if name in names:  # its own name alone: an outer configuration's setter would rename its parts
+            configs[key]._attn_implementation_internal = names[name]
 
 
 def plain_attention(config: Any) -> str | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sftmix.model.documents import attend_by_document, plain_attention
+from sftmix.model.documents import BY_DOCUMENT, attend_as_before, attend_by_document, plain_attention
 from sftmix.model.probe import rounding
 from sftmix.progress import say
 
@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 LENGTHS = (9, 14, 6)  # of the probe's documents
 LONG, ROW = 150, 300  # and of long ones in a row: some models compress blocks of 128 tokens
-WINDOW = 5  # what windows and chunks of attention are cut to meanwhile, for these documents to leave them
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "index_topk")
+WINDOW = 5  # what windows, chunks and choices of keys are cut to meanwhile, for these documents to leave them
+WINDOWS = (
+    "sliding_window", "attention_chunk_size", "window_size", "index_topk", "index_block_size", "block_size",
+    "index_topk_blocks", "topk_blocks",
+)  # fmt: skip
 NOISE = 0.25  # a relative change by padding above which nothing can be told
 BY_DOCUMENTS, BLOCK_MASK, VARLEN = "a document at a time", "a mask over the row", "variable lengths"
 CHEAP = (BY_DOCUMENTS, VARLEN)  # ways whose cost is that of the documents, not of the row's square
@@ -117,11 +120,10 @@ def _kind(model: SFTMixModel) -> tuple[Any, ...]:
 @torch.no_grad()
 def measure_packing(model: SFTMixModel) -> Packing:
     """How ``model`` reads packed rows, by what it does with documents of random tokens."""
-    undo = attend_by_document(model.base)
-    found = _measured(model, VARLEN if undo is None else BY_DOCUMENTS)
-    if found.way is not None or undo is None:
+    cuts = plain_attention(_text(model.base.config)) in BY_DOCUMENT
+    found = _measured(model, BY_DOCUMENTS if cuts else VARLEN)
+    if found.way is not None or not cuts:
         return found
-    undo()
     end = _end_of_masks(model.base)
     if end is not None:
         return Packing(None, f"its own masks end at {end} tokens")
@@ -138,10 +140,10 @@ def _end_of_masks(causal_lm: Any) -> int | None:
 
 
 def _measured(model: SFTMixModel, way: str) -> Packing:
-    """What is found of one way of attention, the one that the model has."""
+    """What is found of one way; the model keeps the attention that it takes if it can."""
     generator = torch.Generator().manual_seed(0)
     limit = getattr(_text(model.base.config), "max_position_embeddings", None)
-    longest = min(LONG, limit) if isinstance(limit, int) else LONG
+    longest = min(LONG, limit // 2) if isinstance(limit, int) else LONG  # some count positions from 2
 
     def draw(*lengths: int) -> list[Tensor]:
         sizes = [(min(length, longest),) for length in lengths]
@@ -149,21 +151,30 @@ def _measured(model: SFTMixModel, way: str) -> Packing:
 
     before = model.training
     model.eval()
+    found = Packing(None)
     try:
         with _short_windows(model.base):
-            return _compared(model, way, draw(*LENGTHS), draw(*[longest] * -(-ROW // longest)))
+            found = _compared(model, way, draw(*LENGTHS), draw(*[longest] * -(-ROW // longest)))
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, IndexError, KeyError) as error:
         reason = str(error).strip().splitlines()
-        return Packing(None, f"it fails on one: {type(error).__name__}: {reason[0] if reason else ''}")
+        found = Packing(None, f"it fails on one: {type(error).__name__}: {reason[0] if reason else ''}")
     finally:
         model.train(before)
+        if found.way is None:
+            attend_as_before(model.base)
+    return found
 
 
 def _compared(model: SFTMixModel, way: str, ids: list[Tensor], long: list[Tensor]) -> Packing:
     """What the hidden states of packed documents say, against the rounding that padding alone brings."""
-    alone = [_hidden(model, x.unsqueeze(0), torch.ones_like(x).unsqueeze(0))[0] for x in ids]
+    alone, whole = (
+        [_hidden(model, x.unsqueeze(0), torch.ones_like(x).unsqueeze(0))[0] for x in each]
+        for each in (ids, long)
+    )
     padded, mask = (pad_sequence(x, batch_first=True) for x in (ids, [torch.ones_like(x) for x in ids]))
     usual = [row[: len(x)] for row, x in zip(_hidden(model, padded, mask), ids, strict=True)]
+    if way == BY_DOCUMENTS:  # only now: a model may do something else under the name of its own attention
+        attend_by_document(model.base)
     row = _hidden_packed(model, ids)
     noise, eps = max(map(_change, usual, alone)), rounding(row[0], model.head.weight)
     moved, crossed = max(map(_change, row, alone)), 0.0
@@ -175,7 +186,6 @@ def _compared(model: SFTMixModel, way: str, ids: list[Tensor], long: list[Tensor
         return Packing(None, f"padding alone changes its hidden states by {noise:.2g}")
     if not crossed <= eps + noise:
         return Packing(None, f"a document's hidden states change by {crossed:.2g} when another one does")
-    whole = [_hidden(model, x.unsqueeze(0), torch.ones_like(x).unsqueeze(0))[0] for x in long]
     moved = max(moved, *map(_change, _hidden_packed(model, long), whole))
     if not moved <= max(1e-4, 4 * eps) + 4 * noise:
         return Packing(None, f"a document's hidden states are {moved:.2g} off what they are alone")
@@ -212,7 +222,7 @@ def _change(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _short_windows(causal_lm: Any) -> Iterator[None]:
-    """Windows and chunks of attention cut to ``WINDOW`` inside the block."""
+    """Windows, chunks and choices of keys cut to ``WINDOW`` inside the block."""
     holders: dict[int, Any] = {}
     for module in causal_lm.modules():
         holders[id(module)] = module

@@ -16,7 +16,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from sftmix.model import packing
 from sftmix.model.causal_lm import SFTMixModel, install_head
-from sftmix.model.documents import BY_DOCUMENT, attend_by_document, documents
+from sftmix.model.documents import BY_DOCUMENT, attend_as_before, attend_by_document, documents
 from sftmix.model.packing import BLOCK_MASK, BY_DOCUMENTS, VARLEN, measure_packing, packs
 from tests.recipe import tiny
 from tests.recipe.model.architectures import ROWS, causal_lm
@@ -30,7 +30,7 @@ MASKED = ["gpt_neox_japanese"]  # it calculates with the mask that it is given
 REFUSED = {
     "mamba": "change by", "lfm2_conv": "change by", "qwen3_next": "change by", "recurrent_gemma": "change by",
     "bloom": "change by", "roberta": "change by", "openai-gpt": "change by", "deepseek_v4": "off what they are alone",
-    "gpt_neo": "its own masks end at 64 tokens",
+    "gpt_neo": "its own masks end at 64 tokens", "deepseek_v32": "padding alone changes|off what they are alone",
 }  # fmt: skip
 VERSION = ".".join(transformers.__version__.split(".")[:2])
 LENGTHS = (11, 3, 17, 1, 9)
@@ -181,13 +181,12 @@ def test_without_a_row_the_attention_is_transformers() -> None:
         mask[1, 5:] = 0
         expected = model.base(input_ids=ids, attention_mask=mask).logits
         written = model.base.generate(ids[:1], max_new_tokens=4, do_sample=False)
-        undo = attend_by_document(model.base)
-        assert undo is not None and model.base.config._attn_implementation in BY_DOCUMENT.values()
+        attend_by_document(model.base)
+        assert model.base.config._attn_implementation in BY_DOCUMENT.values()
         assert "by_document" not in str(model.base.config.to_dict())
         assert torch.equal(model.base(input_ids=ids, attention_mask=mask).logits, expected)
         assert torch.equal(model.base.generate(ids[:1], max_new_tokens=4, do_sample=False), written)
-        assert attend_by_document(model.base) is not None  # again: nothing changes
-        undo()
+        attend_as_before(model.base)
         assert model.base.config._attn_implementation in BY_DOCUMENT
 
 
@@ -209,6 +208,17 @@ def test_rows_end_with_the_block() -> None:
     with torch.no_grad():
         masked = model.base(input_ids=row, position_ids=positions, use_cache=False).logits[0]
         torch.testing.assert_close(torch.cat(packed_logits(model, ids)), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_goes_by_its_attentions_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of keys are chosen under sdpa's own name alone, and by their place in the row."""
+    if VERSION == "5.17":
+        pytest.skip("this transformers' configuration has no such layers")
+    monkeypatch.setitem(ROWS, "minimax_m3", {
+        "of": "minimax_m3_vl_text", "layer_types": ["minimax_m3_sparse"] * 2, "max_position_embeddings": 512,
+    })  # fmt: skip
+    model = built("minimax_m3")
+    assert measure_packing(model).way is None and model.base.config._attn_implementation == "sdpa"
 
 
 SEEN: list[dict[str, Any]] = []
