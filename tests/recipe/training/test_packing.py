@@ -76,6 +76,8 @@ def assert_one(model: SFTMixModel, pairs: Sequence[Any]) -> None:
     if plain_attention(model.base.config) != "eager" and model.base.config.model_type != "mixtral":
         model.double()
     eps = torch.finfo(model.head.weight.dtype).eps
+    # gemma2's float32 gradients are 8e-5 apart where its float64 ones are 1e-15 apart: large weights amplify rounding.
+    allowed = (400 if eps < 1e-10 else 2000) * eps
     model.train()  # without dropout, which a row draws otherwise
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -88,7 +90,7 @@ def assert_one(model: SFTMixModel, pairs: Sequence[Any]) -> None:
     assert ours_grad.keys() == own_grad.keys()
     largest = max(float(gradient.abs().max()) for gradient in own_grad.values())
     for name, gradient in own_grad.items():
-        torch.testing.assert_close(ours_grad[name], gradient, rtol=0, atol=400 * eps * largest, msg=name)
+        torch.testing.assert_close(ours_grad[name], gradient, rtol=0, atol=allowed * largest, msg=name)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
