@@ -180,6 +180,9 @@ class TrainConfig:
     epochs: int = knob("passes over the training examples", 3, at_least=1)
     batch_size: int = knob("sequences per optimizer step over all processes", 32, at_least=2, even=True)
     micro_batch_size: int = knob("sequences per forward pass and process", 8, at_least=2, even=True)
+    packing: str = knob(
+        "several sequences in a row, unpadded; auto: where it is cheap", "auto", choices=("auto", "on", "off")
+    )
     tuning: str = knob("train all parameters or LoRA adapters", "full", choices=("full", "lora"))
     max_steps: int | None = knob("stop after so many optimizer steps", None, at_least=1)
     log_every: int = knob("optimizer steps between metric records", 1, at_least=1)

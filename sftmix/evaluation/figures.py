@@ -1,7 +1,8 @@
 """Held-out evaluation, scores for the training dynamics, and sample answers.
 
 Statistics come from ``token_stats`` inside the head's forward: no logits are stored. Sequences are batched by
-length, so the results do not depend on the batch size beyond rounding. Every token that bears loss counts once,
+length, padded or ``packed`` (for a model that ``packs``), so the results do not depend on the batch size beyond
+rounding. Every token that bears loss counts once,
 whatever its weight in training: the paper's perplexity has no weights, and held-out figures of runs with other
 weights stay comparable.
 """
@@ -32,7 +33,7 @@ OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
 
 def evaluate_model(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int = 8, pad_id: int = 0,
-    impl: str | None = None, progress: OnBatch | None = None, world: World | None = None,
+    impl: str | None = None, packed: bool = False, progress: OnBatch | None = None, world: World | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """``nll`` (mean over all supervised tokens), ``perplexity``, ``token_accuracy`` and ``num_tokens``.
 
@@ -40,7 +41,14 @@ def evaluate_model(
     batches, and all get the figures of all. Raises ``ValueError`` for no examples.
     """
     found = _sums(
-        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress, world=world
+        model,
+        examples,
+        batch_size=batch_size,
+        pad_id=pad_id,
+        impl=impl,
+        packed=packed,
+        progress=progress,
+        world=world,
     )
     sums = list(found)
     num_tokens = sum(example.num_supervised for example in examples)
@@ -52,12 +60,19 @@ def evaluate_model(
 
 def score_examples(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, checkpoint: int, step: int,
-    batch_size: int = 8, pad_id: int = 0, impl: str | None = None, progress: OnBatch | None = None,
-    world: World | None = None,
+    batch_size: int = 8, pad_id: int = 0, impl: str | None = None, packed: bool = False,
+    progress: OnBatch | None = None, world: World | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of the dynamics per example, in the order given, from the model as it is now; ``world`` as above."""
     found = _sums(
-        model, examples, batch_size=batch_size, pad_id=pad_id, impl=impl, progress=progress, world=world
+        model,
+        examples,
+        batch_size=batch_size,
+        pad_id=pad_id,
+        impl=impl,
+        packed=packed,
+        progress=progress,
+        world=world,
     )
     by_id = {name: (nll_sum, top1) for name, nll_sum, top1 in found}
     rows = []
@@ -76,7 +91,7 @@ def score_examples(
 @torch.inference_mode()
 def _sums(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int, pad_id: int,
-    impl: str | None, progress: OnBatch | None, world: World | None,
+    impl: str | None, packed: bool, progress: OnBatch | None, world: World | None,
 ) -> list[tuple[str, float, float]]:  # fmt: skip
     """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length.
 
@@ -94,11 +109,13 @@ def _sums(
             mine = first + world.rank
             batch = blank_batch(pad_id)
             if mine < len(starts):
-                batch = collate_plain(ordered[starts[mine] : starts[mine] + batch_size], pad_id=pad_id)
+                own = ordered[starts[mine] : starts[mine] + batch_size]
+                batch = collate_plain(own, pad_id=pad_id, packed=packed)
             check_batch(batch, model.vocab_size)
             batch = batch.to(model.device)
             tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
-            stats = cast(TokenStats, model(*tensors, stats=True, impl=impl))
+            row = {"position_ids": batch.position_ids, "starts": batch.starts}
+            stats = cast(TokenStats, model(*tensors, **row, stats=True, impl=impl))
             sums = accumulate(-stats.logprob, stats.is_top1, batch.example, len(batch.ids))
             values = torch.stack([sums.nll_sum, sums.num_top1.double()]).tolist()
             if mine < len(starts):

@@ -9,7 +9,7 @@ disagrees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftmix.model.documents import documents
+from sftmix.model.packing import Packing, packed_inputs
 from sftmix.model.probe import (
     Extra,
     Surroundings,
@@ -54,6 +56,7 @@ class SFTMixModel(nn.Module):
         # Each parameter's own data type: the model may keep some in float32.
         self.dtypes = {name: p.dtype for name, p in self.base.named_parameters(remove_duplicate=False)}
         self.aux_loss: Tensor | None = None  # of the last forward, 0-d, detached
+        self.packing: Packing | None = None  # once it was measured
         self.training = model.training  # a new module would say True over a model in eval mode
 
     @property
@@ -87,26 +90,32 @@ class SFTMixModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # [B, T] int64
-        attention_mask: Tensor,  # [B, T] int64
+        attention_mask: Tensor | None,  # [B, T] int64
         rows: Tensor | None,  # [N] int64, indices into the flattened [B * T] hidden states
         target: Tensor | None,  # [N] int64
         lam: Tensor | None = None,  # [M] float32
         *,
+        position_ids: Tensor | None = None,  # [1, T] int64, of a packed row
+        starts: Sequence[int] | None = None,  # where the row's documents begin, and T
         stats: bool = False,
         aux_share: float = 1.0,
         **options: Any,
     ) -> SFTMixLoss | TokenStats | Tensor:
         """The loss of the chosen rows, or with ``stats`` their ``TokenStats``; options of ``sftmix_loss``.
 
-        Without rows the model's own logits [B, T, V].
+        Without rows the model's own logits [B, T, V]. A packed row [1, T] has ``position_ids`` and ``starts`` and no
+        mask, for a model that ``packs`` says can read it.
 
         A model that adds an auxiliary or a z-loss to next-token loss adds it here too: the auxiliary loss of this
         batch with its own weight times ``aux_share``, the share of the step that this batch is; the z-loss on the rows
         that bear loss. Neither is in the statistics.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None and starts is not None:
+            inputs.update(packed_inputs(self.base, position_ids, starts))
         if rows is None or target is None:
-            return cast(Tensor, self.base(**inputs).logits)
+            with documents(starts):
+                return cast(Tensor, self.base(**inputs).logits)
         if stats:
             options["stats"] = True
         else:
@@ -114,7 +123,7 @@ class SFTMixModel(nn.Module):
             if self.extra.z_loss:
                 options.setdefault("z_loss", self.extra.z_loss)
         call = _HeadCall(rows, target, options)
-        with call.at(self.head):
+        with call.at(self.head), documents(starts):
             output = self.base(**inputs)
         result = cast(SFTMixLoss | TokenStats, call.result)
         self.aux_loss = None

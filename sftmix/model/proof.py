@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sftmix.model.documents import plain_attention
 from sftmix.model.load import quiet, read_causal_lm
 from sftmix.model.lora import is_lora
 from sftmix.model.probe import probe_ids
@@ -85,7 +86,7 @@ def reload(folder: Path, *, like: Any, trust_remote_code: bool = False) -> Any:
     """The exported model as plain transformers reads it, offline, in eval mode on the CPU."""
     return AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code,
-        attn_implementation=like.config._attn_implementation,
+        attn_implementation=plain_attention(like.config),
     ).eval()  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def reload_adapter(base: ModelConfig, folder: Path, *, like: SFTMixModel) -> Any
         else:
             plain = AutoModelForCausalLM.from_pretrained(
                 place(base), revision=base.revision or "main", trust_remote_code=base.trust_remote_code,
-                dtype=like.dtype, attn_implementation=like.base.config._attn_implementation,
+                dtype=like.dtype, attn_implementation=plain_attention(like.base.config),
             )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of them is compared

@@ -15,6 +15,7 @@ from sftmix.data.digest import examples_digest
 from sftmix.evaluation.figures import evaluate_model, sample_answers
 from sftmix.files import replacing
 from sftmix.model.identity import model_identity
+from sftmix.model.packing import packs
 from sftmix.model.parallel import shard
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
@@ -114,13 +115,15 @@ def _figures(
 ) -> dict[str, Any]:
     config = session.config
     if plain is None or session.world.mesh is not None:  # of the processes only the first has just read it
-        model = shard(session.models.load(source, trainable=False), session.world)
+        model = session.models.load(source, trainable=False)
     else:
         model = session.models.adopt(plain)
+    packed = packs(model, config.train.packing)
+    shard(model, session.world)
     with bar(f"evaluate {label}") as progress:
         figures: dict[str, Any] = evaluate_model(
             model, session.heldout, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-            impl=config.train.impl, progress=progress.batches, world=session.world,
+            impl=config.train.impl, packed=packed, progress=progress.batches, world=session.world,
         )  # fmt: skip
     figures["num_examples"] = len(session.heldout)
     if generate:

@@ -28,10 +28,10 @@ from sftmix.training.plan import point_steps
 if TYPE_CHECKING:
     from sftmix.run.session import Session
 
-# A section's name stands for all of its knobs. Not here: train.micro_batch_size, gradient_checkpointing and impl and
-# model.attn_implementation (the same sums in another order; where micro-batches decide an auxiliary loss, checkpoints
-# know it), train.log_every, export (the files there are looked at), all of evaluate (evaluation.json says itself what
-# it is about), and all of data, which acts through the examples.
+# A section's name stands for all of its knobs. Not here: train.micro_batch_size, packing, gradient_checkpointing and
+# impl and model.attn_implementation (the same sums in another order; checkpoints know packing and, where it decides an
+# auxiliary loss, the micro-batch), train.log_every, export (the files there are looked at), all of evaluate
+# (evaluation.json says itself what it is about), and all of data, which acts through the examples.
 _ALWAYS = (
     "seed",
     "model.dtype",

@@ -19,6 +19,7 @@ from sftmix.data.tokenized import TokenizedExample
 from sftmix.evaluation.figures import by_length, score_examples
 from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.packing import packs
 from sftmix.model.parallel import shard, sum_over_world
 from sftmix.progress import Bar, bar, say
 from sftmix.rank import is_main
@@ -47,6 +48,7 @@ def score_points(session: Session) -> Rows:
         raise ValueError(
             f"{folder.point(0)}: expected the weights of a scoring point, found none; run `sftmix reference`"
         )
+    packed = packs(model, config.train.packing)
     shard(model, session.world)
     rhythm = Rhythm(config.train.checkpoint_every)
     rows: Rows = []
@@ -54,13 +56,13 @@ def score_points(session: Session) -> Rows:
     for number, index in enumerate(points, start=1):
         load_trainable(model, folder.point(index))
         with bar(f"score point {number}/{len(points)}") as progress, rhythm.signals.caught():
-            rows += _score_point(session, model, examples, index, rhythm, progress)
+            rows += _score_point(session, model, examples, index, rhythm, progress, packed=packed)
     return sorted(rows, key=lambda row: (row["checkpoint"], row["example"]))
 
 
 def _score_point(
     session: Session, model: SFTMixModel, examples: list[TokenizedExample], index: int, rhythm: Rhythm,
-    progress: Bar,
+    progress: Bar, *, packed: bool,
 ) -> Rows:  # fmt: skip
     config, folder, world = session.config, session.folder, session.world
     step = json.loads(folder.point_step(index).read_text(encoding="utf-8"))["step"]
@@ -77,7 +79,7 @@ def _score_point(
         before = len(rows)
         rows += score_examples(
             model, part, checkpoint=index, step=step, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-            impl=config.train.impl, world=world,
+            impl=config.train.impl, packed=packed, world=world,
             progress=partial(_tell, progress, before, len(examples)),
         )  # fmt: skip
         words = sum_over_world(torch.tensor(rhythm.word(), device=model.device), world).tolist()

@@ -1,10 +1,11 @@
 """From pairs of tokenized examples to one batch and its row plan.
 
-The decoder sees all sequences of the batch at once, right-padded: the confident ones, their partners in
-the same order, then the unpaired ones. The head sees only ``hidden.flatten(0, 1)[rows]``: the row for
-token t of sequence b is ``b * T + t - 1``, the position that predicts it. Rows come in the order the loss
-asks for: the M mixed rows of the confident members, the M of their partners, then all other supervised
-rows. Prompt and padding positions have no row. The plan is made here, on the CPU.
+The decoder sees all sequences of the batch at once: the confident ones, their partners in the same order,
+then the unpaired ones, either right-padded [B, T] or packed: one after the other in a single row [1, T], whose
+``starts`` say where they begin and whose ``position_ids`` begin anew with each. The head sees only
+``hidden.flatten(0, 1)[rows]``: the row for token t of a sequence is that of the position before it, which predicts
+it. Rows come in the order the loss asks for: the M mixed rows of the confident members, the M of their partners,
+then all other supervised rows. Prompt and padding positions have no row. The plan is made here, on the CPU.
 
 Weights follow the rows: a row's next-token term has its own token's weight, whether it is mixed or not. A
 mixed position's target is lambda y_c + (1 - lambda) y_u, and its Mixup term has the weight
@@ -30,17 +31,24 @@ PairItem = tuple[TokenizedExample, TokenizedExample | None, Lam]
 
 @dataclass
 class Batch:
-    """One forward pass: B sequences of length T, N supervised rows, of which the first 2M are mixed."""
+    """One forward pass: B sequences, N supervised rows, of which the first 2M are mixed.
 
-    input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] int64, 1 for tokens and 0 for padding
-    rows: Tensor  # [N] int64, indices into the B * T flattened positions
+    Padded, T is the longest sequence's length; packed, it is the sum of all.
+    """
+
+    input_ids: Tensor  # [B, T] int64; packed: [1, T]
+    attention_mask: Tensor | None  # [B, T] int64, 1 for tokens and 0 for padding; None: packed
+    rows: Tensor  # [N] int64, indices into the flattened positions
     target: Tensor  # [N] int64, the token that each row predicts
     lam: Tensor  # [M] float32, weight of the confident member
     example: Tensor  # [N] int64, the sequence that each row belongs to
     ids: list[str]  # [B] example ids
     row_weight: Tensor | None = None  # [N] float32, of the rows' next-token terms; None: all 1
     pair_weight: Tensor | None = None  # [M] float32, of the pairs' Mixup terms; None: all 1
+    position_ids: Tensor | None = None  # [1, T] int64, from 0 in each sequence; None: padded
+    starts: tuple[int, ...] | None = (
+        None  # [B + 1], where the sequences begin in the row, and T; None: padded
+    )
 
     @property
     def num_supervised(self) -> int:
@@ -78,8 +86,8 @@ def pair_weights(
     return (share * one + (1 - share) * other).astype(np.float32)
 
 
-def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int) -> Batch:
-    """Batch pairs of (confident, unconfident or ``None``, lambda) with their row plan.
+def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int, packed: bool = False) -> Batch:
+    """Batch pairs of (confident, unconfident or ``None``, lambda) with their row plan, padded or ``packed``.
 
     Supervised tokens of a pair are aligned from the first, in order (across turns), and cut to the shorter
     of the two; what is left over trains unmixed. lambda is one number for the pair, or a 1-D array with one
@@ -97,12 +105,9 @@ def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int) -> Batch:
     num_mixed = [count_mixed(c, u) for c, u, _ in whole]
     lams = [_spread(lam, size, c.id) for (c, _, lam), size in zip(whole, num_mixed, strict=True)]
 
-    length = max(len(sequence.input_ids) for sequence in sequences)
-    plans = [_supervised_rows(sequence, b, length) for b, sequence in enumerate(sequences)]
     cuts = [*num_mixed, *num_mixed, *([0] * len(alone))]
-    rows = _mixed_first(plans, cuts)
-    lam = np.concatenate([np.empty(0, np.float32), *lams])
-    batch = _assemble(sequences, length, pad_id, rows, lam)
+    batch = _assemble(sequences, cuts, pad_id, packed)
+    batch.lam = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *lams]))
     if any(sequence.weights is not None for sequence in sequences):
         batch.row_weight = _unless_ones(
             _mixed_first([_token_weights(sequence) for sequence in sequences], cuts)
@@ -113,9 +118,9 @@ def collate_pairs(pairs: Sequence[PairItem], *, pad_id: int) -> Batch:
     return batch
 
 
-def collate_plain(examples: Sequence[TokenizedExample], *, pad_id: int) -> Batch:
+def collate_plain(examples: Sequence[TokenizedExample], *, pad_id: int, packed: bool = False) -> Batch:
     """Batch examples for plain next-token prediction: every supervised token is a row and M = 0."""
-    return collate_pairs([(example, None, 1.0) for example in examples], pad_id=pad_id)
+    return collate_pairs([(example, None, 1.0) for example in examples], pad_id=pad_id, packed=packed)
 
 
 def blank_batch(pad_id: int) -> Batch:
@@ -162,9 +167,9 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise ValueError(f"{name}: expected positive finite values, got {weight.tolist()}")
 
 
-def _supervised_rows(sequence: TokenizedExample, b: int, length: int) -> NDArray[np.int64]:
-    """The rows of a sequence's supervised tokens, in order."""
-    return b * length + np.flatnonzero(np.asarray(sequence.supervised, dtype=bool)) - 1
+def _supervised_rows(sequence: TokenizedExample, start: int) -> NDArray[np.int64]:
+    """The rows of the supervised tokens of a sequence whose first position is ``start``, in order."""
+    return start + np.flatnonzero(np.asarray(sequence.supervised, dtype=bool)) - 1
 
 
 def _token_weights(sequence: TokenizedExample) -> NDArray[np.float32]:
@@ -199,35 +204,41 @@ def _spread(lam: Lam, size: int, name: str) -> NDArray[np.float32]:
     return values
 
 
-def _assemble(
-    sequences: Sequence[TokenizedExample],
-    length: int,
-    pad_id: int,
-    rows: NDArray[np.int64],
-    lam: NDArray[np.float32],
-) -> Batch:
-    input_ids = np.full((len(sequences), length), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(sequences), length), dtype=np.int64)
-    for b, sequence in enumerate(sequences):
-        input_ids[b, : len(sequence.input_ids)] = sequence.input_ids
-        attention_mask[b, : len(sequence.input_ids)] = 1
+def _assemble(sequences: Sequence[TokenizedExample], cuts: Sequence[int], pad_id: int, packed: bool) -> Batch:
+    """The batch but for its lambdas and weights; ``cuts``: how many of each sequence's rows are mixed."""
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
+    starts = np.cumsum([0, *lengths]) if packed else np.arange(len(sequences) + 1) * shape[1]
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    is_token, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for sequence, start, length in zip(sequences, starts.tolist(), lengths, strict=False):
+        here = slice(start, start + length)
+        input_ids.reshape(-1)[here] = sequence.input_ids
+        is_token.reshape(-1)[here] = 1
+        position.reshape(-1)[here] = np.arange(length)
+    plans = [_supervised_rows(*each) for each in zip(sequences, starts.tolist(), strict=False)]
+    rows = _mixed_first(plans, cuts)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
+        attention_mask=None if packed else torch.from_numpy(is_token),
         rows=torch.from_numpy(rows),
-        target=torch.from_numpy(_targets(sequences, input_ids)[rows + 1]),
-        lam=torch.from_numpy(lam),
-        example=torch.from_numpy(rows // length),
+        target=torch.from_numpy(_targets(sequences, starts, input_ids)[rows + 1]),
+        lam=torch.empty(0),
+        example=torch.from_numpy(np.searchsorted(starts, rows, side="right") - 1),
         ids=[sequence.id for sequence in sequences],
+        position_ids=torch.from_numpy(position) if packed else None,
+        starts=tuple(starts.tolist()) if packed else None,
     )
 
 
-def _targets(sequences: Sequence[TokenizedExample], input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The token trained at each of the B * T positions: the one that stands there, unless another one replaces it."""
+def _targets(
+    sequences: Sequence[TokenizedExample], starts: NDArray[np.int64], input_ids: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The token trained at each flattened position: the one that stands there, unless another one replaces it."""
     if not any(sequence.replaced for sequence in sequences):
         return input_ids.reshape(-1)
-    targets = input_ids.copy()
-    for b, sequence in enumerate(sequences):
+    targets = input_ids.reshape(-1).copy()
+    for sequence, start in zip(sequences, starts, strict=False):
         for token, target in sequence.replaced:
-            targets[b, token] = target
-    return targets.reshape(-1)
+            targets[start + token] = target
+    return targets

@@ -63,10 +63,12 @@ def plan_steps(
 
 
 def collate_chunk(
-    chunk: Sequence[Pair], step: Step, examples: Examples, *, mixup: MixupConfig, seed: int, pad_id: int
-) -> Batch:
+    chunk: Sequence[Pair], step: Step, examples: Examples, *, mixup: MixupConfig, seed: int, pad_id: int,
+    packed: bool = False,
+) -> Batch:  # fmt: skip
     """The batch of one chunk, with lambda per pair, per token or per optimizer step as ``mixup.lam`` says."""
-    return collate_pairs([_item(pair, step, examples, mixup, seed) for pair in chunk], pad_id=pad_id)
+    items = [_item(pair, step, examples, mixup, seed) for pair in chunk]
+    return collate_pairs(items, pad_id=pad_id, packed=packed)
 
 
 def denominators(step: Step, examples: Examples, *, mixup: MixupConfig, seed: int) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.lora import is_lora
+from sftmix.model.packing import packs
 from sftmix.model.parallel import join_world, shard
 from sftmix.progress import say
 from sftmix.rank import is_main
@@ -85,6 +86,9 @@ class Trainer:
         if config.train.compile:
             compile_blocks(model)
         self.auxiliary = model.extra.aux_weight
+        self.packed = packs(
+            model, config.train.packing, compiled=config.train.compile
+        )  # before it is sharded
         told = dict(identity or {})
         if "examples" not in told:
             told["examples"] = examples_digest(examples)
@@ -201,7 +205,7 @@ class Trainer:
         if index < len(step.chunks):
             batch = collate_chunk(
                 step.chunks[index], step, self.examples,
-                mixup=self.config.mixup, seed=self.config.seed, pad_id=self.pad_id,
+                mixup=self.config.mixup, seed=self.config.seed, pad_id=self.pad_id, packed=self.packed,
             )  # fmt: skip
             check_batch(batch, self.model.vocab_size)
         else:
@@ -223,6 +227,7 @@ class Trainer:
         # Python numbers: FSDP does not round them, as it might a tensor.
         options["ntp_denominator"], options["mixup_denominator"] = sums_of_weights
         options["row_weight"], options["pair_weight"] = batch.row_weight, batch.pair_weight
+        options["position_ids"], options["starts"] = batch.position_ids, batch.starts
         tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target, batch.lam)
         return cast(SFTMixLoss, self.model(*tensors, **options))
 
@@ -236,6 +241,7 @@ class Trainer:
             "mixup.lam": config.mixup.lam if self.mixup_weight else None,
             "examples and pairs of the first epoch": digest(first, lam=self.mixup_weight > 0),
         }  # fmt: skip
+        settings["train.packing"] = "on" if self.packed else None  # None is what older checkpoints say
         if self.auxiliary:  # it is the mean over chunks of what each is by itself
             settings["train.micro_batch_size"] = config.train.micro_batch_size
         return {**settings, **{f"optim.{k}": v for k, v in dataclasses.asdict(config.optim).items()}}
