@@ -38,7 +38,7 @@ def plan(
     """Memory, traffic, time and cost of a run from its configuration alone, and what would fit where it does not."""
     settled = _configuration(model, config, ctx.args)
     with activity("loading torch and transformers"):
-        from sftmix.planning import hardware
+        from sftmix import hardware
         from sftmix.planning.plan import Question, make_plan
         from sftmix.planning.remedies import find_remedies
         from sftmix.planning.report import as_data, in_words

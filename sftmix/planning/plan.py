@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from sftmix.config import Config, LoraConfig, ModelConfig
+from sftmix.hardware import EFFICIENCY, LINK_SHARE, Gpu
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.planning.activations import Activations, trace
-from sftmix.planning.hardware import EFFICIENCY, LINK_SHARE, Gpu
 from sftmix.planning.memory import Load, Memory, in_bytes, memory
 from sftmix.planning.skeleton import (
     DEFAULT_LENGTH,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sftmix.planning.hardware import GB, LINK_SHARE
+from sftmix.hardware import GB, LINK_SHARE
 from sftmix.planning.plan import Plan
 from sftmix.planning.remedies import Remedy
 from sftmix.planning.work import Flops

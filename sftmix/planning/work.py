@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sftmix.planning.hardware import BANDWIDTH_SHARE, EFFICIENCY, LINK_SHARE, Gpu
+from sftmix.hardware import BANDWIDTH_SHARE, EFFICIENCY, LINK_SHARE, Gpu
+from sftmix.model.flops import active_share
 from sftmix.planning.memory import numbers, trained
 from sftmix.planning.skeleton import BLOCK, Skeleton
 from sftmix.planning.traffic import Traffic
@@ -65,23 +66,6 @@ def step_flops(
     # Without dweight a unit is saved.
     head = forward.head * (head_units - (not model.head_trained))
     return Flops(products, attention, head, once * deep // model.num_blocks if recomputes else 0)
-
-
-def active_share(dimensions: int, config: Any) -> float:
-    """The share of a weight that a token is multiplied with: of fused experts [E, ., .] those that it is sent to."""
-    if dimensions < 3:
-        return 1.0
-    text = config.get_text_config() if config is not None else None
-    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_k", None)
-    experts = next(
-        (
-            getattr(text, n)
-            for n in ("num_local_experts", "num_experts", "moe_num_experts")
-            if hasattr(text, n)
-        ),
-        None,
-    )
-    return chosen / experts if chosen and experts else 1.0
 
 
 @dataclass(frozen=True)

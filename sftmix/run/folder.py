@@ -20,6 +20,7 @@ plots/                  data_map.png, loss_curves.png, confidence.png
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -212,6 +213,8 @@ class RunFolder:
         return place.is_file() or any(left) or (stage == "score" and self.scoring.exists())
 
     def _write(self, record: dict[str, Settings]) -> None:
+        if not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it was deleted while the run was at work", str(self.path))
         with replacing(self._stages) as temporary:
             temporary.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 

@@ -103,11 +103,14 @@ def snapshot(
 
 
 def write(target: Path, found: Snapshot, *, group: dist.ProcessGroup | None = None) -> None:
-    """Write a folder, whole or not at all; every process calls it. ``group``: see ``write_tensors``."""
+    """Write a folder, whole or not at all, into one that is there; every process calls it.
+
+    ``group``: see ``write_tensors``.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     if is_main():
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not its parents: a run whose folder was deleted must not go on in half a new one
     _barrier(group)
     write_tensors(temporary, found.tensors, group=group)
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sftmix.config import Config
 from sftmix.files import replacing
+from sftmix.hardware import gpu_of
 from sftmix.model.parallel import World, sum_over_world
 from sftmix.progress import say
 from sftmix.training.batch import Batch
@@ -163,3 +164,14 @@ def peak_memory(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def utilisation(flops: float, seconds: float, processes: int) -> Record:
+    """Model flops a second of each process, and their share of the GPU's dense bfloat16 peak where it is known."""
+    rate = flops / seconds / processes
+    found: Record = {"model_tflops": rate / 1e12}
+    if torch.cuda.is_available():
+        gpu = gpu_of(torch.cuda.get_device_name())
+        if gpu is not None:
+            found["model_flops_utilisation"] = rate / gpu.flops
+    return found

@@ -34,6 +34,10 @@ class Step:
     def ids(self) -> list[str]:
         return [name for chunk in self.chunks for name in chunk_ids(chunk)]
 
+    def lengths(self, examples: Examples) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(examples[name].input_ids) for name in self.ids()]
+
 
 def chunk_ids(chunk: Sequence[Pair]) -> list[str]:
     return [name for pair in chunk for name in (pair.confident, pair.unconfident) if name is not None]

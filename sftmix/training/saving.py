@@ -55,6 +55,8 @@ class Saver(Rhythm):
         super().__init__(config.checkpoint_every)
         self.folder, self.keep, self.beside = folder, config.keep_checkpoints, config.async_checkpoint
         self.stall = 0.0
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         # The thread's collectives must not meet those of the training.

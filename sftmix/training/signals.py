@@ -63,10 +63,15 @@ class Signals:
 
 
 def end_at_signals() -> None:
-    """Have a program end with ``Stopped`` at SIGTERM and SIGUSR1 where nothing catches them; SIGINT is Python's."""
+    """Have a program end at once, with a line and its exit code, at SIGTERM and SIGUSR1 that nothing catches.
+
+    Nothing is raised: that would come up in the middle of whatever runs, an import or a library's own handling.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number, "")
+        shown = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which a bar hides
+        os.write(2, shown + f"sftmix: {Stopped(number, '')}\n".encode())
+        os._exit(128 + number)
 
     for number in CAUGHT:
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:

@@ -19,6 +19,7 @@ from sftmix.config import Config
 from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
+from sftmix.model.flops import ModelFlops
 from sftmix.model.lora import is_lora
 from sftmix.model.packing import packs
 from sftmix.model.parallel import join_world, shard
@@ -28,7 +29,7 @@ from sftmix.scores.online import OnlineDynamics
 from sftmix.training import checkpoint
 from sftmix.training.batch import Batch, blank_batch, check_batch
 from sftmix.training.blocks import compile_blocks, recompute
-from sftmix.training.metrics import MetricsWriter, Record, StepResults, peak_memory
+from sftmix.training.metrics import MetricsWriter, Record, StepResults, peak_memory, utilisation
 from sftmix.training.optim import (
     TrainableWeights,
     build_optimizer,
@@ -85,7 +86,7 @@ class Trainer:
         recompute(model, config.train.gradient_checkpointing)
         if config.train.compile:
             compile_blocks(model)
-        self.auxiliary = model.extra.aux_weight
+        self.auxiliary, self.flops = model.extra.aux_weight, ModelFlops(model)
         self.packed = packs(
             model, config.train.packing, compiled=config.train.compile
         )  # before it is sharded
@@ -194,6 +195,7 @@ class Trainer:
         cost: Record = {
             "seconds": seconds, "data_seconds": self.data_seconds, "tokens_per_second": step.num_supervised / seconds,
             "peak_memory_bytes": peak_memory(self.model.device),
+            **utilisation(self.flops.of(step.lengths(self.examples), step.num_supervised), seconds, self.world.size),
         }  # fmt: skip
         if self.saver.stall:
             cost["checkpoint_seconds"], self.saver.stall = self.saver.stall, 0.0

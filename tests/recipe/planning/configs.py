@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.config import load_config
-from sftmix.planning.hardware import find_gpu
+from sftmix.hardware import find_gpu
 from sftmix.planning.plan import Question
 
 CHECKPOINTED = "train.gradient_checkpointing=full"

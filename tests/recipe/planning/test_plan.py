@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sftmix.planning.hardware import GPUS, find_gpu
+from sftmix.hardware import GPUS, find_gpu
 from sftmix.planning.plan import Question, make_plan, model_of
 from sftmix.planning.remedies import find_remedies
 from sftmix.planning.report import as_data, in_words

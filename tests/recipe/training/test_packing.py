@@ -21,7 +21,8 @@ from sftmix.model.lora import apply_lora
 from sftmix.model.packing import packs
 from sftmix.training.batch import Batch, check_batch, collate_pairs, collate_plain
 from sftmix.training.metrics import read_metrics
-from sftmix.training.trainer import Trainer, train_pairs, train_plain
+from sftmix.training.runs import train_pairs, train_plain
+from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
 from tests.recipe.model.architectures import causal_lm
 

@@ -72,3 +72,15 @@ def find_gpu(
     if changes:
         changes["source"] = f"{gpu.source}; {', '.join(sorted(changes))} as given"
     return dataclasses.replace(gpu, **changes)  # type: ignore[arg-type]
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls ``device_name``, such as "NVIDIA H100 80GB HBM3"; None where it is none of ours."""
+    words = device_name.replace("-", " ").replace("RTX 4090", "RTX4090").split()
+    if "PCIe" in words or "NVL" in words:  # slower ones of the same name
+        return None
+    for name, gpu in GPUS.items():
+        chip, _, memory = name.partition("-")
+        if chip in words and (not memory or any(word.startswith(memory) for word in words)):
+            return gpu
+    return None
