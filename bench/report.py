@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import cpu_targets, data, load, targets
+from bench import cpu_targets, data, load, loop, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.summary import summary
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     figures = read_figures(RESULTS)
     measured = tables(figures)
-    for other in (data, load):
+    for other in (data, load, loop):
         if other.RECORD.exists():
             measured += "\n\n" + other.section(json.loads(other.RECORD.read_text(encoding="utf-8")))
     pages = ((PAGE, measured, (BEGIN, END)), (README, summary(figures), SUMMARY))
