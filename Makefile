@@ -15,12 +15,15 @@ READY := $(VENV)/.sftmix-installed
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	--max-worker-restart 0 --timeout 600 --progress 10
 
-.PHONY: help demo test slow architectures test-python test-oldest lint bench gpu install clean
+KILLS ?= 20
+
+.PHONY: help demo test slow soak architectures test-python test-oldest lint bench gpu install clean
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
 	@echo 'make test   run the tests, about ten minutes on two cores'
 	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
+	@echo 'make soak   kill small runs at random moments and compare what they end in'
 	@echo 'make architectures   take a tiny model of every architecture through a run (a part of make slow)'
 	@echo 'also: test-python PYTHON=python3.13 and test-oldest (the tests in an environment of their own), lint, bench,'
 	@echo 'install, clean, and gpu OUT=folder (no environment, no network)'
@@ -33,6 +36,11 @@ test: $(READY)
 
 slow: $(READY)
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Kills small runs at random moments over all stages; each must end as one that nobody disturbed. SEED= draws others.
+soak: $(READY)
+	rm -rf runs/soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.recipe.run.soak runs/soak --kills $(KILLS) --seed $(or $(SEED),0)
 
 # SFTMIX_ARCHITECTURES=folder keeps what comes out, for sftmix/model/ARCHITECTURES.md.
 architectures: $(READY)

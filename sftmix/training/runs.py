@@ -9,6 +9,7 @@ from typing import Any
 from sftmix.config import Config
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
+from sftmix.progress import say
 from sftmix.scores.halves import Split
 from sftmix.scores.online import Row
 from sftmix.training.pairs import epoch_order, epoch_pairs
@@ -64,6 +65,8 @@ def train_plain(
         points_per_epoch=config.reference.checkpoints_per_epoch, online=True, identity=identity,
     )  # fmt: skip
     trainer.run()
+    if config.reference.dynamics != "checkpoint" and trainer.total % trainer.steps_per_epoch:
+        say("reference: online scores of the last epoch are left out, train.max_steps ends it before all were met")
     return trainer.online.rows
 
 

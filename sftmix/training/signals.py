@@ -68,7 +68,13 @@ def end_at_signals() -> None:
     Nothing is raised: that would come up in the middle of whatever runs, an import or a library's own handling.
     """
 
+    own = os.getpid()
+
     def end(number: int, frame: FrameType | None) -> None:
+        if (
+            os.getpid() != own
+        ):  # a worker that was forked, when a scheduler signals every process: the parent speaks
+            os._exit(128 + number)
         shown = b"\x1b[?25h" if os.isatty(2) else b""  # the cursor, which a bar hides
         os.write(2, shown + f"sftmix: {Stopped(number, '')}\n".encode())
         os._exit(128 + number)

@@ -5,6 +5,8 @@ A way gives the losses of a step and its gradients, whole, before they are clipp
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from sftmix.training import trainer as trainer_module
 from sftmix.training.checkpoint import complete_checkpoints
 from sftmix.training.metrics import read_metrics
 from sftmix.training.runs import train_pairs
+from sftmix.training.signals import Stopped
+from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
 
 # 23 examples: an odd one without a partner. Steps of 12 and 11 sequences.
@@ -78,6 +82,33 @@ def split(case: str, micro: int, folder: Path, *flags: str) -> dict[str, Any]:
     return {"gradients": kept, "parts": parts, "checkpoint": str(saved)}
 
 
+def disturbed(folder: Path, what: str) -> dict[str, Any]:
+    """The second process alone is disturbed in its second step: a signal, or a loss that is not a number."""
+    real, calls = Trainer._loss, [0]
+
+    def disturb(self: Trainer, *args: Any, **options: Any) -> Any:
+        result = real(self, *args, **options)
+        if self.step == 1 and dist.get_rank() == 1 and not calls[0]:
+            calls[0] = 1
+            if what == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                return result._replace(loss=result.loss * float("nan"))
+        return result
+
+    Trainer._loss = disturb  # type: ignore[method-assign]
+    code: Any = 0
+    try:
+        found = split("untied", 2, folder, "train.checkpoint_every=1 h")
+    except Stopped as stopped:
+        code, found = stopped.code, {}
+    finally:
+        Trainer._loss = real  # type: ignore[method-assign]
+    codes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(codes, code)
+    return {"codes": codes, **found}
+
+
 def main(out: Path) -> None:
     results: dict[str, Any] = {}
     world = join_world(torch.device("cpu"))
@@ -90,6 +121,8 @@ def main(out: Path) -> None:
             results[name] = split(case, 2, out / name, "train.replicas=2")
     beside = "train.async_checkpoint=true", "train.checkpoint_every=1 step"
     results["beside"] = split("untied", 2, out / "beside", *beside)
+    for what in ("signal", "nan"):
+        results[what] = disturbed(out / what, what)
     if dist.get_rank() == 0:
         torch.save(results, out / "results.pt")
     dist.destroy_process_group()

@@ -99,6 +99,24 @@ def test_a_checkpoint_of_four_processes_is_taken_up_by_one(
             torch.testing.assert_close(four[name], value, rtol=0, atol=bound, msg=name)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_signal_to_one_process_ends_all_after_one_checkpoint(
+    found: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, processes: int
+) -> None:
+    assert found[processes]["signal"]["codes"] == [143] * processes
+    assert names(launched(tmp_path_factory, processes) / "signal") == [2]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_loss_that_is_no_number_on_one_process_is_left_out_by_all(
+    found: dict[int, dict[str, Any]], processes: int
+) -> None:
+    told = found[processes]["nan"]
+    assert told["codes"] == [0] * processes
+    losses = [parts[0] for parts in told["parts"]]
+    assert losses[1] is None and losses[0] is not None and losses[2] is not None
+
+
 def test_replicas_divide_the_processes() -> None:
     with pytest.raises(ValueError, match=r"train\.replicas: expected a divisor of the 4 processes, got 3"):
         shard(tiny.model(), World(size=4), replicas=3)
