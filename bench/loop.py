@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
+from bench.loop_words import section
 from bench.machine import commit, device_name
 
 RECORD = Path(__file__).with_name("results") / "loop.json"
 PACKAGES = ("torch", "transformers", "trl")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = ("bare", "ntp", "sftmix", "trl")
-MOST_OVER_BARE, LEAST_OVER_TRL, LEAST_OF_NTP, MOST_HOST = 1.03, 1.4, 0.97, 0.02
 SETTINGS = (
     "train.tuning=full", "train.batch_size=8", "train.micro_batch_size=8", "data.max_length=256", "train.epochs=1",
     "reference.epochs=1", "reference.checkpoints_per_epoch=1", "reference.dynamics=online", "optim.lr=1e-5",
@@ -194,7 +194,8 @@ def compare(ground: Ground, ways: Sequence[str], *, rounds: int, steps: int) -> 
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(-1, rounds):  # the first warms up
-            for way in ways:
+            turn = max(number, 0) % len(ways)  # each round begins one way later
+            for way in [*ways[turn:], *ways[:turn]]:
                 found = made[way].round(2 if number < 0 else steps, Path(temporary) / f"{way}{number}")
                 if number >= 0:
                     seconds[way] += found
@@ -263,60 +264,6 @@ def measure(
             "versions": {name: metadata.version(name) for name in PACKAGES if find_spec(name)},
             "threads": torch.get_num_threads(), "commit": commit(), "command": command,
         }  # fmt: skip
-
-
-def ratio(record: dict[str, Any], one: str, other: str) -> float:
-    """The median over steps of ``one``'s seconds by ``other``'s, of the same step in the same round."""
-    pairs = zip(record["seconds"][one], record["seconds"][other], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
-def section(record: dict[str, Any]) -> str:
-    """The record in words, for RESULTS.md."""
-    rows = []
-    tokens = sum(both for _, both in record["tokens"])
-    for way, seconds in record["seconds"].items():
-        beside = f"{ratio(record, 'ntp', way):.3f}"
-        rows.append(
-            f"| {way} | {1000 * statistics.median(seconds):,.0f} | {tokens / sum(seconds):,.0f} | {beside} |"
-        )
-    judged = []
-
-    def judge(what: str, value: float, asked: str, met: bool) -> None:
-        judged.append(f"{what} {value:.3f} (asked: {asked}; {'met' if met else 'missed'})")
-
-    seconds, stages, saved = record["seconds"], record["stages"], record["saving"]
-    if "bare" in seconds:
-        over = ratio(record, "ntp", "bare")
-        judge("our loop over the bare one", over, f"at most {MOST_OVER_BARE}", over <= MOST_OVER_BARE)
-    ours = ratio(record, "ntp", "sftmix")
-    judge(
-        "SFTMix's tokens/s over our next-token loss's", ours, f"at least {LEAST_OF_NTP}", ours >= LEAST_OF_NTP
-    )
-    if "trl" in seconds:
-        over = ratio(record, "trl", "sftmix")
-        judge(
-            "SFTMix's over TRL's next-token loss's",
-            over,
-            f"at least {LEAST_OVER_TRL}",
-            over >= LEAST_OVER_TRL,
-        )
-    made = max(share * statistics.median(seconds[way]) for way, share in record["data_share"].items())
-    judge(
-        f"making the batches takes {1000 * made:.1f} ms, of a step of 100 ms", made / 0.1, f"at most {MOST_HOST}",
-        made / 0.1 <= MOST_HOST,
-    )  # fmt: skip
-    whole = sum(seconds for name, seconds in stages.items() if name != "train-ntp") / stages["train-ntp"]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return (
-        f"**The training loop**, SmolLM2-135M, all weights, {record['dtype']}, 8 sequences a step\n\n"
-        "| way | ms a step | tokens/s | times as fast as ours (ntp) |\n|---|--:|--:|--:|\n" + "\n".join(rows) + "\n\n"
-        f"{'; '.join(judged)}. A whole run with online dynamics (reference, scores, split, SFTMix, the exports) took "
-        f"{whole:.2f} times as long as next-token training on the same batches alone. A checkpoint of "
-        f"{saved['bytes'] / 2**20:,.0f} MiB stops the training for {saved['at once']:.2f} s, written beside it for "
-        f"{saved['beside']:.2f} s; reading it takes {saved['reading']:.2f} s. {record['device']}, {record['threads']} "
-        f"threads; {versions}; commit {record['commit']}: `{record['command']}`"
-    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,7 +66,9 @@ def train_plain(
     )  # fmt: skip
     trainer.run()
     if config.reference.dynamics != "checkpoint" and trainer.total % trainer.steps_per_epoch:
-        say("reference: online scores of the last epoch are left out, train.max_steps ends it before all were met")
+        say(
+            "reference: online scores of the last epoch are left out, train.max_steps ends it before all were met"
+        )
     return trainer.online.rows
 
 
