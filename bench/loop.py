@@ -141,7 +141,8 @@ class Trl:
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, ground.config.model.dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(ground.source.name, dtype=dtype).to(DEVICE)
+        model: Any = AutoModelForCausalLM.from_pretrained(ground.source.name, dtype=dtype)
+        self.model = model.to(DEVICE)
         self.tokenizer = ground.session.tokenizer
         rows = [ground.examples[name] for step in ground.steps for name in step.ids()]
         self.rows = [
