@@ -110,6 +110,7 @@ def shard(
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
     if isinstance(model, FSDPModule):
+        reshard(model)
         return model
     units = _Units(mesh, model)
     if not is_lora(model):
@@ -139,6 +140,19 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also scales
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what is still gathered: the root and the head stay whole after a forward without backward.
+
+    Until then ``named_parameters`` names the gathered copies, which FSDP frees; an optimizer, or a reader of weights,
+    must not take those.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _mesh_of(world: World, replicas: int) -> DeviceMesh | None:

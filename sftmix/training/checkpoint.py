@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sftmix.data.fingerprint import content_hash
+from sftmix.model.parallel import reshard
 from sftmix.rank import is_main
 from sftmix.scores.dynamics import SCHEMA, read_table, to_table, write_table
 from sftmix.training.tensor_files import flush, read_tensors, tensor_files, write_tensors
@@ -63,6 +64,7 @@ def fingerprint(model: SFTMixModel) -> dict[str, str]:
 
 def save_trainable(model: SFTMixModel, folder: str | Path) -> None:
     """Write the trainable weights (all, or the adapters) into ``folder``; every process calls it."""
+    reshard(model)
     values: dict[str, Tensor] = {
         f"weights/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad
     }
@@ -75,6 +77,7 @@ def load_trainable(model: SFTMixModel, folder: str | Path) -> None:
     Raises ``ValueError`` for a folder that is incomplete or damaged or of another model.
     """
     folder = Path(folder)
+    reshard(model)
     meta = read_meta(folder, {"fingerprint": fingerprint(model)})
     values = {f"weights/{name}": p for name, p in model.named_parameters() if p.requires_grad}
     read_tensors(folder, meta["sha256"], values)

@@ -75,6 +75,7 @@ def test_after_a_signal_and_after_a_kill(
         sizes = interrupt(patch, 3, kill)
         with pytest.raises(Killed):
             run(material, unscored, *FLAGS, "--train.checkpoint_every=1 step")
+    with monkeypatch.context() as patch:
         again = interrupt(patch, 10**9, kill)
         run(material, unscored, *FLAGS)
     assert len(sizes) == 3

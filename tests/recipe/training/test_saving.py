@@ -38,7 +38,15 @@ def names(folder: Path) -> list[int]:
 
 
 def without_times(folder: Path) -> list[Record]:
-    told = ("seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes", "checkpoint_seconds")
+    told = (
+        "seconds",
+        "data_seconds",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "checkpoint_seconds",
+        "model_tflops",
+        "model_flops_utilisation",
+    )
     return [{k: v for k, v in r.items() if k not in told} for r in read_metrics(folder / "metrics.jsonl")]
 
 
