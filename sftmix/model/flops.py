@@ -26,9 +26,7 @@ class ModelFlops:
                 if weight.ndim >= 2:
                     active = weight.numel() * active_share(weight.ndim, model.base.config)
                     self.per_token += 2 * active * (3 if weight.requires_grad else 2)
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-        self.per_square = 12.0 * heads * head_dim * len(blocks)
+        self.per_square = 12.0 * sum(attention_widths(config, len(blocks)))
         head = model.head.weight
         self.per_row = 2.0 * head.numel() * (3 if head.requires_grad else 2)
 
@@ -37,6 +35,20 @@ class ModelFlops:
         listed = list(lengths)
         squares = sum(length * length for length in listed)
         return self.per_token * sum(listed) + self.per_square * squares + self.per_row * num_rows
+
+
+def attention_widths(config: Any, num_blocks: int) -> list[int]:
+    """heads x head_dim of each block; some configurations give a block another head_dim than the rest."""
+    own = getattr(config, "per_layer_config", None)
+    layers = [own[index] if own is not None else config for index in range(num_blocks)]
+    widths = []
+    for layer in layers:
+        heads = int(getattr(layer, "num_attention_heads", 0) or 0)
+        head_dim = getattr(layer, "head_dim", None) or int(getattr(layer, "hidden_size", 0) or 0) // max(
+            heads, 1
+        )
+        widths.append(heads * int(head_dim))
+    return widths
 
 
 def active_share(dimensions: int, config: Any) -> float:

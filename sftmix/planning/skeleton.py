@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sftmix.config import Config, LoraConfig, ModelConfig
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.dtype import DTYPES
+from sftmix.model.flops import attention_widths
 from sftmix.model.lora import apply_lora
 from sftmix.model.probe import Surroundings
 from sftmix.model.targets import decoder_blocks, is_lora
@@ -238,7 +239,7 @@ def describe_model(model: SFTMixModel) -> Skeleton:
         kind=type(model.base).__name__, weights=weights, num_blocks=len(blocks),
         first_trained=0 if below or not trained else min(trained), vocab_size=vocab_size,
         hidden_size=hidden_size, num_heads=heads,
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        head_dim=round(sum(attention_widths(text, len(blocks))) / (len(blocks) * heads)),
         positions=int(getattr(text, "max_position_embeddings", None) or DEFAULT_LENGTH),
         itemsize=model.dtype.itemsize, is_tied=model.is_tied,
         head_trained=model.head.weight.requires_grad, is_lora=is_lora(model),
