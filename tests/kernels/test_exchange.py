@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,9 +26,8 @@ from tests.kernels.exchange_ranks import (
     make,
     run_rows,
 )
-from tests.once import made_once
+from tests.kernels.ranks import Results
 
-ROOT = Path(__file__).resolve().parents[2]
 # Two processes in `make test`, four in `make slow`.
 WORLDS = [pytest.param(world, marks=pytest.mark.slow if world > 2 else ()) for world in SPREADS]
 CASES = [
@@ -44,33 +39,9 @@ OF_LAYER = ("dweight", "dbias", "dup", "dmain")  # whole on their owner
 TOTAL = (*OF_LAYER, "ddown")  # of all ranks' losses
 
 
-def launch(folder: Path, world: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    found = subprocess.run(
-        [*command, "-m", "tests.kernels.exchange_ranks", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-6000:]
-
-
-class Results(dict[int, list[Any]]):
-    """Each rank's results by world size, made when asked for, once even if pytest runs in several processes."""
-
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
-        super().__init__()
-        self.factory = factory
-
-    def __missing__(self, world: int) -> list[Any]:
-        folder = made_once(self.factory, f"exchange_{world}", lambda folder: launch(folder, world))
-        paths = [folder / f"rank{rank}.pt" for rank in range(world)]
-        assert all(path.is_file() for path in paths), "see the test that ran the ranks"
-        self[world] = [torch.load(path) for path in paths]
-        return self[world]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory)
+    return Results(tmp_path_factory, "tests.kernels.exchange_ranks")
 
 
 def alone(function: Any, cases: list[parity.Case], *args: Any, **options: Any) -> list[dict[str, Tensor]]:

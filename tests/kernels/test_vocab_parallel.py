@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +11,7 @@ from torch import Tensor
 
 from sftmix_kernels import linear_cross_entropy, sftmix_loss, token_stats
 from tests import parity
-from tests.once import made_once
+from tests.kernels.ranks import Results
 
 from .vocab_parallel_ranks import (
     DTYPES,
@@ -31,7 +27,6 @@ from .vocab_parallel_ranks import (
     upstream_of,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 # Two processes in `make test`, four in `make slow`.
 WORLDS = [pytest.param(world, marks=pytest.mark.slow if world > 2 else ()) for world in SIZES]
 CASES = [
@@ -41,33 +36,9 @@ CASES = [
 ]
 
 
-def launch(folder: Path, world: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    found = subprocess.run(
-        [*command, "-m", "tests.kernels.vocab_parallel_ranks", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-6000:]
-
-
-class Results(dict[int, list[Any]]):
-    """Each rank's results by world size, made when asked for, once even if pytest runs in several processes."""
-
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
-        super().__init__()
-        self.factory = factory
-
-    def __missing__(self, world: int) -> list[Any]:
-        folder = made_once(self.factory, f"vocab_parallel_{world}", lambda folder: launch(folder, world))
-        paths = [folder / f"rank{rank}.pt" for rank in range(world)]
-        assert all(path.is_file() for path in paths), "see the test that ran the ranks"
-        self[world] = [torch.load(path) for path in paths]
-        return self[world]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory)
+    return Results(tmp_path_factory, "tests.kernels.vocab_parallel_ranks")
 
 
 def joined(results: list[Any], key: Any) -> dict[str, Tensor]:
