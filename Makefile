@@ -21,7 +21,7 @@ KILLS ?= 20
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
-	@echo 'make test   run the tests, about ten minutes on two cores'
+	@echo 'make test   run the tests, about a quarter of an hour on two cores'
 	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
 	@echo 'make soak   kill small runs at random moments and compare what they end in'
 	@echo 'make architectures   take a tiny model of every architecture through a run (a part of make slow)'
