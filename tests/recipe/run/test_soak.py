@@ -33,4 +33,4 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_killed_twenty_times(tmp_path: Path, kind: str) -> None:
-    assert len(set(soak(tmp_path, kind, 20))) >= 3  # stages it was killed in
+    assert len(set(soak(tmp_path, kind, 20))) >= 4  # stages it was killed in
