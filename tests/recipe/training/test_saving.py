@@ -242,3 +242,22 @@ def test_a_stray_file_in_a_checkpoint_is_nobodys_business(tmp_path: Path) -> Non
     shard = next(newest.glob("*.safetensors"))
     (newest / f"copy of {shard.name}").write_bytes(shard.read_bytes())
     assert run(tmp_path).first_step == 6
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_online_scores_give_way_to_the_checkpoint_before(
+    tmp_path: Path, damage: str, capfd: Any
+) -> None:
+    config = tiny.config("train.checkpoint_every=1 step")
+    expected = train_plain(config, tiny.model(), EXAMPLES, folder=tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_plain(config, tiny.model(), EXAMPLES, folder=tmp_path / "killed", progress=kill_at(5))
+    path = complete_checkpoints(tmp_path / "killed" / "checkpoints")[-1] / "online.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    assert train_plain(config, tiny.model(), EXAMPLES, folder=tmp_path / "killed") == expected
+    assert "going back to step-00000003" in capfd.readouterr().out
