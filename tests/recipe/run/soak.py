@@ -2,8 +2,9 @@
 
 ``python -m tests.recipe.run.soak FOLDER [--kills 20] [--seed 0] [--kind full]``; ``make soak`` runs every kind. Each
 start is a child forked from a process that has imported everything, so that most of its life is work. A child is
-killed (SIGKILL, or SIGTERM, which it may answer with a checkpoint) after a random part of the time that a whole run
-takes; what it left is taken up by the next.
+killed (SIGKILL, or SIGTERM, which it may answer with a checkpoint) at a random moment of a stage drawn beforehand:
+the stages and how long each lasts are seen in the undisturbed run, so that a slow machine is killed in as many of
+them as a fast one. What a child left is taken up by the next.
 """
 
 from __future__ import annotations
@@ -84,13 +85,45 @@ def start(call: Callable[[], Any], log: Path) -> int:
         os._exit(code)
 
 
-def finish(child: int, seconds: float, number: int) -> int | None:
-    """Wait so long, then send the signal; the exit code, None where the child died of the signal."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def ended(child: int) -> int | None:
+    """The exit code of a child that is done, None while it runs."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def watch(child: int, folder: Path) -> dict[str, float]:
+    """Let a run end: every stage it was seen in, in order, and the seconds it was seen there. It must end well."""
+    seen: dict[str, float] = {}
+    begun = last = time.monotonic()
+    while (code := ended(child)) is None:
+        assert time.monotonic() - begun < 300
+        time.sleep(0.002)
+        now = time.monotonic()
+        stage = stage_of(folder)
+        seen[stage], last = seen.get(stage, 0.0) + now - last, now
+    assert code == 0, code
+    return seen
+
+
+def kill_in(
+    child: int, folder: Path, stage: str, seen: dict[str, float], part: float, number: int
+) -> int | None:
+    """Send the signal at such a part of that stage, or of a later one if that is behind it already.
+
+    The exit code; None where the child died of the signal.
+    """
+    order = list(seen)
+    moment: float | None = None
+    at_start = 0.0 if stage == "before" else seen["before"]  # an earlier child's stage goes on after so long
+    deadline = time.monotonic() + 300
+    while moment is None or time.monotonic() < moment:
+        if (code := ended(child)) is not None:
+            return code
+        assert time.monotonic() < deadline
+        now = stage_of(folder)
+        if moment is None and (now not in seen or order.index(now) >= order.index(stage)):
+            moment = time.monotonic() + at_start + part * seen[stage]
+        at_start = 0.0
         time.sleep(0.002)
     os.kill(child, number)
     _, status = os.waitpid(child, 0)
@@ -108,29 +141,26 @@ def soak(folder: Path, kind: str, *, kills: int, seed: int) -> dict[str, Any]:
         )
 
     log = folder / "log.txt"
-    begun = time.monotonic()
-    code = finish(start(run("whole"), log), 300, signal.SIGKILL)
-    whole = time.monotonic() - begun
-    assert code == 0, log.read_text()[-3000:]
+    seen = watch(start(run("whole"), log), folder / "whole")
     draw = random.Random(seed)
-    stages: list[str] = []
-
-    def end() -> None:
-        """Let it end, compare, and begin anew."""
-        code = finish(start(run("killed"), log), 300, signal.SIGKILL)
-        assert code == 0, log.read_text()[-3000:]
+    killed: list[str] = []
+    while len(killed) < kills:  # one run at a time, killed on its way at moments in the order of the stages
+        worth = [stage for stage, seconds in seen.items() if seconds > 0.05]
+        drawn = draw.sample(worth, min(len(worth), kills - len(killed)))
+        for stage in sorted(drawn, key=worth.index):
+            number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            code = kill_in(start(run("killed"), log), folder / "killed", stage, seen, draw.random(), number)
+            assert code in (None, 0), log.read_text()[-3000:]
+            killed.append("ended" if code == 0 else stage_of(folder / "killed"))
+        watch(start(run("killed"), log), folder / "killed")
         compare(folder)
         shutil.rmtree(folder / "killed")
-
-    for _ in range(kills):
-        number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        code = finish(start(run("killed"), log), draw.uniform(0.01, 0.3) * whole, number)
-        assert code in (None, 0), log.read_text()[-3000:]
-        stages.append("ended" if code == 0 else stage_of(folder / "killed"))
-        if stages[-1] in ("ended", "after train-sftmix"):  # the training is behind it
-            end()
-    end()
-    return {"kind": kind, "seed": seed, "kills": kills, "whole_seconds": round(whole, 2), "killed_in": stages}
+    return {
+        "kind": kind,
+        "seed": seed,
+        "seconds": {k: round(v, 2) for k, v in seen.items()},
+        "killed_in": killed,
+    }
 
 
 def stage_of(folder: Path) -> str:
