@@ -179,9 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     figures = read_figures(RESULTS)
     measured = tables(figures)
-    for other in (data, load, loop):
-        if other.RECORD.exists():
-            measured += "\n\n" + other.section(json.loads(other.RECORD.read_text(encoding="utf-8")))
+    others = [(data.section, data.RECORD), (load.section, load.RECORD)]
+    others += [(loop.section, path) for path in loop.RECORDS]
+    for section, record in others:
+        if record.exists():
+            measured += "\n\n" + section(json.loads(record.read_text(encoding="utf-8")))
     pages = ((PAGE, measured, (BEGIN, END)), (README, summary(figures), SUMMARY))
     return max(update(*page, check=args.check, command="python -m bench.report") for page in pages)
 

@@ -1,16 +1,23 @@
-"""The loop's record in words: ratios of the same step, verdicts of what was asked, and a round of every way."""
+"""The loop's record in words, the turns that its ways take, and the clocks of its host work."""
 
 from __future__ import annotations
 
+import time
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from bench import loop_profile, loop_ways
 from bench import loop_words as loop
 
 RECORD: dict[str, Any] = {
     "seconds": {"bare": [1.0, 2.0], "ntp": [1.02, 2.04], "sftmix": [1.03, 2.06], "trl": [1.5, 3.0]},
-    "tokens": [[100, 400], [120, 500]], "data_share": {"ntp": 0.001, "sftmix": 0.04}, "dtype": "float32",
+    "tokens": [[100, 400], [120, 500]], "data_seconds": 0.001, "dtype": "float32", "longest": False,
+    "host": {"host": 1.9, "batches": 0.5},
+    "memory": {way: {"before": 0, "peak": 3 * 2**30} for way in ("bare", "ntp", "sftmix", "trl")},
+    "profile": {"ntp": {"step": 10.0, "products": 6.0}, "trl": {"step": 20.0, "products": 7.0, "attention": 5.4}},
     "saving": {"at once": 2.0, "beside": 0.4, "bytes": 2**30, "reading": 1.0},
     "stages": {"reference": 10.0, "score": 1.0, "split": 1.0, "train-ntp": 10.0, "train-sftmix": 12.0},
     "device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "commit": "abc", "command": "python -m bench.loop",
@@ -18,22 +25,97 @@ RECORD: dict[str, Any] = {
 
 
 def test_ratios_are_of_the_same_step() -> None:
-    assert loop.ratio(RECORD, "ntp", "bare") == pytest.approx(1.02)
-    assert loop.ratio(RECORD, "trl", "sftmix") == pytest.approx((1.5 / 1.03 + 3.0 / 2.06) / 2)
+    assert loop.ratios(RECORD, "ntp", "bare") == pytest.approx([1.02, 1.02])
+    assert loop.ratios(RECORD, "trl", "sftmix") == pytest.approx([1.5 / 1.03, 3.0 / 2.06])
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    assert loop.verdict([1.01] * 9, 1.03, at_most=True) == "1.010 (1.010 to 1.010; asked: at most 1.03; met)"
+    assert loop.verdict([1.05] * 9, 1.03, at_most=True).endswith("missed)")
+    assert loop.verdict([0.9, 1.0, 1.1] * 3, 1.03, at_most=True).endswith("not decided by so few steps)")
+    assert loop.verdict([1.5] * 9, 1.4, at_most=False).endswith("met)")
+    assert loop.verdict([1.3] * 9, 1.4, at_most=False).endswith("missed)")
+
+
+def test_the_interval_is_that_of_the_median() -> None:
+    values = [float(n) for n in range(101)]
+    middle, low, high = loop.interval(values)
+    # The median of 101 uniform values has a standard error of about 100 * 0.5 / sqrt(101) = 5.
+    assert middle == 50 and 50 - 14 < low < 50 - 6 and 50 + 6 < high < 50 + 14
 
 
 def test_the_section_judges_what_was_asked() -> None:
     told = loop.section(RECORD)
-    assert "our loop over the bare one 1.020 (asked: at most 1.03; met)" in told
-    assert "SFTMix's over TRL's next-token loss's 1.456 (asked: at least 1.4; met)" in told
-    # 4 % of SFTMix's 1.545 s
-    assert "making the batches takes 61.8 ms, of a step of 100 ms 0.618 (asked: at most 0.02; missed)" in told
+    assert "our loop over the bare one 1.020 (1.020 to 1.020; asked: at most 1.03; met)" in told
+    assert "SFTMix's over TRL's next-token loss's 1.456 (1.456 to 1.456; asked: at least 1.4; met)" in told
+    assert (
+        "1.9 ms a step (0.5 ms of it the batches), 0.019 of a step of 100 ms (asked: at most 0.02; met)"
+        in told
+    )
     assert "took 2.40 times as long as next-token training" in told
     assert "1,024 MiB stops the training for 2.00 s, written beside it for 0.40 s" in told
-    assert "| trl | 2,250 | 200 | 0.680 |" in told
-    assert told.endswith("a CPU, 2 threads; torch 2; commit abc: `python -m bench.loop`")
+    assert "| trl | 2,250 | 200 | 0.680 | 3.00 |" in told
+    assert "(450 tokens a step)" in told
+    assert "a CPU, 2 threads; torch 2; commit abc: `python -m bench.loop`" in told
+    assert "| products | 6 | 7 |\n| attention | 0 | 5 |" in told
 
 
 def test_a_record_without_trl_says_nothing_of_it() -> None:
     without = {**RECORD, "seconds": {key: value for key, value in RECORD["seconds"].items() if key != "trl"}}
     assert "TRL" not in loop.section(without)
+
+
+def test_ways_take_turns_one_step_at_a_time() -> None:
+    done: list[str] = []
+
+    def way(name: str, seconds: float) -> Callable[[Callable[[], None]], None]:
+        def steps(end_of_step: Callable[[], None]) -> None:
+            for number in range(3):
+                time.sleep(seconds)
+                done.append(f"{name}{number}")
+                end_of_step()
+
+        return steps
+
+    one, other = loop_ways.Turn(way("a", 0.02)), loop_ways.Turn(way("b", 0.3))
+    first = [one.next(), other.next(), one.next()]
+    assert done == ["a0", "b0", "a1"]
+    assert 0.02 <= first[0] < 0.3 and first[1] >= 0.3
+    assert 0.02 <= first[2] < 0.3  # without the time of the other's turn
+    one.finish()
+    other.finish()
+    assert done == ["a0", "b0", "a1", "a2", "b1", "b2"]
+
+
+def test_what_a_way_raises_comes_out() -> None:
+    def way(end_of_step: Callable[[], None]) -> None:
+        end_of_step()
+        raise RuntimeError("broken")
+
+    turn = loop_ways.Turn(way)
+    turn.next()
+    with pytest.raises(RuntimeError, match="broken"):
+        turn.next()
+
+
+def test_a_way_without_steps_left_is_an_error() -> None:
+    turn = loop_ways.Turn(lambda end_of_step: None)
+    with pytest.raises(ValueError, match="none left"):
+        turn.next()
+
+
+def test_clocks_time_the_calls_and_go_away() -> None:
+    owner = types.SimpleNamespace(wait=time.sleep, other=time.sleep)
+    with loop_profile.clocks([(owner, "wait")]) as seconds:
+        owner.wait(0.02)
+        owner.wait(0.02)
+        owner.other(0.5)
+    assert 0.04 <= seconds["wait"] < 0.5
+    assert owner.wait is time.sleep
+
+
+def test_operators_have_their_kind() -> None:
+    assert loop_profile.kind_of("aten::addmm") == "products"
+    assert loop_profile.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert loop_profile.kind_of("aten::_fused_adamw_") == "optimizer"
+    assert loop_profile.kind_of("aten::silu") == "elementwise and others"

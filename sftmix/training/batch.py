@@ -137,25 +137,18 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
     is not positive and finite.
     """
     for name in ("input_ids", "target"):
-        values = getattr(batch, name)
-        if values.numel() and not (0 <= int(values.min()) and int(values.max()) < vocab_size):
-            low, high = int(values.min()), int(values.max())
-            raise ValueError(f"{name}: expected values in [0, V={vocab_size}), got {low} to {high}")
+        _check_range(name, getattr(batch, name), "V", vocab_size)
     num_rows, positions = batch.rows.numel(), batch.input_ids.numel()
     for name in ("target", "example"):
         if getattr(batch, name).numel() != num_rows:
             raise ValueError(f"{name}: expected [N={num_rows}], got [{getattr(batch, name).numel()}]")
     if 2 * batch.num_mixed > num_rows:
         raise ValueError(f"lam: expected at most N // 2 = {num_rows // 2} pairs, got {batch.num_mixed}")
-    if num_rows:
-        if not (0 <= int(batch.rows.min()) and int(batch.rows.max()) < positions):
-            raise ValueError(
-                f"rows: expected values in [0, B*T={positions}), got {int(batch.rows.min())} "
-                f"to {int(batch.rows.max())}"
-            )
-        if batch.rows.unique().numel() != num_rows:
-            raise ValueError("rows: expected every position at most once, got one that is repeated")
-    if not bool(((batch.lam >= 0) & (batch.lam <= 1)).all()):
+    _check_range("rows", batch.rows, "B*T", positions)
+    if num_rows and int(np.bincount(batch.rows.numpy()).max()) > 1:
+        raise ValueError("rows: expected every position at most once, got one that is repeated")
+    lam = batch.lam.numpy()
+    if not ((lam >= 0) & (lam <= 1)).all():
         raise ValueError(f"lam: expected values in [0, 1], got {batch.lam.tolist()}")
     for name, sign, size in (("row_weight", "N", num_rows), ("pair_weight", "M", batch.num_mixed)):
         weight = getattr(batch, name)
@@ -165,6 +158,15 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise ValueError(f"{name}: expected [{sign}={size}], got {list(weight.shape)}")
         if not bool(((weight > 0) & weight.isfinite()).all()):
             raise ValueError(f"{name}: expected positive finite values, got {weight.tolist()}")
+
+
+def _check_range(name: str, values: Tensor, sign: str, size: int) -> None:
+    """Raise ``ValueError`` for a value outside [0, ``size``)."""
+    if not values.numel():
+        return
+    low, high = int(values.numpy().min()), int(values.numpy().max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected values in [0, {sign}={size}), got {low} to {high}")
 
 
 def _supervised_rows(sequence: TokenizedExample, start: int) -> NDArray[np.int64]:

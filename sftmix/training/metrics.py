@@ -108,13 +108,8 @@ class StepResults:
         self.losses[index] = loss.loss.detach()
         nll = loss.nll if batch.row_weight is None else batch.row_weight * loss.nll
         mixup = loss.mixup_nll if batch.pair_weight is None else batch.pair_weight * loss.mixup_nll
-        parts = [
-            nll.sum(),
-            mixup.sum(),
-            loss.is_top1.sum(),
-            nll.new_zeros(()) if aux is None else share * aux,
-        ]
-        self.parts += torch.stack([part.double() for part in parts])
+        sums = [nll.sum(), mixup.sum(), loss.is_top1.sum()] + ([] if aux is None else [share * aux])
+        self.parts[: len(sums)] += torch.stack([each.double() for each in sums])
 
     def exchange(
         self, grad_norm: Tensor, words: list[float], world: World

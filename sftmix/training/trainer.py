@@ -82,7 +82,8 @@ class Trainer:
         self.points = point_steps(len(first), points_per_epoch)
         self.total = min(len(first) * epochs, config.train.max_steps or len(first) * epochs)
         self.step = self.first_step = self.bad_steps = 0
-        self.world = join_world(model.device)
+        self.device = model.device
+        self.world = join_world(self.device)
         recompute(model, config.train.gradient_checkpointing)
         if config.train.compile:
             compile_blocks(model)
@@ -115,7 +116,7 @@ class Trainer:
             MetricsWriter(path, step=self.step, report_to=report_to, run=self.config) if is_main() else None
         )
         try:
-            with own_randomness(self.model.device), self.saver.signals.caught():
+            with own_randomness(self.device), self.saver.signals.caught():
                 while self.step < self.total:
                     self._run_epoch(self.step // self.steps_per_epoch, writer)
                 self.saver.settle()
@@ -158,7 +159,7 @@ class Trainer:
         lr = learning_rate(self.config.optim, self.step, self.total)
         set_learning_rate(self.optimizer, lr)
         sums_of_weights = denominators(step, self.examples, mixup=self.config.mixup, seed=self.config.seed)
-        results = StepResults(step, self.model.device, sums_of_weights)
+        results = StepResults(step, self.device, sums_of_weights)
         for start in range(0, len(step.chunks), self.world.size):
             self._train_chunk(step, start + self.world.rank, results)
         grad_norm = clip_gradients(self.weights, self.config.optim.max_grad_norm)
@@ -194,7 +195,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         cost: Record = {
             "seconds": seconds, "data_seconds": self.data_seconds, "tokens_per_second": step.num_supervised / seconds,
-            "peak_memory_bytes": peak_memory(self.model.device),
+            "peak_memory_bytes": peak_memory(self.device),
             **utilisation(self.flops.of(step.lengths(self.examples), step.num_supervised), seconds, self.world.size),
         }  # fmt: skip
         if self.saver.stall:
@@ -215,7 +216,7 @@ class Trainer:
         self.data_seconds += time.perf_counter() - began
         ids = batch.ids
         share = _weight_sum(batch) / results.denominators[0]
-        batch = batch.to(self.model.device, non_blocking=True)
+        batch = batch.to(self.device, non_blocking=True)
         seed_chunk(self.config.seed, self.stage, self.step, index)
         loss = self._loss(batch, results.denominators, aux_share=share)
         loss.loss.backward()
