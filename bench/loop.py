@@ -2,18 +2,18 @@
 
 SmolLM2-135M-Instruct, all weights, 8 sequences a step of at most 256 tokens: questions and answers from the docstrings
 of Python's standard library, the same in every step of every way; ``--longest`` takes the longest of them. Each way
-trains a model of its own in a thread of its own, and they take turns step by step, so that what the machine does
+trains a model of its own in a process of its own, and they take turns step by step, so that what the machine does
 besides falls on all alike. ``bare`` has its batches made beforehand and does nothing but forward, backward, clipping
-and the optimizer's step, on our model and loss. ``trl`` is ``SFTTrainer`` on the model as transformers reads it, in
-the same data type and attention, without gradient checkpointing; it needs the package trl. Then where a step's time
-goes by torch's profiler, the host's part of our loop, peak memory, the seconds of a whole run's stages beside plain
-fine-tuning's, a checkpoint's stall, and reading one. The records go to bench/results and sections of RESULTS.md.
+and the optimizer's step, on our model and loss. ``padded`` is our next-token training without packing. ``trl`` is
+``SFTTrainer`` on the model as transformers reads it, in the same data type and attention, without gradient
+checkpointing; it needs the package trl. Then where a step's time goes by torch's profiler, the host's part of our
+loop, peak memory, the seconds of a whole run's stages beside plain fine-tuning's, a checkpoint's stall, and reading
+one. The records go to bench/results and sections of RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 import time
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.loop_profile import by_kind, host_work, memory
-from bench.loop_ways import BATCH, DEVICE, Ground, Turn, known, make
+from bench.loop_profile import by_kind, host_work
+from bench.loop_ways import BATCH, DEVICE, Ground, Turn, command, known, make
 from bench.loop_words import section
 from bench.machine import commit, device_name
 
@@ -38,10 +38,17 @@ PACKAGES = ("torch", "transformers", "trl")
 WARM_UP = 2
 
 
-def compare(ground: Ground, ways: Sequence[str], folder: Path, *, steps: int) -> dict[str, Any]:
-    """Seconds of each way's steps, which take turns, and what a step of them holds; then where their time goes."""
-    made = {way: make(way, ground, folder) for way in ways}
-    turns = {way: Turn(functools.partial(made[way], steps=WARM_UP + steps)) for way in ways}
+def compare(ground: Ground, options: argparse.Namespace, folder: Path, pairs: int) -> dict[str, Any]:
+    """Seconds of each way's steps, which take turns, what a step of them holds, and peak memory."""
+    ways, steps = options.ways.split(","), options.steps
+    turns = {
+        way: Turn(
+            command(
+                way, folder, steps=WARM_UP + steps, pairs=pairs, longest=options.longest, flags=options.set
+            )
+        )
+        for way in ways
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for step in range(WARM_UP + steps):
         at = step % len(ways)
@@ -55,8 +62,11 @@ def compare(ground: Ground, ways: Sequence[str], folder: Path, *, steps: int) ->
         [step.num_supervised, sum(step.lengths(ground.examples))]
         for step in ground.steps[WARM_UP : WARM_UP + steps]
     ]
-    ours = [made[way].data_seconds() for way in ways if way in ("ntp", "sftmix")]
-    return {"seconds": seconds, "tokens": told, "data_seconds": max(ours, default=0.0)}
+    return {
+        "seconds": seconds,
+        "tokens": told,
+        "memory": {way: turn.about["peak"] for way, turn in turns.items()},
+    }
 
 
 def profiles(ground: Ground, ways: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
@@ -112,14 +122,12 @@ def saving(ground: Ground) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    ways = options.ways.split(",")
     with tempfile.TemporaryDirectory() as temporary:
         folder, pairs = Path(temporary), BATCH * (WARM_UP + options.steps)
         ground = Ground(folder / "run", pairs, options.set, longest=options.longest)
-        found = compare(ground, ways, folder / "turns", steps=options.steps)
-        found["profile"] = profiles(ground, ways, folder / "profiles")
+        found = compare(ground, options, folder / "run", pairs)
+        found["profile"] = profiles(ground, options.ways.split(","), folder / "profiles")
         found["host"] = host_work(ground)
-        found["memory"] = memory(ways, folder / "run", pairs, options.longest, options.set)
         if not options.longest:
             found |= {"saving": saving(ground), "stages": pipeline(ground)}
         return {

@@ -1,16 +1,9 @@
-"""Where a training step's time and memory go: torch's profiler by kind of operator, peak memory, and the host's share.
-
-``python -m bench.loop_profile WAY --folder F`` is one way's memory, in a process of its own; ``bench.loop`` calls it.
-"""
+"""Where a training step's time goes: torch's profiler by kind of operator, and the host's share."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.loop_ways import BATCH, DEVICE, Ground, make
+from bench.loop_ways import DEVICE, Ground
 
 # Kinds by the beginning of an operator's name, the first that fits; times are of the operator itself.
 KINDS = (
@@ -143,56 +136,3 @@ def clocks(calls: Sequence[tuple[Any, str]]) -> Iterator[dict[str, float]]:
     finally:
         for owner, name, function in before:
             setattr(owner, name, function)
-
-
-def memory(
-    ways: Sequence[str], folder: Path, pairs: int, longest: bool, flags: Sequence[str]
-) -> dict[str, Any]:
-    """Peak memory of each way, bytes, in a process of its own: resident on a CPU, allocated on a GPU."""
-    found: dict[str, Any] = {}
-    for way in ways:
-        command = [
-            sys.executable,
-            "-m",
-            "bench.loop_profile",
-            way,
-            "--folder",
-            str(folder),
-            "--pairs",
-            str(pairs),
-        ]
-        command += ["--longest"] * longest + [part for flag in flags for part in ("--set", flag)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[way] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def resident(peak: bool) -> int:
-    """Bytes of this process in memory, or the most of them so far."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    name = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("way")
-    parser.add_argument("--folder", type=Path, required=True, help="a folder that bench.loop prepared")
-    parser.add_argument("--pairs", type=int, required=True)
-    parser.add_argument("--longest", action="store_true")
-    parser.add_argument("--set", action="append", default=[])
-    options = parser.parse_args()
-    ground = Ground(options.folder, options.pairs, options.set, longest=options.longest)
-    with tempfile.TemporaryDirectory() as temporary:
-        way = make(options.way, ground, Path(temporary))
-        before = resident(peak=False)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-        way(lambda: None, min(4, options.pairs // BATCH))
-        peak = resident(peak=True)
-    if DEVICE.type == "cuda":
-        before, peak = 0, torch.cuda.max_memory_allocated()
-    print(json.dumps({"before": before, "peak": peak}))
-
-
-if __name__ == "__main__":
-    main()

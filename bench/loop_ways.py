@@ -1,20 +1,27 @@
-"""The ways of training that ``bench.loop`` times, each in a thread that does one step when it is its turn."""
+"""The ways of training that ``bench.loop`` times, each in a process that does one step when it is its turn.
+
+``python -m bench.loop_ways WAY --folder F ...``, which ``Turn`` starts: a line on its input is a turn, and a line of
+JSON on its output says what the step took. A process each, not a thread: the allocator treats threads otherwise.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-import threading
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WAYS = ("bare", "ntp", "sftmix", "trl")
+WAYS = ("bare", "ntp", "sftmix", "trl", "padded")
 BATCH = 8
 SETTINGS = (
     "train.tuning=full", f"train.batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "data.max_length=256",
@@ -59,75 +66,81 @@ class Ground:
 
 
 class Turn:
-    """A way of training in a thread of its own, which waits at the end of every step until it is told to go on."""
+    """A way of training in a process of its own, which waits at the end of every step until it is told to go on."""
 
-    def __init__(self, way: Callable[[Callable[[], None]], None]) -> None:
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._ended = False
-        self._began = self.seconds = 0.0
-        self._thread = threading.Thread(target=self._run, args=(way,), daemon=True)
-        self._thread.start()
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = " ".join(command)
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about: dict[str, Any] = {}  # what it said at its end
 
-    def _run(self, way: Callable[[Callable[[], None]], None]) -> None:
-        self._wait()
-        try:
-            way(self._end_of_step)
-        except BaseException as error:
-            self._error = error
-        self._ended = True
-        self._done.release()
-
-    def _wait(self) -> None:
-        self._go.acquire()
-        self._began = time.perf_counter()
-
-    def _end_of_step(self) -> None:
-        self.seconds = time.perf_counter() - self._began
-        self._done.release()
-        self._wait()
+    def _ask(self) -> dict[str, Any]:
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._command}: ended with {self._child.wait()}")
+        told: dict[str, Any] = json.loads(line)
+        return told
 
     def next(self) -> float:
         """Let it do one step more; the seconds from the end of its last step, without the waiting."""
-        self._go.release()
-        self._done.acquire()
-        if self._error is not None:
-            raise self._error
-        if self._ended:
+        told = self._ask()
+        if "seconds" not in told:
             raise ValueError("steps: the way of training has none left")
-        return self.seconds
+        return float(told["seconds"])
 
     def finish(self) -> None:
         """Let it end: nothing waits for it any more."""
-        while not self._ended:
-            self._go.release()
-            self._done.acquire()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        while "seconds" in (told := self._ask()):
+            pass
+        self.about = told
+        self._child.communicate()
+        if self._child.returncode:
+            raise RuntimeError(f"{self._command}: ended with {self._child.returncode}")
+
+
+class Pace:
+    """The child's end of ``Turn``: what the way of training calls at the end of every step."""
+
+    def __init__(self, turns: TextIO, told: TextIO) -> None:
+        self._turns, self._told = turns, told
+        self._began = 0.0
+
+    def wait(self) -> None:
+        if not self._turns.readline():
+            raise SystemExit("the process that gives turns is gone")
+        self._began = time.perf_counter()
+
+    def end_of_step(self) -> None:
+        seconds = time.perf_counter() - self._began
+        self.tell({"seconds": seconds})
+        self.wait()
+
+    def tell(self, what: dict[str, Any]) -> None:
+        self._told.write(json.dumps(what) + "\n")
+        self._told.flush()
 
 
 class Ours:
-    """Our trainer; ``method`` is ntp or sftmix."""
+    """Our trainer; ``method`` is ntp or sftmix, or padded, which is ntp without packing."""
 
     def __init__(self, ground: Ground, method: str, folder: Path) -> None:
-        self.ground, self.method, self.folder = ground, method, folder
+        self.ground, self.folder = ground, folder
+        self.flags = (
+            ["train.method=ntp", "train.packing=off"] if method == "padded" else [f"train.method={method}"]
+        )
         self.model = ground.model()
 
     def __call__(self, end_of_step: Callable[[], None], steps: int) -> None:
         from sftmix.config import override
         from sftmix.training.runs import train_pairs
 
-        flags = [f"train.method={self.method}", f"train.max_steps={steps}", "train.checkpoint_every=9 h"]
+        flags = [*self.flags, f"train.max_steps={steps}", "train.checkpoint_every=9 h"]
         train_pairs(
             override(self.ground.config, flags), self.model, self.ground.examples, self.ground.halves,
             folder=self.folder, progress=lambda *_: end_of_step(),
         )  # fmt: skip
-
-    def data_seconds(self) -> float:
-        """The median over steps of the seconds that making batches took."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return statistics.median(json.loads(line)["data_seconds"] for line in lines)
 
 
 class Bare:
@@ -219,6 +232,53 @@ def make(way: str, ground: Ground, folder: Path) -> Any:
     return Trl(ground, folder / way) if way == "trl" else Ours(ground, way, folder / way)
 
 
+def command(
+    way: str, folder: Path, *, steps: int, pairs: int, longest: bool, flags: Sequence[str]
+) -> list[str]:
+    """What starts a way of training that takes turns; ``folder``: one that bench.loop prepared."""
+    words = [sys.executable, "-m", "bench.loop_ways", way, "--folder", str(folder), "--steps", str(steps)]
+    return [
+        *words,
+        "--pairs",
+        str(pairs),
+        *["--longest"] * longest,
+        *(p for flag in flags for p in ("--set", flag)),
+    ]
+
+
+def resident(peak: bool) -> int:
+    """Bytes of this process in memory, or the most of them so far."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    name = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def main() -> None:
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a trainer prints is not for the process that gives turns
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--pairs", type=int, required=True)
+    parser.add_argument("--longest", action="store_true")
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    ground = Ground(options.folder, options.pairs, options.set, longest=options.longest)
+    pace = Pace(sys.stdin, told)
+    with tempfile.TemporaryDirectory() as temporary:
+        way = make(options.way, ground, Path(temporary))
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
+        pace.wait()
+        way(pace.end_of_step, options.steps)
+        peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident(peak=True)
+        pace.tell({"peak": peak})
+
+
 def known() -> tuple[str, ...]:
     """The ways that can run here: trl's needs its package."""
-    return WAYS if find_spec("trl") else WAYS[:3]
+    return tuple(way for way in WAYS if way != "trl" or find_spec("trl"))
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ def section(record: dict[str, Any]) -> str:
     rows = []
     for way, seconds in record["seconds"].items():
         beside = statistics.median(ratios(record, "ntp", way))
-        peak = record["memory"][way]["peak"] / 2**30
+        peak = record["memory"][way] / 2**30
         middle = 1000 * statistics.median(seconds)
         rows.append(f"| {way} | {middle:,.0f} | {tokens / sum(seconds):,.0f} | {beside:.3f} | {peak:.2f} |")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

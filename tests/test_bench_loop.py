@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import types
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from bench import loop_words as loop
 
 RECORD: dict[str, Any] = {
     "seconds": {"bare": [1.0, 2.0], "ntp": [1.02, 2.04], "sftmix": [1.03, 2.06], "trl": [1.5, 3.0]},
-    "tokens": [[100, 400], [120, 500]], "data_seconds": 0.001, "dtype": "float32", "longest": False,
+    "tokens": [[100, 400], [120, 500]], "dtype": "float32", "longest": False,
     "host": {"host": 1.9, "batches": 0.5},
-    "memory": {way: {"before": 0, "peak": 3 * 2**30} for way in ("bare", "ntp", "sftmix", "trl")},
+    "memory": dict.fromkeys(("bare", "ntp", "sftmix", "trl"), 3 * 2 ** 30),
     "profile": {"ntp": {"step": 10.0, "products": 6.0}, "trl": {"step": 20.0, "products": 7.0, "attention": 5.4}},
     "saving": {"at once": 2.0, "beside": 0.4, "bytes": 2**30, "reading": 1.0},
     "stages": {"reference": 10.0, "score": 1.0, "split": 1.0, "train-ntp": 10.0, "train-sftmix": 12.0},
@@ -65,41 +65,47 @@ def test_a_record_without_trl_says_nothing_of_it() -> None:
     assert "TRL" not in loop.section(without)
 
 
-def test_ways_take_turns_one_step_at_a_time() -> None:
-    done: list[str] = []
+CHILD = """
+import sys, time
+from bench.loop_ways import Pace
+pace = Pace(sys.stdin, sys.stdout)
+pace.wait()
+for number in range(3):
+    time.sleep({seconds})
+    print("{name}", number, file=sys.stderr, flush=True)
+    pace.end_of_step()
+    {after}
+pace.tell(dict(peak=5))
+"""
 
-    def way(name: str, seconds: float) -> Callable[[Callable[[], None]], None]:
-        def steps(end_of_step: Callable[[], None]) -> None:
-            for number in range(3):
-                time.sleep(seconds)
-                done.append(f"{name}{number}")
-                end_of_step()
 
-        return steps
+def way(name: str, seconds: float, after: str = "pass") -> loop_ways.Turn:
+    return loop_ways.Turn([sys.executable, "-c", CHILD.format(name=name, seconds=seconds, after=after)])
 
-    one, other = loop_ways.Turn(way("a", 0.02)), loop_ways.Turn(way("b", 0.3))
+
+def test_ways_take_turns_one_step_at_a_time(capfd: pytest.CaptureFixture[str]) -> None:
+    one, other = way("a", 0.02), way("b", 0.3)
     first = [one.next(), other.next(), one.next()]
-    assert done == ["a0", "b0", "a1"]
+    assert capfd.readouterr().err.split() == ["a", "0", "b", "0", "a", "1"]
     assert 0.02 <= first[0] < 0.3 and first[1] >= 0.3
     assert 0.02 <= first[2] < 0.3  # without the time of the other's turn
     one.finish()
     other.finish()
-    assert done == ["a0", "b0", "a1", "a2", "b1", "b2"]
+    assert capfd.readouterr().err.split() == ["a", "2", "b", "1", "b", "2"]
+    assert one.about == {"peak": 5}
 
 
-def test_what_a_way_raises_comes_out() -> None:
-    def way(end_of_step: Callable[[], None]) -> None:
-        end_of_step()
-        raise RuntimeError("broken")
-
-    turn = loop_ways.Turn(way)
+def test_a_way_that_breaks_is_an_error() -> None:
+    turn = way("a", 0, "raise SystemExit(3)")
     turn.next()
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match="ended with 3"):
         turn.next()
 
 
 def test_a_way_without_steps_left_is_an_error() -> None:
-    turn = loop_ways.Turn(lambda end_of_step: None)
+    turn = way("a", 0)
+    for _ in range(3):
+        turn.next()
     with pytest.raises(ValueError, match="none left"):
         turn.next()
 

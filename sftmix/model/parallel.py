@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftmix.model.causal_lm import cast_parameters
 from sftmix.model.head_exchange import exchange_head, exchanges_head
-from sftmix.model.rendezvous import join
+from sftmix.model.rendezvous import PATIENCE, join
 from sftmix.model.targets import decoder_blocks, is_lora
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from sftmix.model.causal_lm import SFTMixModel
-
-
-# How long a process waits for the others: the main one tokenises, exports and writes answers.
-PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def join_world(device: torch.device) -> World:
             return World()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        join("nccl" if device.type == "cuda" else "gloo", PATIENCE)
+        join("nccl" if device.type == "cuda" else "gloo")
     if dist.get_world_size() == 1:
         return World()
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -160,9 +154,14 @@ def _mesh_of(world: World, replicas: int) -> DeviceMesh | None:
         raise ValueError(f"train.replicas: expected a divisor of the {world.size} processes, got {replicas}")
     if world.mesh is None or replicas == 1:
         return world.mesh
-    shape = (replicas, world.size // replicas)
-    names = ("replicate", "shard")
-    return dist.device_mesh.init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=names)
+    ranks = torch.arange(world.size).view(replicas, -1)  # [replicas, shards]
+    # Groups of our own: those that a mesh makes wait for ten or thirty minutes, whatever the whole group waits.
+    groups = [
+        dist.new_subgroups_by_enumeration(part.tolist(), timeout=PATIENCE)[0] for part in (ranks.T, ranks)
+    ]
+    return DeviceMesh.from_group(
+        groups, world.mesh.device_type, mesh=ranks, mesh_dim_names=("replicate", "shard")
+    )
 
 
 class _Units:

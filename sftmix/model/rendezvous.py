@@ -14,17 +14,19 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+# How long a process waits for the others, in every group: the main one tokenises, exports and writes answers.
+PATIENCE = timedelta(hours=2)
 _POLL = 0.01  # seconds
 
 
-def join(backend: str, patience: timedelta) -> None:
-    """Join the process group that torchrun describes; ``patience`` is how long one waits for the others."""
+def join(backend: str) -> None:
+    """Join the process group that torchrun describes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group(backend, timeout=PATIENCE)
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     own = dist.PrefixStore(attempt_name(store, rank, size), store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def attempt_name(store: dist.Store, rank: int, size: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sftmix.config import TrainConfig, interval
+from sftmix.model.rendezvous import PATIENCE
 from sftmix.rank import is_main
 from sftmix.training.checkpoint import Snapshot, complete_checkpoints, write
 from sftmix.training.signals import CAUGHT, Signals
@@ -60,7 +61,8 @@ class Saver(Rhythm):
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         # The thread's collectives must not meet those of the training.
-        self._group = dist.new_group(backend="gloo") if self.beside and dist.is_initialized() else None
+        is_apart = self.beside and dist.is_initialized()
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if is_apart else None
 
     def save(self, found: Snapshot) -> None:
         """Write the checkpoint, unless it is the one that the run began from; every process calls it.

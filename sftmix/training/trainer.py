@@ -273,6 +273,8 @@ class Trainer:
             self.step = self.first_step = int(state.meta["step"])
             self.bad_steps = int(state.meta["bad_steps"])
             self.online.restore(state.online, self.step // self.steps_per_epoch)
+            if self.step < self.total:
+                say(f"{self.stage}: goes on after step {self.step} of {self.total}")
             break
         checkpoint.remove(damaged)
 

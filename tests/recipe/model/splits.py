@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sftmix.config import LoraConfig
 from sftmix.model.lora import apply_lora
@@ -109,6 +110,15 @@ def disturbed(folder: Path, what: str) -> dict[str, Any]:
     return {"codes": codes, **found}
 
 
+def waits() -> list[float]:
+    """Seconds that a process waits for the others, in every group that there is."""
+    device = torch.device("cpu")
+    return [
+        group._get_backend(device).options._timeout.total_seconds()
+        for group in distributed_c10d._world.pg_map
+    ]
+
+
 def main(out: Path) -> None:
     results: dict[str, Any] = {}
     world = join_world(torch.device("cpu"))
@@ -123,6 +133,7 @@ def main(out: Path) -> None:
     results["beside"] = split("untied", 2, out / "beside", *beside)
     for what in ("signal", "nan"):
         results[what] = disturbed(out / what, what)
+    results["waits"] = waits()
     if dist.get_rank() == 0:
         torch.save(results, out / "results.pt")
     dist.destroy_process_group()

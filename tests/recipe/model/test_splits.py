@@ -117,6 +117,15 @@ def test_a_loss_that_is_no_number_on_one_process_is_left_out_by_all(
     assert losses[1] is None and losses[0] is not None and losses[2] is not None
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_group_waits_for_a_main_process_that_tokenises(
+    found: dict[int, dict[str, Any]], size: int
+) -> None:
+    """torch's own default is thirty minutes, ten with NCCL, for each group that is made."""
+    waits = found[size]["waits"]
+    assert set(waits) == {7200.0} and len(waits) >= size  # the world, the checkpoints', the replicas'
+
+
 def test_replicas_divide_the_processes() -> None:
     with pytest.raises(ValueError, match=r"train\.replicas: expected a divisor of the 4 processes, got 3"):
         shard(tiny.model(), World(size=4), replicas=3)

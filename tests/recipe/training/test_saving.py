@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -140,6 +142,21 @@ def test_by_default_ten_minutes_and_two(tmp_path: Path) -> None:
     assert names(tmp_path) == [6, 12]
 
 
+def test_no_step_is_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step is an epoch's end, the run's end and one that is due; a finished run writes nothing."""
+    written: list[int] = []
+    real = saving.write
+
+    def note(folder: Path, found: saving.Snapshot, **options: Any) -> Path:
+        written.append(int(found.meta["step"]))
+        return real(folder, found, **options)
+
+    monkeypatch.setattr(saving, "write", note)
+    for _ in range(2):
+        run(tmp_path, "train.checkpoint_every=3 steps")
+    assert written == [3, 6, 9, 12]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_signal_ends_the_run_after_its_step_is_saved(tmp_path: Path, number: int, beside: bool) -> None:
@@ -159,6 +176,30 @@ def test_a_signal_ends_the_run_after_its_step_is_saved(tmp_path: Path, number: i
     again = run(tmp_path / "stopped", *flags)
     assert (again.first_step, again.step) == (4, 12)
     assert same(whole, again)
+
+
+def test_a_forked_worker_that_is_signalled_too_says_nothing() -> None:
+    """A scheduler signals every process of a job; the worker's inherited handler must not speak for the run."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from sftmix.training.signals import end_at_signals\n"
+        "end_at_signals()\n"
+        "ready, say = os.pipe()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    os.write(say, b'.')\n"
+        "    time.sleep(60)\n"
+        "    os._exit(9)\n"
+        "os.read(ready, 1)\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "print(os.waitstatus_to_exitcode(status), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (143, "143")
+    assert done.stderr.count("sftmix: ") == 1 and "Traceback" not in done.stderr
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:

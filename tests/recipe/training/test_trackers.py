@@ -51,7 +51,6 @@ def test_each_record_is_logged_at_its_step(
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     examples = tiny.examples(12)
