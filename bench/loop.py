@@ -2,10 +2,10 @@
 
 SmolLM2-135M-Instruct, all weights, 8 sequences a step of at most 256 tokens: questions and answers from the docstrings
 of Python's standard library, the same in every step of every way; ``--longest`` takes the longest of them. Each way
-trains a model of its own in a process of its own, and they take turns step by step, so that what the machine does
-besides falls on all alike. ``bare`` has its batches made beforehand and does nothing but forward, backward, clipping
-and the optimizer's step, on our model and loss. ``padded`` is our next-token training without packing. ``trl`` is
-``SFTTrainer`` on the model as transformers reads it, in the same data type and attention, without gradient
+trains a model of its own in a process of its own, and two or three take turns step by step, so that what the machine
+does besides falls on them alike. ``bare`` has its batches made beforehand and does nothing but forward, backward,
+clipping and the optimizer's step, on our model and loss. ``padded`` is our next-token training without packing.
+``trl`` is ``SFTTrainer`` on the model as transformers reads it, in the same data type and attention, without gradient
 checkpointing; it needs the package trl. Then where a step's time goes by torch's profiler, the host's part of our
 loop, peak memory, the seconds of a whole run's stages beside plain fine-tuning's, a checkpoint's stall, and reading
 one. The records go to bench/results and sections of RESULTS.md.
@@ -36,21 +36,33 @@ RECORDS = (
 )
 PACKAGES = ("torch", "transformers", "trl")
 WARM_UP = 2
+# Ways that take turns together: few at a time, as each holds a model, its gradients and its moments.
+SESSIONS = (("bare", "ntp"), ("ntp", "sftmix", "padded"), ("sftmix", "trl"))
 
 
 def compare(ground: Ground, options: argparse.Namespace, folder: Path, pairs: int) -> dict[str, Any]:
-    """Seconds of each way's steps, which take turns, what a step of them holds, and peak memory."""
-    ways, steps = options.ways.split(","), options.steps
-    turns = {
-        way: Turn(
-            command(
-                way, folder, steps=WARM_UP + steps, pairs=pairs, longest=options.longest, flags=options.set
-            )
-        )
-        for way in ways
-    }
+    """Seconds of each way's steps by session, what a step of them holds, and peak memory."""
+    asked, sessions = options.ways.split(","), []
+    memory: dict[str, int] = {}
+    for ways in ([way for way in session if way in asked] for session in SESSIONS):
+        if len(ways) > 1:
+            seconds, peaks = take_turns(ways, options, folder, pairs)
+            sessions.append(seconds)
+            memory |= peaks
+    steps = ground.steps[WARM_UP : WARM_UP + options.steps]
+    told = [[step.num_supervised, sum(step.lengths(ground.examples))] for step in steps]
+    return {"sessions": sessions, "tokens": told, "memory": memory}
+
+
+def take_turns(
+    ways: Sequence[str], options: argparse.Namespace, folder: Path, pairs: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each way's steps, and each process's peak memory in bytes."""
+    steps = WARM_UP + options.steps
+    told: Any = {"steps": steps, "pairs": pairs, "longest": options.longest, "flags": options.set}
+    turns = {way: Turn(command(way, folder, **told)) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for step in range(WARM_UP + steps):
+    for step in range(steps):
         at = step % len(ways)
         for way in [*ways[at:], *ways[:at]]:
             took = turns[way].next()
@@ -58,15 +70,7 @@ def compare(ground: Ground, options: argparse.Namespace, folder: Path, pairs: in
                 seconds[way].append(took)
     for turn in turns.values():
         turn.finish()
-    told = [
-        [step.num_supervised, sum(step.lengths(ground.examples))]
-        for step in ground.steps[WARM_UP : WARM_UP + steps]
-    ]
-    return {
-        "seconds": seconds,
-        "tokens": told,
-        "memory": {way: turn.about["peak"] for way, turn in turns.items()},
-    }
+    return seconds, {way: turn.about["peak"] for way, turn in turns.items()}
 
 
 def profiles(ground: Ground, ways: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:

@@ -10,10 +10,15 @@ MOST_OVER_BARE, LEAST_OVER_TRL, LEAST_OF_NTP, MOST_HOST = 1.03, 1.4, 0.97, 0.02
 DRAWS = 2000
 
 
+def together(record: dict[str, Any], *ways: str) -> dict[str, list[float]] | None:
+    """The session in which these ways took turns."""
+    return next((session for session in record["sessions"] if set(ways) <= session.keys()), None)
+
+
 def ratios(record: dict[str, Any], one: str, other: str) -> list[float]:
-    """``one``'s seconds by ``other``'s, of the same step in the same turn."""
-    pairs = zip(record["seconds"][one], record["seconds"][other], strict=True)
-    return [a / b for a, b in pairs]
+    """``one``'s seconds by ``other``'s, of the same step in the same turn; none where they took no turns."""
+    seconds = together(record, one, other)
+    return [] if seconds is None else [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -35,15 +40,19 @@ def verdict(values: list[float], asked: float, *, at_most: bool) -> str:
 
 def judged(record: dict[str, Any]) -> str:
     """What was asked of the loop, each with its figure."""
-    seconds, said = record["seconds"], []
-    if "bare" in seconds:
-        over = verdict(ratios(record, "ntp", "bare"), MOST_OVER_BARE, at_most=True)
-        said.append(f"our loop over the bare one {over}")
-    ours = verdict(ratios(record, "ntp", "sftmix"), LEAST_OF_NTP, at_most=False)
-    said.append(f"SFTMix's tokens/s over our next-token loss's {ours}")
-    if "trl" in seconds:
-        over = verdict(ratios(record, "trl", "sftmix"), LEAST_OVER_TRL, at_most=False)
-        said.append(f"SFTMix's over TRL's next-token loss's {over}")
+    said = []
+    for what, one, other, asked, at_most in (
+        ("our loop's time over the bare one's", "ntp", "bare", MOST_OVER_BARE, True),
+        ("SFTMix's tokens/s over our next-token loss's", "ntp", "sftmix", LEAST_OF_NTP, False),
+        ("SFTMix's over TRL's next-token loss's", "trl", "sftmix", LEAST_OVER_TRL, False),
+    ):
+        found = ratios(record, one, other)
+        if found:
+            said.append(f"{what} {verdict(found, asked, at_most=at_most)}")
+    packed = ratios(record, "padded", "ntp")
+    if packed:
+        middle, low, high = interval(packed)
+        said.append(f"packed over padded {middle:.3f} ({low:.3f} to {high:.3f})")
     host, batches = record["host"]["host"], record["host"]["batches"]
     said.append(
         f"the loop's own work on the host {host:.1f} ms a step ({batches:.1f} ms of it the batches), "
@@ -80,20 +89,20 @@ def around(record: dict[str, Any]) -> str:
 def section(record: dict[str, Any]) -> str:
     """The record in words, for RESULTS.md."""
     tokens = sum(both for _, both in record["tokens"])
+    mean = tokens / len(record["tokens"])
     rows = []
-    for way, seconds in record["seconds"].items():
-        beside = statistics.median(ratios(record, "ntp", way))
-        peak = record["memory"][way] / 2**30
-        middle = 1000 * statistics.median(seconds)
-        rows.append(f"| {way} | {middle:,.0f} | {tokens / sum(seconds):,.0f} | {beside:.3f} | {peak:.2f} |")
+    for way, peak in record["memory"].items():
+        seconds = [took for session in record["sessions"] for took in session.get(way, [])]
+        middle = statistics.median(seconds)
+        rows.append(f"| {way} | {1000 * middle:,.0f} | {mean / middle:,.0f} | {peak / 2**30:.2f} |")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     texts = "the longest texts" if record["longest"] else "texts as they come"
-    mean = tokens / len(record["tokens"])
     return (
         f"**The training loop**, SmolLM2-135M, all weights, {record['dtype']}, 8 sequences a step, {texts} "
         f"({mean:,.0f} tokens a step)\n\n"
-        "| way | ms a step | tokens/s | times as fast as ours (ntp) | peak GiB of the process |\n"
-        "|---|--:|--:|--:|--:|\n" + "\n".join(rows) + f"\n\n{judged(record)} "
+        "| way | ms a step | tokens/s | peak GiB of the process |\n|---|--:|--:|--:|\n"
+        + "\n".join(rows)
+        + f"\n\n{judged(record)} "
         f"{around(record) if 'stages' in record else ''}{record['device']}, {record['threads']} threads; {versions}; "
         f"commit {record['commit']}: `{record['command']}`\n\n{profile_table(record)}"
     )

@@ -13,7 +13,11 @@ from bench import loop_profile, loop_ways
 from bench import loop_words as loop
 
 RECORD: dict[str, Any] = {
-    "seconds": {"bare": [1.0, 2.0], "ntp": [1.02, 2.04], "sftmix": [1.03, 2.06], "trl": [1.5, 3.0]},
+    "sessions": [
+        {"bare": [1.0, 2.0], "ntp": [1.02, 2.04]},
+        {"ntp": [1.02, 2.04], "sftmix": [1.03, 2.06], "padded": [1.53, 3.06]},
+        {"sftmix": [1.03, 2.06], "trl": [1.5, 3.0]},
+    ],
     "tokens": [[100, 400], [120, 500]], "dtype": "float32", "longest": False,
     "host": {"host": 1.9, "batches": 0.5},
     "memory": dict.fromkeys(("bare", "ntp", "sftmix", "trl"), 3 * 2 ** 30),
@@ -46,7 +50,7 @@ def test_the_interval_is_that_of_the_median() -> None:
 
 def test_the_section_judges_what_was_asked() -> None:
     told = loop.section(RECORD)
-    assert "our loop over the bare one 1.020 (1.020 to 1.020; asked: at most 1.03; met)" in told
+    assert "our loop's time over the bare one's 1.020 (1.020 to 1.020; asked: at most 1.03; met)" in told
     assert "SFTMix's over TRL's next-token loss's 1.456 (1.456 to 1.456; asked: at least 1.4; met)" in told
     assert (
         "1.9 ms a step (0.5 ms of it the batches), 0.019 of a step of 100 ms (asked: at most 0.02; met)"
@@ -54,15 +58,16 @@ def test_the_section_judges_what_was_asked() -> None:
     )
     assert "took 2.40 times as long as next-token training" in told
     assert "1,024 MiB stops the training for 2.00 s, written beside it for 0.40 s" in told
-    assert "| trl | 2,250 | 200 | 0.680 | 3.00 |" in told
+    assert "| trl | 2,250 | 200 | 3.00 |" in told
     assert "(450 tokens a step)" in told
+    assert "packed over padded 1.500 (1.500 to 1.500)" in told
     assert "a CPU, 2 threads; torch 2; commit abc: `python -m bench.loop`" in told
     assert "| products | 6 | 7 |\n| attention | 0 | 5 |" in told
 
 
 def test_a_record_without_trl_says_nothing_of_it() -> None:
-    without = {**RECORD, "seconds": {key: value for key, value in RECORD["seconds"].items() if key != "trl"}}
-    assert "TRL" not in loop.section(without)
+    without = {**RECORD, "sessions": RECORD["sessions"][:2]}
+    assert "TRL" not in loop.section(without | {"memory": {"ntp": 2**30}})
 
 
 CHILD = """
