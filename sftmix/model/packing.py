@@ -8,10 +8,8 @@ then again with one of them changed.
 A packed step is the padded one but for rounding. Dropout is drawn otherwise. A router's auxiliary loss is the mean over
 the chunk's tokens, as it is where a model leaves padding out of it. What packing costs (sdpa and eager, a document at a
 time; flash attention, by lengths; flex attention, by blocks): the tokens that there are, and each document's square.
-A mask over the row costs the square of the whole, more than padding does, so only ``on`` takes it. Measured on one
-core, a llama of width 576 with 4 layers, forward and backward in CPU time, against the padded chunks of steps of 32:
-  chunks of 8 of alpaca, gsm8k, medquad (27, 12, 17 % padding): documents 1.37, 1.20, 1.21 times as fast, a mask 0.71,
-  0.76, 0.81; chunks of 2 of alpaca (5 %): 1.06, 0.92; 8 of 256 tokens each (no padding): 0.93, 0.58.
+A mask over the row costs the square of the whole, more than padding does, so only ``on`` takes it. What a document at
+a time saves depends on the lengths: bench/RESULTS.md has a packed step beside a padded one (``python -m bench.loop``).
 Flash and flex attention are passed what transformers asks for and were not run: they need a GPU.
 """
 
