@@ -122,7 +122,7 @@ class SFTMixModel(nn.Module):
             options["lam"] = torch.empty(0, device=rows.device) if lam is None else lam
             if self.extra.z_loss:
                 options.setdefault("z_loss", self.extra.z_loss)
-        call = _HeadCall(rows, target, options)
+        call = HeadCall(rows, target, options)
         with call.at(self.head), documents(starts):
             output = self.base(**inputs)
         result = cast(SFTMixLoss | TokenStats, call.result)
@@ -143,16 +143,23 @@ class SFTMixModel(nn.Module):
         return cast(Tensor, self(input_ids, torch.ones_like(input_ids), None, None))
 
 
-class _HeadCall:
+class HeadCall:
     """One call of a head inside its model's forward, in which the head gives the loss of some rows.
 
     The model goes on with one zero a token in the place of logits. Hooks, not a wrapper: the head keeps its name and
-    its class, and FSDP's own hooks come around these.
+    its class, and FSDP's own hooks come around these. ``entropy``: the rows' entropies [N] are wanted too, which costs
+    another product with the head; no gradient. ``attached``: the zeros hang on the loss, for DDP, which looks for
+    unused parameters from a model's output.
     """
 
-    def __init__(self, rows: Tensor, target: Tensor, options: dict[str, Any]) -> None:
+    def __init__(
+        self, rows: Tensor, target: Tensor, options: dict[str, Any], *, entropy: bool = False,
+        attached: bool = False,
+    ) -> None:  # fmt: skip
         self.rows, self.target, self.options = rows, target, options
         self.result: Any = None
+        self.wants_entropy, self.entropy = entropy, cast(Tensor | None, None)
+        self.attached = attached
 
     @contextmanager
     def at(self, head: nn.Module) -> Iterator[None]:
@@ -177,7 +184,12 @@ class _HeadCall:
 
     def _after(self, head: nn.Module, args: Any, output: Any) -> Tensor:
         self.result = output
+        if self.wants_entropy:
+            with torch.no_grad():  # while a sharded weight is whole; its forward alone, without these hooks
+                self.entropy = head.forward(args[0].detach(), self.target, stats=True).entropy
         zero = torch.zeros((), dtype=output[0].dtype, device=output[0].device)
+        if self.attached:
+            zero = zero + 0 * output[0]
         return zero.expand(*self.shape, 1)
 
 

@@ -1,0 +1,44 @@
+"""What two processes of torchrun do for ``test_ranks``: train with DDP and leave weights, records and scores."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.recipe import tiny
+from tests.recipe.trl.small import dataset, trainer, weights
+
+
+def main(out: Path) -> None:
+    examples = tiny.examples(24, longest=20)
+    split = tiny.halves(examples)
+    for name, changes in (("mixed", {}), ("token", {"mixup_lam": "token"})):
+        found = trainer(
+            out / name, rows=dataset(examples), split=split, per_device_train_batch_size=2, **changes
+        )
+        found.train()
+        if dist.get_rank() == 0:
+            kept = {
+                "weights": weights(found.model),
+                "log": found.state.log_history,
+                "rows": found.dynamics_rows,
+            }
+            torch.save(kept, out / f"{name}.pt")
+    online = trainer(
+        out / "online",
+        rows=dataset(examples),
+        reference="online",
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+    )
+    online.train()
+    if dist.get_rank() == 0:
+        torch.save({"split": online.split.confident, "weights": weights(online.model)}, out / "online.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""Two processes (gloo, DDP) train one process's steps: both denominators are those of the whole step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.once import made_once
+from tests.recipe import tiny
+from tests.recipe.trl.small import assert_close, dataset, trainer, weights
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = tiny.examples(24, longest=20)
+
+
+def launch(folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*command, "-m", "tests.recipe.trl.ranks", str(folder)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "trl_ranks", launch)
+
+
+@pytest.mark.parametrize("name, changes", [("mixed", {}), ("token", {"mixup_lam": "token"})])
+def test_two_processes_train_as_one(out: Path, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    alone = trainer(tmp_path, rows=dataset(EXAMPLES), split=tiny.halves(EXAMPLES), **changes)
+    alone.train()
+    found = torch.load(out / f"{name}.pt", weights_only=False)
+    assert_close(found["weights"], weights(alone.model), 2e-5)
+    for key in ("loss", "grad_norm", "ntp_loss", "mean_token_accuracy", "num_tokens", "entropy"):
+        one, two = ([r[key] for r in log if key in r] for log in (alone.state.log_history, found["log"]))
+        assert two == pytest.approx(one, rel=2e-4), key
+    for one, two in zip(alone.dynamics_rows, found["rows"], strict=True):
+        assert {k: v for k, v in one.items() if k != "nll_sum"} == {
+            k: v for k, v in two.items() if k != "nll_sum"
+        }
+        assert two["nll_sum"] == pytest.approx(one["nll_sum"], rel=1e-4)
+
+
+def test_the_reference_runs_on_two_processes(out: Path, tmp_path: Path) -> None:
+    alone = trainer(tmp_path, rows=dataset(EXAMPLES), reference="online", num_train_epochs=1)
+    alone.train()
+    found = torch.load(out / "online.pt", weights_only=False)
+    assert found["split"] == alone.split.confident
+    assert_close(found["weights"], weights(alone.model), 2e-5)
