@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sftmix.config import describe, load_config
+from sftmix.config import Config, as_yaml, describe, load_config
 from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
 from sftmix.progress import activity, say, show
+from sftmix.recipes import config_file, recipes
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
 from sftmix.training.signals import Stopped, end_at_signals
@@ -41,7 +43,9 @@ def _forms() -> str:
 
 
 RunDir = Annotated[str, typer.Argument(help="run folder", show_default=False)]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of knobs")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", help="YAML file of knobs, or a recipe: `sftmix recipes` lists them")
+]
 Restart = Annotated[
     str | None,
     typer.Option(
@@ -67,21 +71,28 @@ def run(
     config: ConfigFile = None,
     baseline: Annotated[bool, typer.Option(help="also train plain NTP on the same batches")] = True,
     restart: Restart = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the settings and the stages, check them, write nothing")
+    ] = False,
 ) -> None:
     """All stages: reference, score, split, train, evaluate, plot. Start it again to go on where it stopped."""
+    chosen = config_file(config)
     extra = list(ctx.args)
     extra += [f"data.train={data}"] if data is not None else []
     extra += _model_flags(model)
     if run_dir is None:
-        given = load_config(config, ["run_dir=unset", *knob_flags(extra)])
+        given = load_config(chosen, ["run_dir=unset", *knob_flags(extra)])
         run_dir = (
             given.run_dir
             if given.run_dir != "unset"
             else default_run_dir(given.data.train, model or given.model.name)
         )
-    settled = resolve(run_dir, config, extra)
+    settled = resolve(run_dir, chosen, extra)
     method = settled.train.method
     methods = ("ntp", "sftmix") if baseline and method == "sftmix" else (method,)
+    if dry_run:
+        show_plan(settled, stage_names(methods))
+        return
     session = open_session(settled, stage_names(methods), restart=restart)
     from sftmix.run import stages
 
@@ -101,9 +112,9 @@ def _model_flags(model: str | None) -> list[str]:
     return [f"model.name={folder}", f"model.gguf_file={gguf_file}"]
 
 
-def _stage(name: str, run_dir: str, config: Path | None, extra: list[str], restart: str | None) -> Any:
+def _stage(name: str, run_dir: str, config: str | None, extra: list[str], restart: str | None) -> Any:
     """Run one stage of a run folder; the session it ran in."""
-    session = open_session(resolve(run_dir, config, extra), (name,), restart=restart)
+    session = open_session(resolve(run_dir, config_file(config), extra), (name,), restart=restart)
     from sftmix.run import stages
 
     getattr(stages, name)(session)
@@ -133,7 +144,7 @@ def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restar
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
-    settled = resolve(run_dir, config, ctx.args)
+    settled = resolve(run_dir, config_file(config), ctx.args)
     session = open_session(settled, (f"train-{settled.train.method}",), restart=restart)
     from sftmix.run import stages
 
@@ -174,7 +185,7 @@ def data_command(
 ) -> None:
     """What would become of a data set: rows, tokens, the first examples. Ends with 2 if a run would refuse it."""
     flags = [f"data.train={file}", *_model_flags(model), *knob_flags(ctx.args)]
-    resolved = load_config(config, ["run_dir=unset", *flags])
+    resolved = load_config(config_file(config), ["run_dir=unset", *flags])
     if limit < 0:
         raise ValueError(f"limit: expected at least 0, got {limit}")
     from sftmix.run.inspection import inspect_data
@@ -185,7 +196,7 @@ def data_command(
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Draw the data map, the loss curves and the confidence histogram."""
-    session = open_session(resolve(run_dir, config, ctx.args), ("plot",), restart=restart)
+    session = open_session(resolve(run_dir, config_file(config), ctx.args), ("plot",), restart=restart)
     from sftmix.run import stages
 
     for path in stages.plot(session):
@@ -217,6 +228,17 @@ def demo(
             say(sentence)
 
 
+@app.command("recipes")
+def recipes_command() -> None:
+    """List the recipes: settings to begin with, for --config."""
+    from rich.table import Table
+
+    table = Table("recipe", "what it is for")
+    for name, purpose in recipes().items():
+        table.add_row(name, purpose)
+    show(table)
+
+
 @app.command()
 def knobs() -> None:
     """List every knob with its default and meaning."""
@@ -226,6 +248,18 @@ def knobs() -> None:
     for name, default, meaning in describe():
         table.add_row(name, str(default), meaning)
     show(table)
+
+
+def show_plan(config: Config, stages: Sequence[str]) -> None:
+    """The settings of a run as YAML, and what each stage would do; nothing is written."""
+    from sftmix.run.folder import RunFolder
+
+    print(as_yaml(config), end="", flush=True)
+    record = RunFolder(config.run_dir).record()
+    for stage in stages:
+        state = record.get(stage, {}).get("state")
+        say(f"{stage}: {'to do' if state is None else f'{state} before'}")
+    say("dry run: nothing was written")
 
 
 def show_files(run_dir: str) -> None:

@@ -106,9 +106,14 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     """Read a YAML file (``None``: no file), apply flags such as ``"train.epochs=2"``, and validate.
 
     Raises ``ValueError`` for a file that is missing or not YAML, an unknown knob (naming the nearest
-    one), a value of the wrong type or out of range, and a required knob without a value.
+    one), a value of the wrong type or out of range, and a required knob without a value. A chat template
+    that is not where it is looked for is taken from beside the file.
     """
     values = {} if path is None else read_yaml(Path(path), _KNOBS)
+    template = values.get("data.chat_template")
+    if path is not None and template and not Path(template).exists():
+        beside = Path(path).parent / template
+        values["data.chat_template"] = str(beside) if beside.exists() else template
     values.update(parse_flags(overrides, _KNOBS))
     return _build(values)
 
@@ -118,10 +123,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return _build({**_flatten(config), **parse_flags(overrides, _KNOBS)})
 
 
+def as_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every knob with its value."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the resolved configuration as YAML; the file is whole or absent."""
     config.validate()
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    text = as_yaml(config)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

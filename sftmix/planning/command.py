@@ -11,6 +11,7 @@ import typer
 
 from sftmix.config import Config, load_config
 from sftmix.progress import activity, say
+from sftmix.recipes import config_file
 from sftmix.run.start import knob_flags
 
 BFLOAT16, AUTO = "bfloat16", "auto"
@@ -32,11 +33,11 @@ def plan(
     gpu_bandwidth: Annotated[Number, typer.Option(help="GB/s of its memory")] = None,
     gpu_link: Annotated[Number, typer.Option(help="GB/s received from its node's GPUs")] = None,
     gpu_network: Annotated[Number, typer.Option(help="GB/s received from other nodes")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of knobs")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of knobs, or a recipe")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Memory, traffic, time and cost of a run from its configuration alone, and what would fit where it does not."""
-    settled = _configuration(model, config, ctx.args)
+    settled = _configuration(model, config_file(config), ctx.args)
     with activity("loading torch and transformers"):
         from sftmix import hardware
         from sftmix.planning.plan import Question, make_plan
