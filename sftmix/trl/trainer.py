@@ -23,6 +23,7 @@ from sftmix.model.causal_lm import HeadCall, SFTMixModel, install_head, verify_h
 from sftmix.model.documents import documents
 from sftmix.model.packing import packed_inputs, packs
 from sftmix.model.parallel import join_world
+from sftmix.progress import say
 from sftmix.scores.confidence import make_split
 from sftmix.scores.dynamics import (
     SCHEMA,
@@ -256,8 +257,24 @@ class SFTMixTrainer(SFTTrainer):  # type: ignore[misc]
         return result
 
     def close_epoch(self) -> None:
-        """Turn the sums of the epoch that is over into scores, over all processes; nothing where that is done."""
-        self.online.close_epoch(epoch_of(self.state), self.state.global_step, join_world(self.args.device))
+        """Turn the sums of the epoch that is over into scores, over all processes; nothing where that is done.
+
+        An epoch that left examples out (``max_steps``, ``dataloader_drop_last``) has no scores, with a word; of an
+        example that was met twice, to give all processes as many batches, the first time counts.
+        """
+        epoch = epoch_of(self.state)
+        self.online.close_epoch(epoch, self.state.global_step, join_world(self.args.device))
+        met: dict[str, dict[str, Any]] = {}
+        for row in self.online.rows:
+            if row["checkpoint"] == epoch:
+                met.setdefault(row["example"], row)
+        others = [row for row in self.online.rows if row["checkpoint"] != epoch]
+        if met and len(met) < len(self.examples):
+            say(
+                f"dynamics: {len(met)} of {len(self.examples)} examples were met in epoch {epoch}: it has no scores"
+            )
+            met = {}
+        self.online.rows = others + list(met.values())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -27,6 +27,12 @@ def main(out: Path) -> None:
                 "rows": found.dynamics_rows,
             }
             torch.save(kept, out / f"{name}.pt")
+    uneven = trainer(
+        out / "uneven", per_device_train_batch_size=2
+    )  # eleven batches: accelerate adds one again
+    uneven.train()
+    if dist.get_rank() == 0:
+        torch.save({"rows": uneven.dynamics_rows, "steps": uneven.state.global_step}, out / "uneven.pt")
     online = trainer(
         out / "online",
         rows=dataset(examples),

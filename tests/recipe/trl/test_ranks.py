@@ -17,6 +17,7 @@ from tests.recipe.trl.small import assert_close, dataset, trainer, weights
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = tiny.examples(24, longest=20)
+EVEN_OUT = tiny.examples(22, longest=20)  # those of the uneven run
 
 
 def launch(folder: Path) -> None:
@@ -47,6 +48,14 @@ def test_two_processes_train_as_one(out: Path, tmp_path: Path, name: str, change
             k: v for k, v in two.items() if k != "nll_sum"
         }
         assert two["nll_sum"] == pytest.approx(one["nll_sum"], rel=1e-4)
+
+
+def test_an_uneven_number_of_batches_scores_every_example_once(out: Path) -> None:
+    found = torch.load(out / "uneven.pt", weights_only=False)
+    assert found["steps"] == 6
+    for epoch in range(2):
+        names = [row["example"] for row in found["rows"] if row["checkpoint"] == epoch]
+        assert sorted(names) == sorted(EVEN_OUT)
 
 
 def test_the_reference_runs_on_two_processes(out: Path, tmp_path: Path) -> None:

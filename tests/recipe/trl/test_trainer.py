@@ -138,6 +138,40 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, step: int) -> None:
     ).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "changes, epochs", [({"dataloader_drop_last": True}, 0), ({"max_steps": 4}, 1), ({"max_steps": 1}, 0)]
+)
+def test_an_epoch_that_is_not_whole_has_no_scores(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], epochs: int
+) -> None:
+    """Whether batches are dropped or the run ends in the middle: said, and the training ends well."""
+    found = trainer(tmp_path, **changes)
+    found.train()
+    assert len(found.dynamics_rows) == epochs * len(EXAMPLES)
+    assert (tmp_path / "dynamics.parquet").exists() == (epochs > 0)
+    assert "of 22 examples were met in epoch" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("way", ["compile", "neftune", "bfloat16", "best", "batch_size"])
+def test_trainers_own_options_hold(tmp_path: Path, way: str) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        "neftune": {"neftune_noise_alpha": 5.0},
+        "bfloat16": {"bf16": True},
+        "best": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
+                 "save_steps": 2, "eval_dataset": dataset()},
+        "batch_size": {"auto_find_batch_size": True},
+    }  # fmt: skip
+    plain, found = trainer(tmp_path / "plain"), trainer(tmp_path / way, **changes[way])
+    plain.train()
+    found.train()
+    if way in ("compile", "batch_size"):
+        assert_close(weights(found.model), weights(plain.model), 2e-5)
+    else:
+        assert logged(found, "loss")[0] == pytest.approx(logged(plain, "loss")[0], rel=0.02)
+    assert len(found.dynamics_rows) == 2 * len(EXAMPLES)
+
+
 def test_what_it_saves_is_a_plain_model(tmp_path: Path) -> None:
     found = trainer(tmp_path)
     found.train()
