@@ -21,7 +21,7 @@ def launch(module: str, folder: Path, world: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     found = subprocess.run(
         [*command, "-m", module, str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-6000:]
 

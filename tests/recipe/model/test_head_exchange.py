@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +17,21 @@ from sftmix.model.lora import apply_lora
 from sftmix.model.parallel import World, shard
 from sftmix.training.metrics import read_metrics
 from tests import parity
+from tests.kernels.ranks import launch
 from tests.once import made_once
 from tests.recipe import tiny
 from tests.recipe.model.head_exchange_ranks import MODES, gradients, model_of, train
 from tests.recipe.model.two_processes import examples
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def launch(folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*command, "-m", "tests.recipe.model.head_exchange_ranks", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-6000:]
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of two processes."""
-    folder = made_once(tmp_path_factory, "head_exchange", launch)
+    folder = made_once(
+        tmp_path_factory,
+        "head_exchange",
+        lambda folder: launch("tests.recipe.model.head_exchange_ranks", folder, 2),
+    )
     assert (folder / "rank0.pt").is_file(), "the two processes failed: see the test that ran them"
     return folder
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,11 @@ from sftmix.model.merge import merged_state
 from sftmix.model.parallel import World, join_world, local_device, shard, spread, whole
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.runs import train_plain
+from tests.kernels.ranks import launch as on_ranks
 from tests.once import made_once
 from tests.recipe import tiny
 from tests.recipe.model import two_processes
 from tests.recipe.model.two_processes import DTYPES, KINDS, METHODS
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Interrupted(Exception):
@@ -50,12 +46,7 @@ def launch(folder: Path) -> None:
     # 3 steps make an epoch; the fourth is interrupted, so two processes go on from a checkpoint of one.
     with pytest.raises(Interrupted):
         two_processes.train("llama", "sftmix", "float32", folder / "resumed", progress=stop_after(4))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*command, "-m", "tests.recipe.model.two_processes", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-6000:]
+    on_ranks("tests.recipe.model.two_processes", folder, 2)
 
 
 def single(folder: Path, kind: str, method: str, dtype: str, *flags: str) -> dict[str, torch.Tensor]:

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.kernels.ranks import launch
 from tests.once import made_once
 from tests.recipe import tiny
 from tests.recipe.trl.small import assert_close, dataset, trainer, weights
 
-ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = tiny.examples(24, longest=20)
 EVEN_OUT = tiny.examples(22, longest=20)  # those of the uneven run
 
 
-def launch(folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*command, "-m", "tests.recipe.trl.ranks", str(folder)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "trl_ranks", launch)
+    return made_once(
+        tmp_path_factory, "trl_ranks", lambda folder: launch("tests.recipe.trl.ranks", folder, 2)
+    )
 
 
 @pytest.mark.parametrize("name, changes", [("mixed", {}), ("token", {"mixup_lam": "token"})])
