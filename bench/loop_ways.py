@@ -1,7 +1,7 @@
 """The ways of training that ``bench.loop`` times, each in a process that does one step when it is its turn.
 
 ``python -m bench.loop_ways WAY --folder F ...``, which ``Turn`` starts: a line on its input is a turn, and a line of
-JSON on its output says what the step took. A process each, not a thread: the allocator treats threads otherwise.
+JSON on its output says what the step took. A process each: as threads of one, some ways took twice as long.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def seed_chunk(seed: int, stage: str, step: int, chunk: int) -> None:
     value = int.from_bytes(digest[:8], "little") >> 1
     if torch.accelerator.is_available():
         torch.manual_seed(value)
-    else:  # the same without torch's bookkeeping for devices that are not there, which takes a millisecond
+    else:  # the same without torch's bookkeeping for devices that are not there
         torch.default_generator.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)

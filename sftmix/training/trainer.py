@@ -82,8 +82,7 @@ class Trainer:
         self.points = point_steps(len(first), points_per_epoch)
         self.total = min(len(first) * epochs, config.train.max_steps or len(first) * epochs)
         self.step = self.first_step = self.bad_steps = 0
-        self.device = model.device
-        self.world = join_world(self.device)
+        self.world = join_world(model.device)
         recompute(model, config.train.gradient_checkpointing)
         if config.train.compile:
             compile_blocks(model)
@@ -100,6 +99,7 @@ class Trainer:
             model, self.world, head_sharding=config.train.head_sharding, rows=most_rows(first, examples),
             replicas=config.train.replicas,
         )  # fmt: skip
+        self.device = self.model.device  # sharding moves a model that was read on the CPU
         self.weights = TrainableWeights(self.model)
         self.optimizer = build_optimizer(self.weights, config.optim)
         self.online = OnlineDynamics(examples, enabled=online)

@@ -112,7 +112,7 @@ def _base(model: Any) -> Any:
     """The causal LM itself, without a peft wrapper."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # torch's types know no methods
 
 
 def patched_by(base: nn.Module) -> str | None:

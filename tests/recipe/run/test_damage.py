@@ -14,6 +14,7 @@ from sftmix.run import session
 from sftmix.run.checksums import damage, described, files_of, sums
 from sftmix.run.folder import RunFolder
 from sftmix.scores.dynamics import read_dynamics
+from tests.recipe.hurt import hurt
 from tests.recipe.run.small import run, same, sftmix, trained
 
 POINT = "shard-00001-model-00001-of-00001.safetensors"
@@ -28,16 +29,6 @@ FILES = [
     ("train-sftmix/model/model.safetensors", "train-sftmix: again, train-sftmix/model/model.safetensors"),
     ("evaluation.json", "evaluate: anew, evaluation.json"),
 ]
-
-
-def hurt(path: Path, how: str) -> None:
-    """Flip one bit in the middle, keep the first half, or delete."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if how == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content if how == "flip" else content[: len(content) // 2])
 
 
 def copied(finished: Path, tmp_path: Path) -> Path:

@@ -17,8 +17,8 @@ from sftmix.scores.dynamics import read_dynamics
 from sftmix.training.checkpoint import complete_checkpoints
 from sftmix.training.metrics import read_metrics
 from sftmix.training.tensor_files import tensor_files
+from tests.recipe.hurt import hurt
 from tests.recipe.run.small import FLAGS, run, trained
-from tests.recipe.run.test_damage import hurt
 from tests.recipe.run.test_torchrun import workers
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -23,6 +23,7 @@ from sftmix.training.metrics import MetricsWriter, read_metrics
 from sftmix.training.runs import train_pairs
 from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
+from tests.recipe.hurt import hurt
 
 EXAMPLES = tiny.examples(12)
 
@@ -76,12 +77,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(
 ) -> None:
     """It is said, and the run ends in the same bits; the damaged one is replaced."""
     path = newest(folder) / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    hurt(path, damage)
     again = run(folder)
     assert (again.first_step, again.step) == (2, 4)
     if (file, damage) == ("meta.json", "remove"):  # it looks like one that was never finished

@@ -24,6 +24,7 @@ from sftmix.training.runs import train_pairs, train_plain
 from sftmix.training.signals import Stopped
 from sftmix.training.trainer import Trainer
 from tests.recipe import tiny
+from tests.recipe.hurt import hurt
 from tests.recipe.training.test_trainer import MODELS, Killed, kill_at, same
 
 EXAMPLES = tiny.examples(41)  # six steps an epoch
@@ -294,11 +295,6 @@ def test_damaged_online_scores_give_way_to_the_checkpoint_before(
     with pytest.raises(Killed):
         train_plain(config, tiny.model(), EXAMPLES, folder=tmp_path / "killed", progress=kill_at(5))
     path = complete_checkpoints(tmp_path / "killed" / "checkpoints")[-1] / "online.parquet"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    hurt(path, damage)
     assert train_plain(config, tiny.model(), EXAMPLES, folder=tmp_path / "killed") == expected
     assert "going back to step-00000003" in capfd.readouterr().out

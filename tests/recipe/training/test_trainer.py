@@ -21,7 +21,7 @@ from sftmix.training.batch import blank_batch, collate_pairs
 from sftmix.training.checkpoint import complete_checkpoints
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.pairs import epoch_pairs
-from sftmix.training.plan import point_steps
+from sftmix.training.plan import plain_entries, plan_steps, point_steps
 from sftmix.training.randomness import seed_chunk
 from sftmix.training.runs import train_pairs, train_plain
 from sftmix.training.trainer import Trainer
@@ -430,3 +430,24 @@ def test_a_bad_token_is_refused_before_the_forward(tmp_path: Path) -> None:
     bad[name] = type(bad[name])(name, (*bad[name].input_ids[:-1], tiny.VOCAB), bad[name].supervised)
     with pytest.raises(ValueError, match=r"expected values in \[0, V=61\)"):
         train_pairs(tiny.config(), tiny.model(), bad, SPLIT, folder=tmp_path)
+
+
+def test_batches_go_where_sharding_put_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes a model is read on the CPU, and ``shard`` moves it to the GPU, here the meta device."""
+    real = trainer_module.shard
+
+    def moving(model: SFTMixModel, *args: Any, **options: Any) -> SFTMixModel:
+        found = real(model, *args, **options)
+        monkeypatch.setattr(SFTMixModel, "device", property(lambda self: torch.device("meta")))
+        return found
+
+    monkeypatch.setattr(trainer_module, "shard", moving)
+    examples = tiny.examples(8)
+    steps = plan_steps(
+        plain_entries(sorted(examples)), examples, epoch=0, batch_size=8, micro_batch_size=4
+    )  # fmt: skip
+    made = Trainer(
+        tiny.config(), tiny.model(), examples, tmp_path, plan=lambda epoch: steps, epochs=1, mixup_weight=0.0,
+        stage="reference",
+    )  # fmt: skip
+    assert made.device.type == "meta"
