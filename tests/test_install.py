@@ -98,7 +98,14 @@ def test_importing_the_kernels_loads_nothing_of_the_recipe() -> None:
 def test_both_packages_are_typed_and_packaged() -> None:
     for package in ("sftmix_kernels", "sftmix"):
         assert (ROOT / package / "py.typed").is_file()
-        assert PYPROJECT["tool"]["setuptools"]["package-data"][package] == ["py.typed"]
+        patterns = PYPROJECT["tool"]["setuptools"]["package-data"][package]
+        packed = {file for pattern in patterns for file in (ROOT / package).glob(pattern)}
+        data = {
+            file
+            for file in (ROOT / package).rglob("*")
+            if file.is_file() and file.suffix not in {".py", ".pyc", ".md"}
+        }
+        assert packed == data
 
 
 def test_one_version() -> None:
