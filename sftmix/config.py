@@ -29,6 +29,7 @@ from sftmix.sections import (
     ModelConfig,
     OptimConfig,
     ReferenceConfig,
+    SplitConfig,
     TrainConfig,
     interval,
 )
@@ -51,6 +52,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     mixup: MixupConfig = field(default_factory=MixupConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -76,6 +78,14 @@ class Config:
             raise ValueError(
                 "export: expected merged with model.added_tokens, for which an adapter's base has no rows, got "
                 f"{self.export}"
+            )
+        by, file = self.split.by, self.split.file
+        if (by == "given") != (file is not None):
+            expected = "a file" if by == "given" else "none"
+            raise ValueError(f"split.file: expected {expected} with split.by={by}, got {file or 'none'}")
+        if self.mixup.weight == self.mixup.ntp_weight == 0:
+            raise ValueError(
+                "mixup.ntp_weight: expected more than 0 beside mixup.weight=0, which leaves no loss, got 0"
             )
         interval("train.checkpoint_every", self.train.checkpoint_every)
         for name in (self.train.report_to or TRACKERS[0]).split(","):

@@ -146,15 +146,59 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """How the examples are cut into a confident and an unconfident half, and which of them are trained on."""
+
+    by: str = knob(
+        "cut at the median confidence (the paper), at a quantile, at random, or as split.file says",
+        "median",
+        choices=("median", "quantile", "random", "given"),
+    )
+    confident_share: float = knob(
+        "with quantile: share of the examples, the most confident ones, in the confident half",
+        0.5,
+        above=0,
+        below=1,
+    )
+    file: str | None = knob(
+        "with given: Parquet, JSONL or CSV of example (id, guid) and half, or confidence to cut at its median",
+        None,
+    )
+    use: str = knob(
+        "train on both halves, or as a control on one of them alone, which is then paired within itself",
+        "both",
+        choices=("both", "confident", "unconfident"),
+    )
+
+
+@dataclass(frozen=True)
 class MixupConfig:
-    """The Mixup regulariser."""
+    """The Mixup term: a regulariser, with weight 1 a second loss, with ntp_weight 0 the only one."""
 
     alpha: float = knob("lambda is drawn from Beta(alpha, alpha)", 0.5, above=0)
     weight: float = knob("weight mu of the Mixup term; 0 is plain next-token prediction", 0.2, at_least=0)
+    ntp_weight: float = knob(
+        "weight of the next-token term beside it; 0: Mixup alone, tokens without a partner train nothing",
+        1.0,
+        at_least=0,
+    )
+    schedule: str = knob(
+        "the weight mu over the run, after its warm-up",
+        "constant",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_ratio: float = knob(
+        "share of all steps over which mu rises from 0 to its weight", 0.0, at_least=0, below=1
+    )
     lam: str = knob(
         "one lambda per pair, per mixed token, or per optimizer step",
         "pair",
         choices=("pair", "token", "batch"),
+    )
+    pairing: str = knob(
+        "partners at random, or of similar length among 64 at random: less is cut by the shorter one",
+        "random",
+        choices=("random", "length"),
     )
 
 

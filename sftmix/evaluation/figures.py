@@ -10,8 +10,8 @@ weights stay comparable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,16 +19,12 @@ from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
+from sftmix.evaluation.answers import OnBatch, Passes, perplexity, read_answers
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
-from sftmix.model.parallel import World, gather_objects
+from sftmix.model.parallel import World
 from sftmix.model.vocabulary import safe_pad_id
 from sftmix.progress import say
-from sftmix.scores.dynamics import accumulate
-from sftmix.training.batch import blank_batch, check_batch, collate_plain
-from sftmix_kernels import TokenStats
-
-OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
 
 
 def evaluate_model(
@@ -40,22 +36,15 @@ def evaluate_model(
     The model's mode is restored. Every process calls it with the same examples; with ``world`` they share the
     batches, and all get the figures of all. Raises ``ValueError`` for no examples.
     """
-    found = _sums(
-        model,
-        examples,
-        batch_size=batch_size,
-        pad_id=pad_id,
-        impl=impl,
-        packed=packed,
-        progress=progress,
-        world=world,
-    )
-    sums = list(found)
+    passes = Passes(batch_size=batch_size, pad_id=pad_id, impl=impl, packed=packed, world=world)
+    answers = read_answers(model, examples, passes, progress)
     num_tokens = sum(example.num_supervised for example in examples)
-    nll = math.fsum(nll_sum for _, nll_sum, _ in sums) / num_tokens
-    accuracy = sum(top1 for _, _, top1 in sums) / num_tokens
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    return {"nll": nll, "perplexity": perplexity, "token_accuracy": accuracy, "num_tokens": num_tokens}
+    nll_sum = math.fsum(answer.nll_sum for answer in answers)
+    accuracy = sum(answer.num_top1 for answer in answers) / num_tokens
+    return {
+        "nll": nll_sum / num_tokens, "perplexity": perplexity(nll_sum, num_tokens), "token_accuracy": accuracy,
+        "num_tokens": num_tokens,
+    }  # fmt: skip
 
 
 def score_examples(
@@ -64,70 +53,19 @@ def score_examples(
     progress: OnBatch | None = None, world: World | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of the dynamics per example, in the order given, from the model as it is now; ``world`` as above."""
-    found = _sums(
-        model,
-        examples,
-        batch_size=batch_size,
-        pad_id=pad_id,
-        impl=impl,
-        packed=packed,
-        progress=progress,
-        world=world,
-    )
-    by_id = {name: (nll_sum, top1) for name, nll_sum, top1 in found}
+    passes = Passes(batch_size=batch_size, pad_id=pad_id, impl=impl, packed=packed, world=world)
+    by_id = {answer.id: answer for answer in read_answers(model, examples, passes, progress)}
     rows = []
     for example in examples:
-        nll_sum, top1 = by_id[example.id]
+        answer = by_id[example.id]
         rows.append(
             {
-                "example": example.id, "checkpoint": checkpoint, "step": step, "nll_sum": nll_sum,
-                "num_tokens": example.num_supervised, "top1_share": top1 / example.num_supervised,
+                "example": example.id, "checkpoint": checkpoint, "step": step, "nll_sum": answer.nll_sum,
+                "num_tokens": example.num_supervised, "top1_share": answer.num_top1 / example.num_supervised,
                 "source": "checkpoint",
             }
         )  # fmt: skip
     return rows
-
-
-@torch.inference_mode()
-def _sums(
-    model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int, pad_id: int,
-    impl: str | None, packed: bool, progress: OnBatch | None, world: World | None,
-) -> list[tuple[str, float, float]]:  # fmt: skip
-    """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length.
-
-    The batches do not depend on the number of processes. Each process takes its own in every round; one that has none
-    left takes part with a blank one, for a sharded model is gathered by all.
-    """
-    if not examples:
-        raise ValueError("examples: expected at least one, got none")
-    world = world or World()
-    ordered = by_length(examples)
-    starts = range(0, len(ordered), batch_size)
-    found: list[tuple[str, float, float]] = []
-    with evaluating(model):
-        for first in range(0, len(starts), world.size):
-            mine = first + world.rank
-            batch = blank_batch(pad_id)
-            if mine < len(starts):
-                own = ordered[starts[mine] : starts[mine] + batch_size]
-                batch = collate_plain(own, pad_id=pad_id, packed=packed)
-            check_batch(batch, model.vocab_size)
-            batch = batch.to(model.device)
-            tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
-            row = {"position_ids": batch.position_ids, "starts": batch.starts}
-            stats = cast(TokenStats, model(*tensors, **row, stats=True, impl=impl))
-            sums = accumulate(-stats.logprob, stats.is_top1, batch.example, len(batch.ids))
-            values = torch.stack([sums.nll_sum, sums.num_top1.double()]).tolist()
-            if mine < len(starts):
-                found += zip(batch.ids, *values, strict=True)
-            if progress is not None:
-                progress(min((first + world.size) * batch_size, len(ordered)), len(ordered))
-    return [row for rows in gather_objects(found, world) for row in rows]
-
-
-def by_length(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """The order in which examples are evaluated: from long to short, so that a batch has little padding."""
-    return sorted(examples, key=lambda example: (-len(example.input_ids), example.id))
 
 
 @torch.inference_mode()

@@ -20,8 +20,8 @@ from sftmix.progress import say
 from sftmix.rank import is_main
 from sftmix.run.checksums import described
 from sftmix.run.folder import FILES, Settings, stages_from
+from sftmix.run.halves import check_same, make_halves, members, needs_scores
 from sftmix.scores.confidence import read_split
-from sftmix.scores.dynamics import read_dynamics
 from sftmix.scores.halves import Split
 from sftmix.training.plan import point_steps
 
@@ -44,9 +44,15 @@ _ALWAYS = (
 KNOBS = {
     "reference": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
     "score": (*_ALWAYS, "reference.epochs", "reference.checkpoints_per_epoch", "reference.dynamics"),
-    "train-ntp": (*_ALWAYS, "train.epochs"),
-    "train-sftmix": (*_ALWAYS, "train.epochs", "mixup"),
+    "train-ntp": (*_ALWAYS, "train.epochs", "split.use", "mixup.pairing"),
+    "train-sftmix": (*_ALWAYS, "train.epochs", "split.use", "mixup"),
 }
+# Knobs that came later, and the value which means what was done before: it is not recorded, so that an older run
+# folder is the same.
+_LATER = {
+    "split.use": "both", "mixup.pairing": "random", "mixup.ntp_weight": 1.0, "mixup.schedule": "constant",
+    "mixup.warmup_ratio": 0.0,
+}  # fmt: skip
 # Settings whose value is a hash, and how a difference is told.
 _HASHES = {
     "examples": "examples: other tokens", "model": "model: other files", "split": "split: other halves",
@@ -70,6 +76,7 @@ def settings(session: Session, stage: str) -> Settings:
     lora = ("lora",) if config.train.tuning == "lora" else ()
     for knob in (*KNOBS[stage], *lora):
         found.update({name: value for name, value in flat.items() if (name + ".").startswith(f"{knob}.")})
+    found = {name: value for name, value in found.items() if name not in _LATER or value != _LATER[name]}
     if stage in ("reference", "score"):
         return {
             "examples": session.reference_id, "model": session.models.identity(session.models.reference), **found
@@ -165,7 +172,7 @@ def _check(session: Session, stages: Sequence[str], restart: str | None) -> None
         _refuse(session, stage, compared, restart="train" if both else stage)
     if "reference" in stages and session.config.reference.scores is None:
         _check_points(session)
-    _check_files(session, {*stages, *anew})
+    _check_files(session, {*stages, *anew}, set(anew))
 
 
 def _check_points(session: Session) -> None:
@@ -181,11 +188,15 @@ def _check_points(session: Session) -> None:
         )
 
 
-def _check_files(session: Session, made: set[str]) -> None:
-    """The files that the stages will read, and not make, are about the training examples."""
-    folder = session.folder
-    if "split" in made and "score" not in made and folder.dynamics.exists():
-        check_ids(session, read_dynamics(folder.dynamics).examples, str(folder.dynamics))
+def _check_files(session: Session, made: set[str], anew: set[str]) -> None:
+    """The files that the stages will read, and not make, are about the training examples; a split is as asked for."""
+    folder, given = session.folder, session.config.split.file
+    if "split" in made and (given is not None or ("score" not in made and folder.dynamics.exists())):
+        halves, _ = make_halves(session)
+        check_ids(session, halves.confident + halves.unconfident, given or str(folder.dynamics))
+    if "split" in made - anew and folder.split.exists() and not session.damage("split"):
+        if (folder.dynamics.exists() and not session.damage("score")) or not needs_scores(session.config):
+            check_same(session, make_halves(session)[0], {})
     if {"train-ntp", "train-sftmix"} & made and "split" not in made and folder.split.exists():
         halves = read_split(folder.split)
         check_ids(session, halves.confident + halves.unconfident, str(folder.split))
@@ -250,8 +261,7 @@ def check_ids(session: Session, ids: Sequence[str], where: str) -> None:
 
 def split_digest(halves: Split) -> str:
     """A short hash of which example is in which half."""
-    members = repr((sorted(halves.confident), sorted(halves.unconfident)))
-    return hashlib.sha256(members.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(members(halves)).encode()).hexdigest()[:16]
 
 
 def _shown(value: Any) -> str:

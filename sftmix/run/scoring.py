@@ -16,7 +16,8 @@ import torch
 
 from sftmix.data.fingerprint import content_hash
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.evaluation.figures import by_length, score_examples
+from sftmix.evaluation.answers import by_length
+from sftmix.evaluation.figures import score_examples
 from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.packing import packs

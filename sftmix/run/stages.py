@@ -8,7 +8,7 @@ other settings is refused (``identity``); evaluation and pictures are cheap and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
 from sftmix.run.card import card
-from sftmix.run.checksums import described
 from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
+from sftmix.run.halves import check_same, make_halves, needs_scores, without_scores
 from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
 from sftmix.run.scoring import score_points
 from sftmix.run.session import Session
-from sftmix.scores.confidence import confidence, make_split, read_split, write_split
+from sftmix.scores.confidence import confidence, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
-from sftmix.scores.halves import Split
 from sftmix.training.checkpoint import save_trainable
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.runs import train_pairs, train_plain
@@ -48,8 +47,10 @@ def reference(session: Session, *, watch: Progress | None = None) -> None:
     ``watch`` sees every step after the progress bar does; what it raises ends the stage, which is then not finished.
     """
     config, folder = session.config, session.folder
-    if config.reference.scores is not None:
-        say(f"reference: not needed, scores come from {config.reference.scores}")
+    if config.reference.scores is not None or not needs_scores(config):
+        say(
+            f"reference: not needed, {without_scores(config) or f'scores come from {config.reference.scores}'}"
+        )
         return
     wants_points = config.reference.dynamics != "online"
     whole = folder.point_step(0).exists() if wants_points else folder.online.exists()
@@ -87,11 +88,14 @@ def _identity(examples: str, files: str) -> dict[str, str]:
 def score(session: Session) -> None:
     """Collect the training dynamics: score the saved points, take the online scores, or read a ready file."""
     config, folder = session.config, session.folder
+    if not needs_scores(config):
+        say(f"score: not needed, {without_scores(config)}")
+        return
     if passed(session, "score", whole=folder.dynamics.exists()):
         say("score: done before")
         return
     if config.reference.scores is not None:
-        rows = read_rows(config.reference.scores)
+        rows = _of_training(session, read_rows(config.reference.scores))
     else:
         _require(session, "reference")
         rows = score_points(session) if config.reference.dynamics != "online" else []
@@ -119,23 +123,36 @@ def _tell_correlation(session: Session) -> None:
 
 
 def split(session: Session) -> None:
-    """Cut the examples at their median confidence."""
+    """Cut the examples as ``split.by`` says: at their median confidence, a quantile, at random, or as a file does."""
     folder = session.folder
-    session.require_whole("score", "score")
-    dynamics = read_dynamics(folder.dynamics)
-    check_ids(session, dynamics.examples, str(folder.dynamics))
-    made = make_split(dynamics)
-    _same_split(session, made, session.damage("split"))
+    if needs_scores(session.config):
+        session.require_whole("score", "score")
+    made, source = make_halves(session)
+    check_ids(session, made.confident + made.unconfident, str(session.config.split.file or folder.dynamics))
+    check_same(session, made, session.damage("split"))
     session.barrier()
     if is_main():
         write_split(folder.split, made)
     session.finish("split", {"split": split_digest(made)}, {})
     done = read_split(folder.split)
-    border = (done.confidence[done.confident[-1]] + done.confidence[done.unconfident[0]]) / 2
+    border = ""
+    if needs_scores(session.config):
+        middle = (done.confidence[done.confident[-1]] + done.confidence[done.unconfident[0]]) / 2
+        border = (
+            f", {'cut at' if session.config.split.by == 'quantile' else 'median'} confidence {middle:.3g}"
+        )
     say(
-        f"split: {len(done.confident)} confident and {len(done.unconfident)} unconfident examples, median "
-        f"confidence {border:.3g} ({dynamics.num_checkpoints} scoring points, {dynamics.source})"
+        f"split: {len(done.confident)} confident and {len(done.unconfident)} unconfident examples{border} ({source})"
     )
+
+
+def _of_training(session: Session, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a ready score file that are about training examples; the others are counted, in a line."""
+    own = [row for row in rows if row["example"] in session.train]
+    others = len({row["example"] for row in rows}) - len({row["example"] for row in own})
+    if others and own:
+        say(f"score: {others} examples of {session.config.reference.scores} are not trained on: left out")
+    return own or rows
 
 
 def train(session: Session, method: str) -> Any:
@@ -180,7 +197,8 @@ def train(session: Session, method: str) -> Any:
 def plot(session: Session) -> list[str]:
     """Draw the data map, the loss curves and the confidence histogram from the files; the pictures' paths."""
     folder = session.folder
-    dynamics, halves = read_dynamics(folder.dynamics), read_split(folder.split)
+    dynamics = read_dynamics(folder.dynamics) if folder.dynamics.exists() else None
+    halves = read_split(folder.split)
     paths = [folder.plots / name for name in ("data_map.png", "confidence.png", "loss_curves.png")]
     if is_main():
         # matplotlib takes a second to load, and a minute the first time, when it lists the fonts.
@@ -190,8 +208,12 @@ def plot(session: Session) -> list[str]:
             folder.plots.mkdir(parents=True, exist_ok=True)
             for path in paths:  # a picture of files that are gone must not stand
                 path.unlink(missing_ok=True)
-            plots.plot_data_map(dynamics, halves, paths[0])
-            plots.plot_confidence(halves, paths[1])
+            if dynamics is not None:
+                plots.plot_data_map(dynamics, halves, paths[0])
+            if halves.confidence:
+                plots.plot_confidence(halves, paths[1])
+            else:
+                say(f"plot: no data map and no confidence, {without_scores(session.config)}")
             runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
             files = {name: run / "metrics.jsonl" for name, run in runs.items()}
             curves = {name: read_metrics(file) for name, file in files.items() if file.exists()}
@@ -229,23 +251,6 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
         del plain
     session.models.forget()
     plot(session)
-
-
-def _same_split(session: Session, made: Split, damaged: Mapping[str, str]) -> None:
-    """A split that is there already must be the one that the scores give; one that is ``damaged`` may be unreadable."""
-    path = session.folder.split
-    try:
-        same = not path.exists() or split_digest(read_split(path)) == split_digest(made)
-    except ValueError:
-        if not damaged:
-            raise
-        same = True  # nobody's any more
-    if not same:
-        raise ValueError(
-            f"{path}: expected the split of {session.folder.dynamics}, got another; move it away, or --restart split"
-        )
-    if damaged:
-        say(f"split: again, {described(damaged)}")
 
 
 def _require(session: Session, stage: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from sftmix.scores.dynamics import Dynamics, read_table, to_table, write_table
-from sftmix.scores.halves import Split, median_split
+from sftmix.scores.halves import Split, quantile_split
 
 __all__ = ["Split", "confidence", "make_split", "read_split", "variability", "write_split"]
 
@@ -41,10 +41,13 @@ def variability(dynamics: Dynamics) -> dict[str, float]:
     return dict(zip(dynamics.examples, np.std(dynamics.perplexity, axis=0).tolist(), strict=True))
 
 
-def make_split(dynamics: Dynamics) -> Split:
-    """The median split of scored examples. Raises ``ValueError`` for fewer than two."""
+def make_split(dynamics: Dynamics, share: float = 0.5) -> Split:
+    """The split of scored examples, at the median or where ``share`` of them are confident.
+
+    Raises ``ValueError`` for fewer than two examples.
+    """
     scores = confidence(dynamics)
-    confident, unconfident = median_split(scores)
+    confident, unconfident = quantile_split(scores, share)
     return Split(confident, unconfident, scores, variability(dynamics))
 
 
@@ -109,10 +112,10 @@ def _check(
         seen.add(name)
     if len(seen) < 2:
         raise ValueError(f"{path}: expected at least two examples, got {len(seen)}; {remedy}")
-    if sizes["confident"] - sizes["unconfident"] not in (0, 1):
+    if not all(sizes.values()):
         raise ValueError(
-            f"{path}: expected halves of equal size, or one more confident example, got {sizes['confident']} "
-            f"and {sizes['unconfident']}; {remedy}"
+            f"{path}: expected an example in each half, got {sizes['confident']} confident and "
+            f"{sizes['unconfident']} unconfident; {remedy}"
         )
     for column, values in (("confidence", scores), ("variability", spread)):
         if values and values.keys() != seen:

@@ -215,11 +215,11 @@ def read_meta(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         found = meta.get(section)
         if not isinstance(found, dict):
             raise DamagedError(f"checkpoint: expected a {section} in {folder / META}, got none")
-        for key, value in values.items():
-            if found.get(key) != value:
+        for key in [*values, *(key for key in found if key not in values)]:
+            if found.get(key) != values.get(key):
                 raise ValueError(
                     f"checkpoint: {folder} belongs to another run: {key} is {found.get(key)!r} there, "
-                    f"{value!r} here"
+                    f"{values.get(key)!r} here"
                 )
     _check_sums(folder, meta["sha256"])
     return dict(meta)

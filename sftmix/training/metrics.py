@@ -142,7 +142,8 @@ class StepResults:
         has_mixup = mixup_weight != 0 and step.num_mixed > 0
         return {
             "loss": math.fsum(losses), "ntp_loss": nll / self.denominators[0],
-            "mixup_loss": mixup / self.denominators[1] if has_mixup else None, "grad_norm": grad_norm,
+            "mixup_loss": mixup / self.denominators[1] if has_mixup else None,
+            "mixup_weight": mixup_weight, "grad_norm": grad_norm,
             "num_tokens": step.num_supervised, "num_mixed": step.num_mixed,
             "mixed_share": 2 * step.num_mixed / step.num_supervised,
             "token_accuracy": top1 / step.num_supervised, **({"aux_loss": aux} if auxiliary else {}),

@@ -96,20 +96,25 @@ def build_optimizer(weights: TrainableWeights, config: OptimConfig) -> torch.opt
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
-    """Learning rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up, then the schedule.
+    """Learning rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up, then the schedule."""
+    return scheduled(config.lr, config.schedule, config.warmup_ratio, step, total)
+
+
+def scheduled(peak: float, schedule: str, warmup_ratio: float, step: int, total: int) -> float:
+    """What a number with this ``peak`` is in step ``step`` (0-based) of ``total``.
 
     The warm-up takes ``warmup_ratio`` of all steps, rounded up, and reaches the peak at its last step;
     cosine and linear then fall towards 0, which they would reach one step after the last.
     """
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    if config.schedule == "linear":
-        return config.lr * (1.0 - progress)
-    return config.lr
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    return peak
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -8,7 +8,7 @@ number of processes and a resumed run therefore change nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from sftmix.scores.halves import Split
 
 # One name per kind of draw, so that no two kinds share a random stream.
-_ORDER, _CONFIDENT, _UNCONFIDENT, _ODD, _LAM = range(5)
+_ORDER, _CONFIDENT, _UNCONFIDENT, _ODD, _LAM, _MIX = range(6)
+_BLOCK = 64  # pairs among which partners of similar length are looked for
+PAIRINGS = ("random", "length")
 
 
 @dataclass(frozen=True)
@@ -35,29 +37,62 @@ class Pair:
     index: int
 
 
-def epoch_pairs(split: Split, *, seed: int, epoch: int, alpha: float) -> list[Pair]:
-    """Pair the halves at random for one epoch (from 0), each pair with its lambda ~ Beta(alpha, alpha).
+def epoch_pairs(
+    split: Split, *, seed: int, epoch: int, alpha: float, pairing: str = "random",
+    length: Callable[[str], int] | None = None,
+) -> list[Pair]:  # fmt: skip
+    """Pair the halves for one epoch (from 0), each pair with its lambda ~ Beta(alpha, alpha).
 
-    Every example appears exactly once. With an odd number of examples the last entry has no partner;
-    which example that is moves on every epoch. Raises ``ValueError`` for fewer than two examples, halves
-    that overlap or whose sizes differ by more than one, and ``alpha`` <= 0.
+    Every example appears exactly once. Where the halves differ in size, examples of the larger one have no partner;
+    which ones moves on every epoch, and they stand in twos among the pairs, the odd one last. ``pairing``: at random,
+    or by ``length`` (of an example, in tokens that bear loss): the halves are cut at random into blocks of 64 and
+    paired within a block from the longest to the shortest. Raises ``ValueError`` for fewer than two examples, an empty
+    half, halves that overlap, ``alpha`` <= 0, another pairing, and one by length without lengths.
     """
     confident, unconfident = sorted(split.confident), sorted(split.unconfident)
     _check_halves(confident, unconfident)
-    odd: str | None = None
-    if len(confident) > len(unconfident):
-        # A fixed order walked one step an epoch: the same example is not left out twice in a row.
-        order = _generator(_ODD, seed).permutation(len(confident))
-        odd = confident.pop(int(order[epoch % len(order)]))
-    left = _generator(_CONFIDENT, seed, epoch).permutation(len(confident))
-    right = _generator(_UNCONFIDENT, seed, epoch).permutation(len(unconfident))
-    pairs = [
-        Pair(confident[c], unconfident[u], draw_lam(seed=seed, epoch=epoch, index=i, alpha=alpha), i)
-        for i, (c, u) in enumerate(zip(left.tolist(), right.tolist(), strict=True))
+    larger = confident if len(confident) >= len(unconfident) else unconfident
+    alone = _take_alone(larger, abs(len(confident) - len(unconfident)), seed=seed, epoch=epoch)
+    left = [confident[i] for i in _generator(_CONFIDENT, seed, epoch).permutation(len(confident)).tolist()]
+    right = [
+        unconfident[i] for i in _generator(_UNCONFIDENT, seed, epoch).permutation(len(unconfident)).tolist()
     ]
-    if odd is not None:
-        pairs.append(Pair(odd, None, 1.0, len(pairs)))
-    return pairs
+    entries: list[tuple[str, str | None]]
+    if pairing == "length" and length is not None:
+        entries = list(_by_length(left, right, length))
+    elif pairing == "random":
+        entries = list(zip(left, right, strict=True))
+    else:
+        raise ValueError(f"pairing: expected random, or length with the examples' lengths, got {pairing!r}")
+    units: list[list[tuple[str, str | None]]] = [[entry] for entry in entries]
+    units += [[(name, None) for name in alone[at : at + 2]] for at in range(0, len(alone) - 1, 2)]
+    if pairing == "length" or len(alone) > 1:
+        units = [units[i] for i in _generator(_MIX, seed, epoch).permutation(len(units)).tolist()]
+    entries = [entry for unit in units for entry in unit]
+    entries += [(name, None) for name in alone[len(alone) - len(alone) % 2 :]]
+    return [
+        Pair(one, other, 1.0 if other is None else draw_lam(seed=seed, epoch=epoch, index=i, alpha=alpha), i)
+        for i, (one, other) in enumerate(entries)
+    ]
+
+
+def _take_alone(half: list[str], count: int, *, seed: int, epoch: int) -> list[str]:
+    """Take ``count`` members out of ``half``: those that have no partner in this epoch."""
+    # A fixed order walked on every epoch: the same example is not left alone twice in a row where that can be.
+    order = _generator(_ODD, seed).permutation(len(half)) if count else np.empty(0, int)
+    places = [int(order[(epoch * count + k) % len(order)]) for k in range(count)]
+    names = [half[place] for place in places]
+    for place in sorted(places, reverse=True):
+        half.pop(place)
+    return names
+
+
+def _by_length(
+    left: Sequence[str], right: Sequence[str], length: Callable[[str], int]
+) -> Iterable[tuple[str, str]]:
+    for start in range(0, len(left), _BLOCK):
+        blocks = (sorted(half[start : start + _BLOCK], key=length, reverse=True) for half in (left, right))
+        yield from zip(*blocks, strict=True)
 
 
 def epoch_order(ids: Iterable[str], *, seed: int, epoch: int) -> list[str]:
@@ -100,10 +135,10 @@ def _check_halves(confident: list[str], unconfident: list[str]) -> None:
     total = len(confident) + len(unconfident)
     if total < 2:
         raise ValueError(f"split: expected at least two examples, got {total}")
-    if len(confident) - len(unconfident) not in (0, 1):
+    if not confident or not unconfident:
         raise ValueError(
-            "split: expected halves of equal size, or one more confident example, got "
-            f"{len(confident)} confident and {len(unconfident)} unconfident"
+            f"split: expected an example in each half, got {len(confident)} confident and {len(unconfident)} "
+            "unconfident"
         )
     if len({*confident, *unconfident}) != total:
         raise ValueError("split: expected every example once, got an id that is repeated")

@@ -23,13 +23,17 @@ Examples = Mapping[str, TokenizedExample]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: ``index`` within its epoch, its chunks, and its counts over all chunks."""
+    """One optimizer step: ``index`` within its epoch, its chunks, and its counts over all chunks.
+
+    ``num_cut``: supervised tokens of pairs beyond the end of the shorter partner, which train unmixed.
+    """
 
     epoch: int
     index: int
     chunks: tuple[tuple[Pair, ...], ...]
     num_supervised: int
     num_mixed: int
+    num_cut: int = 0
 
     def ids(self) -> list[str]:
         return [name for chunk in self.chunks for name in chunk_ids(chunk)]
@@ -62,7 +66,9 @@ def plan_steps(
         chunks = tuple(tuple(chunk) for chunk in _fill(by_length, micro_batch_size))
         supervised = sum(examples[name].num_supervised for name in chunk_ids(group))
         mixed = sum(count_mixed(*_members(pair, examples)) for pair in group)
-        steps.append(Step(epoch, index, chunks, num_supervised=supervised, num_mixed=mixed))
+        alone = sum(examples[pair.confident].num_supervised for pair in group if pair.unconfident is None)
+        cut = supervised - 2 * mixed - alone
+        steps.append(Step(epoch, index, chunks, num_supervised=supervised, num_mixed=mixed, num_cut=cut))
     return steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sftmix.config import Config
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.progress import say
-from sftmix.scores.halves import Split
+from sftmix.scores.halves import Split, used_halves
 from sftmix.scores.online import Row
 from sftmix.training.pairs import epoch_order, epoch_pairs
 from sftmix.training.plan import Step, plain_entries, plan_steps
@@ -26,11 +27,30 @@ def train_pairs(
 
     Both draw the same batches; they differ in the weight of the Mixup term, which is 0 for ntp. Resumes from
     ``folder/checkpoints`` when a checkpoint is there. Raises ``ValueError`` for a checkpoint of another run
-    and for a loss that is not finite. ``identity``: see ``Trainer``.
+    and for a loss that is not finite. ``identity``: see ``Trainer``. Of the halves those are trained on that
+    ``split.use`` names.
     """
+    halves = used_halves(split, config.split.use, seed=config.seed)
+    left = len(split.confident) + len(split.unconfident) - len(halves.confident) - len(halves.unconfident)
+    if left:
+        say(
+            f"train {config.train.method}: on the {config.split.use} half alone, {left} examples are left out"
+        )
 
+    @cache
+    def length(name: str) -> int:
+        return examples[name].num_supervised
+
+    @lru_cache(maxsize=1)
     def plan(epoch: int) -> list[Step]:
-        entries = epoch_pairs(split, seed=config.seed, epoch=epoch, alpha=config.mixup.alpha)
+        entries = epoch_pairs(
+            halves,
+            seed=config.seed,
+            epoch=epoch,
+            alpha=config.mixup.alpha,
+            pairing=config.mixup.pairing,
+            length=length,
+        )
         return plan_steps(entries, examples, epoch=epoch, **_sizes(config))
 
     weight = config.mixup.weight if config.train.method == "sftmix" else 0.0
@@ -38,8 +58,21 @@ def train_pairs(
         config, model, examples, Path(folder), plan=plan, epochs=config.train.epochs, mixup_weight=weight,
         stage=f"train-{config.train.method}", pad_id=pad_id, progress=progress, identity=identity,
     )  # fmt: skip
+    if weight:
+        say(f"train {config.train.method}: {_unmixed(plan(0), config.mixup.pairing)}")
     trainer.run()
     return trainer
+
+
+def _unmixed(steps: list[Step], pairing: str) -> str:
+    """What the first epoch's pairs leave unmixed, in words."""
+    tokens = sum(step.num_supervised for step in steps)
+    cut = sum(step.num_cut for step in steps)
+    alone = tokens - cut - 2 * sum(step.num_mixed for step in steps)
+    told = (
+        f"pairing {pairing}: {cut / tokens:.1%} of the tokens that bear loss are cut by the shorter partner"
+    )
+    return told + (f", {alone / tokens:.1%} have none" if alone else "")
 
 
 def train_plain(

@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from sftmix.config import Config
+import torch
+from torch import Tensor
+
+from sftmix.config import Config, MixupConfig
 from sftmix.data.digest import examples_digest
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.model.causal_lm import SFTMixModel
@@ -35,6 +38,7 @@ from sftmix.training.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate,
+    scheduled,
     set_learning_rate,
 )
 from sftmix.training.plan import Step, collate_chunk, denominators, digest, most_rows, point_steps
@@ -70,7 +74,8 @@ class Trainer:
         online: bool = False, identity: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.examples, self.folder, self.plan = config, examples, folder, plan
-        self.mixup_weight, self.stage = mixup_weight, stage
+        self.mixup_weight, self.stage = mixup_weight, stage  # the weight is the schedule's peak
+        self.ntp_weight = config.mixup.ntp_weight if mixup_weight else 1.0
         # Padding is masked and bears no loss: any token of the vocabulary serves.
         self.pad_id = pad_id if 0 <= pad_id < model.vocab_size else 0
         self.progress, self.on_point = progress, on_point
@@ -156,7 +161,7 @@ class Trainer:
     def _train_step(self, step: Step) -> Record:
         """One optimizer step; its record. Its forward and backward are queued before the one read of the results."""
         started, self.data_seconds = time.perf_counter(), 0.0
-        lr = learning_rate(self.config.optim, self.step, self.total)
+        lr, mixup = learning_rate(self.config.optim, self.step, self.total), self._mixup_now()
         set_learning_rate(self.optimizer, lr)
         sums_of_weights = denominators(step, self.examples, mixup=self.config.mixup, seed=self.config.seed)
         results = StepResults(step, self.device, sums_of_weights)
@@ -175,7 +180,7 @@ class Trainer:
         record = {"step": self.step, "epoch": step.epoch + (step.index + 1) / self.steps_per_epoch, "lr": lr}
         return {
             **record,
-            **results.record(values, self.mixup_weight, auxiliary=bool(self.auxiliary)),
+            **results.record(values, mixup, auxiliary=bool(self.auxiliary)),
             **({"skipped": True} if skipped else {}),
             **self._cost(step, started),
         }
@@ -225,14 +230,26 @@ class Trainer:
             self.online.add(loss.nll, loss.is_top1, batch.example, ids)
 
     def _loss(self, batch: Batch, sums_of_weights: tuple[float, float], *, aux_share: float) -> SFTMixLoss:
-        options: dict[str, Any] = {"mixup_weight": self.mixup_weight, "impl": self.config.train.impl}
+        options: dict[str, Any] = {"mixup_weight": self._mixup_now(), "impl": self.config.train.impl}
         options["aux_share"] = aux_share
         # Python numbers: FSDP does not round them, as it might a tensor.
         options["ntp_denominator"], options["mixup_denominator"] = sums_of_weights
-        options["row_weight"], options["pair_weight"] = batch.row_weight, batch.pair_weight
+        options["row_weight"], options["pair_weight"] = self._row_weight(batch), batch.pair_weight
         options["position_ids"], options["starts"] = batch.position_ids, batch.starts
         tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target, batch.lam)
         return cast(SFTMixLoss, self.model(*tensors, **options))
+
+    def _mixup_now(self) -> float:
+        """mu in the step that comes next."""
+        mixup = self.config.mixup
+        return scheduled(self.mixup_weight, mixup.schedule, mixup.warmup_ratio, self.step, self.total)
+
+    def _row_weight(self, batch: Batch) -> Tensor | None:
+        """The rows' weights [N] with that of the next-token term; None where all are 1."""
+        if self.ntp_weight == 1:
+            return batch.row_weight
+        ones = torch.ones(batch.rows.numel(), device=batch.rows.device)
+        return self.ntp_weight * (ones if batch.row_weight is None else batch.row_weight)
 
     def _run_fingerprint(self, first: list[Step]) -> dict[str, Any]:
         """The settings that a resumed run must share."""
@@ -244,6 +261,9 @@ class Trainer:
             "mixup.lam": config.mixup.lam if self.mixup_weight else None,
             "examples and pairs of the first epoch": digest(first, lam=self.mixup_weight > 0),
         }  # fmt: skip
+        if self.mixup_weight:  # a default is not named: older checkpoints do not name it
+            added = {name: getattr(config.mixup, name) for name in ("ntp_weight", "schedule", "warmup_ratio")}
+            settings |= {f"mixup.{k}": v for k, v in added.items() if v != getattr(MixupConfig(), k)}
         settings["train.packing"] = "on" if self.packed else None  # None is what older checkpoints say
         if self.auxiliary:  # it is the mean over chunks of what each is by itself
             settings["train.micro_batch_size"] = config.train.micro_batch_size

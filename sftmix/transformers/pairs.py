@@ -106,9 +106,11 @@ class PairDataset(Dataset[dict[str, Any]]):
     """The training examples in the order of their pairs, epoch after epoch; ``split`` None: single examples."""
 
     def __init__(
-        self, examples: Mapping[str, TokenizedExample], split: Split | None, *, seed: int, alpha: float
-    ) -> None:
+        self, examples: Mapping[str, TokenizedExample], split: Split | None, *, seed: int, alpha: float,
+        pairing: str = "random",
+    ) -> None:  # fmt: skip
         self.examples, self.split, self.seed, self.alpha = examples, split, seed, alpha
+        self.pairing = pairing
         self._epoch, self._places = -1, list[Place]()
 
     def __len__(self) -> int:
@@ -120,7 +122,10 @@ class PairDataset(Dataset[dict[str, Any]]):
             if self.split is None:
                 entries = plain_entries(epoch_order(self.examples, seed=self.seed, epoch=epoch))
             else:
-                entries = epoch_pairs(self.split, seed=self.seed, epoch=epoch, alpha=self.alpha)
+                entries = epoch_pairs(
+                    self.split, seed=self.seed, epoch=epoch, alpha=self.alpha, pairing=self.pairing,
+                    length=lambda name: self.examples[name].num_supervised,
+                )  # fmt: skip
             places = []
             for pair in entries:
                 places.append(Place(pair.confident, pair, True))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from sftmix.knobs import check_range
 from sftmix.sections import MixupConfig
 
 REFERENCES = ("online",)
-LAMS = ("pair", "token", "batch")
 
 
 @dataclass
@@ -31,6 +32,20 @@ class SFTMixConfig(SFTConfig):  # type: ignore[misc]
     mixup_lam: str = field(
         default="pair",
         metadata={"help": "One lambda per 'pair', per mixed 'token', or per 'batch', an optimizer step."},
+    )
+    mixup_ntp_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the next-token term beside it; 0 is Mixup alone."}
+    )
+    mixup_schedule: str = field(
+        default="constant",
+        metadata={"help": "mu over the run: 'constant', 'linear' or 'cosine', falling to 0."},
+    )
+    mixup_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of all steps over which mu rises from 0."}
+    )
+    mixup_pairing: str = field(
+        default="random",
+        metadata={"help": "Partners at 'random', or of similar 'length' among 64 at random."},
     )
     dynamics: str | None = field(
         default=None, metadata={"help": "dynamics.parquet with the scores of every training example, by id."}
@@ -59,13 +74,11 @@ class SFTMixConfig(SFTConfig):  # type: ignore[misc]
         def refuse(name: str, expected: str) -> None:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-        MixupConfig(alpha=self.mixup_alpha, weight=self.mixup_weight, lam=self.mixup_lam)
-        if not self.mixup_weight >= 0:
-            refuse("mixup_weight", "a number of at least 0")
-        if not self.mixup_alpha > 0:
-            refuse("mixup_alpha", "a number above 0")
-        if self.mixup_lam not in LAMS:
-            refuse("mixup_lam", f"one of {', '.join(LAMS)}")
+        for item in dataclasses.fields(MixupConfig):
+            name = f"mixup_{item.name}"
+            check_range(name, getattr(self, name), item.metadata)
+        if self.mixup_weight == self.mixup_ntp_weight == 0:
+            refuse("mixup_ntp_weight", "more than 0 beside mixup_weight=0, which leaves no loss")
         if self.reference is not None and self.reference not in REFERENCES:
             refuse("reference", "'online' or None")
         if self.reference is not None and self.dynamics is not None:
@@ -83,6 +96,13 @@ class SFTMixConfig(SFTConfig):  # type: ignore[misc]
             refuse("per_device_train_batch_size", "an even number, whole pairs")
         if self.group_by_length_asked():
             refuse("train_sampling_strategy", "'random', as the batches are those of the pairs")
+
+    @property
+    def mixup(self) -> MixupConfig:
+        """The knobs of the Mixup term as the recipe has them."""
+        return MixupConfig(
+            **{f.name: getattr(self, f"mixup_{f.name}") for f in dataclasses.fields(MixupConfig)}
+        )
 
     def group_by_length_asked(self) -> bool:
         """Whether transformers was asked for batches in another order than at random."""

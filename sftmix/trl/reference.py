@@ -40,6 +40,7 @@ def online_dynamics(trainer: SFTMixTrainer, path: Path) -> Dynamics:
     args.output_dir, args.num_train_epochs, args.max_steps = str(path.parent), args.reference_epochs, -1
     args.eval_strategy = args.save_strategy = "no"
     args.load_best_model_at_end = args.push_to_hub = False
+    args.mixup_ntp_weight = 1.0  # it trains next-token, whatever the run after it does
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     start = [p.detach().to("cpu", copy=True) for p in weights]
     say(f"reference: next-token training for {args.reference_epochs} epochs, for the scores")

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from sftmix.config import MixupConfig
 from sftmix.model.causal_lm import HeadCall, SFTMixModel, install_head, verify_head
 from sftmix.model.documents import documents
 from sftmix.model.packing import packed_inputs, packs
@@ -36,6 +35,7 @@ from sftmix.scores.dynamics import (
 )
 from sftmix.scores.halves import Split
 from sftmix.scores.online import OnlineDynamics
+from sftmix.training.optim import scheduled
 from sftmix.transformers.callback import epoch_of, is_whole_epoch
 from sftmix.transformers.pairs import PairCollator, PairDataset, PairSampler, examples_of, rows_of
 from sftmix.trl.checks import check_ids, check_made, check_options, only_trained, without_trls_head
@@ -125,10 +125,11 @@ class SFTMixTrainer(SFTTrainer):  # type: ignore[misc]
         """The pairs of each epoch; Trainer's own options for workers, memory and processes hold."""
         args = self.args
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        mixup = MixupConfig(alpha=args.mixup_alpha, weight=args.mixup_weight, lam=args.mixup_lam)
-        pairs = PairDataset(self.examples, self.split, seed=self._seed, alpha=args.mixup_alpha)
+        pairs = PairDataset(
+            self.examples, self.split, seed=self._seed, alpha=args.mixup_alpha, pairing=args.mixup_pairing
+        )
         collator = PairCollator(
-            mixup, seed=self._seed, pad_id=self._pad_id(), vocab_size=self.sftmix.vocab_size, packed=self.packed,
+            args.mixup, seed=self._seed, pad_id=self._pad_id(), vocab_size=self.sftmix.vocab_size, packed=self.packed,
             step_size=size,
         )  # fmt: skip
         before: Any = self.data_collator, args.remove_unused_columns
@@ -169,9 +170,13 @@ class SFTMixTrainer(SFTTrainer):  # type: ignore[misc]
         if not training and num_items_in_batch is not None:
             tokens = num_items_in_batch
         options: dict[str, Any] = {
-            "lam": lam, "mixup_weight": self.args.mixup_weight if training else 0.0, "impl": self.args.sftmix_impl,
+            "lam": lam, "mixup_weight": self._mixup_now() if training else 0.0, "impl": self.args.sftmix_impl,
             "ntp_denominator": tokens, "mixup_denominator": max(1, mixed),
         }  # fmt: skip
+        if training and self.args.mixup_ntp_weight != 1:
+            options["row_weight"] = torch.full(
+                (rows.numel(),), self.args.mixup_ntp_weight, device=rows.device
+            )
         given = {key: value for key, value in inputs.items() if key not in _OWN}
         starts = inputs.get("starts")
         if starts is not None:
@@ -198,6 +203,13 @@ class SFTMixTrainer(SFTTrainer):  # type: ignore[misc]
             return total
         with torch.no_grad():
             return total, model(**given, use_cache=False)
+
+    def _mixup_now(self) -> float:
+        """mu in the step that comes next."""
+        mixup = self.args.mixup
+        return scheduled(
+            mixup.weight, mixup.schedule, mixup.warmup_ratio, self.state.global_step, self.state.max_steps
+        )
 
     def _tells_entropy(self, training: bool) -> bool:
         """Whether this step's entropy will be logged: it costs a product with the head, so others leave it out."""

@@ -327,7 +327,7 @@ def test_another_split_than_the_scores_give_is_not_overwritten(copy: Path) -> No
     )
     write_split(copy / "split.parquet", other)
     with pytest.raises(
-        ValueError, match=r"split.parquet: expected the split of .*dynamics.parquet, got another"
+        ValueError, match=r"split.parquet: expected the split that split.by=median gives, got another"
     ):
         sftmix("split", copy)
 

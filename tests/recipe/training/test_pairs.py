@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftmix.scores.halves import Split, median_split
-from sftmix.training.pairs import draw_lam, epoch_order, epoch_pairs
+from sftmix.training.pairs import PAIRINGS, draw_lam, epoch_order, epoch_pairs
 
 
 def make_split(size: int) -> Split:
@@ -100,9 +102,88 @@ def test_the_odd_one_out_moves_through_all_confident_examples() -> None:
     assert {p.confident for p in left_out} == set(split.confident)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)), epoch=st.integers(0, 9),
+    pairing=st.sampled_from(PAIRINGS),
+)  # fmt: skip
+def test_halves_of_any_sizes_meet_every_example_once(
+    sizes: tuple[int, int], epoch: int, pairing: str
+) -> None:
+    split = Split([f"c{i}" for i in range(sizes[0])], [f"u{i}" for i in range(sizes[1])])
+    options: dict[str, Any] = {"seed": 1, "alpha": 0.5, "pairing": pairing, "length": lambda name: len(name)}
+    entries = epoch_pairs(split, epoch=epoch, **options)
+    met = [name for p in entries for name in (p.confident, p.unconfident) if name is not None]
+    assert sorted(met) == sorted(split.confident + split.unconfident)
+    pairs = [p for p in entries if p.unconfident is not None]
+    assert len(pairs) == min(sizes)
+    assert all(p.confident.startswith("c") and (p.unconfident or "").startswith("u") for p in pairs)
+    assert [p.index for p in entries] == list(range(len(entries)))
+    # those without a partner stand in twos, so that a batch of an even size holds whole pairs
+    places = [p.unconfident is None for p in entries for _ in range(1 if p.unconfident is None else 2)]
+    assert all(places[at] == places[at + 1] for at in range(0, len(places) - 1, 2))
+    widths = [[p.unconfident is None for p in epoch_pairs(split, epoch=e, **options)] for e in range(3)]
+    assert len({sum(found) for found in widths}) == 1
+
+
+def test_every_example_of_a_larger_half_gets_a_partner_in_turn() -> None:
+    split = Split([f"c{i}" for i in range(3)], [f"u{i}" for i in range(9)])
+    for epochs in (range(3), range(6, 9)):
+        alone = [
+            p.confident for e in epochs for p in epoch_pairs(split, seed=5, epoch=e, alpha=0.5)
+            if p.unconfident is None
+        ]  # fmt: skip
+        assert {name: alone.count(name) for name in split.unconfident} == dict.fromkeys(split.unconfident, 2)
+
+
+def test_pairs_by_length_lose_less_and_still_change() -> None:
+    split = make_split(512)
+    draw = np.random.default_rng(0)
+    length = {
+        name: int(n)
+        for name, n in zip(
+            sorted(split.confident + split.unconfident), draw.integers(1, 500, 512), strict=True
+        )
+    }
+
+    def unmixed(pairing: str, epoch: int) -> float:
+        pairs = epoch_pairs(split, seed=0, epoch=epoch, alpha=0.5, pairing=pairing, length=length.__getitem__)
+        return sum(abs(length[p.confident] - length[p.unconfident or ""]) for p in pairs) / sum(
+            length.values()
+        )
+
+    # two uniform lengths differ by a third of their range on average: 1/3 over a mean of 1/2 each
+    assert unmixed("random", 0) == pytest.approx(1 / 3, abs=0.04)
+    assert unmixed("length", 0) < 0.06
+    by_epoch = [
+        {
+            (p.confident, p.unconfident)
+            for p in epoch_pairs(
+                split, seed=0, epoch=e, alpha=0.5, pairing="length", length=length.__getitem__
+            )
+        }
+        for e in range(2)
+    ]
+    assert len(by_epoch[0] & by_epoch[1]) < 20
+    pairs = epoch_pairs(split, seed=0, epoch=0, alpha=0.5, pairing="length", length=length.__getitem__)
+    order = [length[p.confident] for p in pairs]
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.2  # a batch holds lengths of every kind
+
+
+def test_pairings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="pairing: expected random, or length with the examples' lengths, got 'length'"
+    ):
+        epoch_pairs(make_split(4), seed=0, epoch=0, alpha=0.5, pairing="length")
+    with pytest.raises(ValueError, match="got 'near'"):
+        epoch_pairs(make_split(4), seed=0, epoch=0, alpha=0.5, pairing="near")
+
+
 def test_halves_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 3 confident and 1 unconfident"):
-        epoch_pairs(Split(["a", "b", "c"], ["d"]), seed=0, epoch=0, alpha=0.5)
+    with pytest.raises(
+        ValueError, match="expected an example in each half, got 3 confident and 0 unconfident"
+    ):
+        epoch_pairs(Split(["a", "b", "c"], []), seed=0, epoch=0, alpha=0.5)
     with pytest.raises(ValueError, match="repeated"):
         epoch_pairs(Split(["a", "b"], ["b", "c"]), seed=0, epoch=0, alpha=0.5)
 

@@ -60,6 +60,35 @@ def test_steps_are_those_of_our_own_loop(tmp_path: Path, kind: str, lam: str) ->
         assert logged(found, key) == pytest.approx([r[own] for r in records], rel=2e-5), key
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"schedule": "cosine", "warmup_ratio": 0.3},
+        {"ntp_weight": 0.0, "weight": 1.0},
+        {"ntp_weight": 0.5, "pairing": "length", "schedule": "linear"},
+    ],
+)
+def test_every_knob_of_the_mixup_term_does_what_it_does_in_our_loop(
+    tmp_path: Path, knobs: dict[str, Any]
+) -> None:
+    model = ours(tmp_path / "ours", *(f"mixup.{name}={value}" for name, value in knobs.items()))
+    records = read_metrics(tmp_path / "ours" / "metrics.jsonl")
+    found = trainer(tmp_path / "trl", **{f"mixup_{name}": value for name, value in knobs.items()})
+    found.train()
+    assert logged(found, "loss") == pytest.approx([r["loss"] for r in records], rel=2e-5)
+    own = {name.removeprefix("model."): value for name, value in weights(model).items()}
+    assert_close(weights(found.model), own, 2e-5)
+
+
+def test_an_online_reference_trains_next_token_whatever_comes_after_it(tmp_path: Path) -> None:
+    for name, changes in (("usual", {}), ("alone", {"mixup_ntp_weight": 0.0})):
+        trainer(tmp_path / name, reference="online", **changes).train()
+    usual, alone = (
+        read_dynamics(tmp_path / name / "reference" / "dynamics.parquet") for name in ("usual", "alone")
+    )
+    assert (usual.nll_sum == alone.nll_sum).all()
+
+
 def test_online_scores_are_those_of_our_own_loop(tmp_path: Path) -> None:
     """Of next-token training, which is what a reference run is."""
     rows = train_plain(
