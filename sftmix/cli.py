@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sftmix.config import Config, as_yaml, describe, load_config
+from sftmix.curation.command import cartography, leading, score_file, select, suspects
 from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
 from sftmix.progress import activity, say, show
@@ -30,6 +31,9 @@ app = typer.Typer(
 )  # fmt: skip
 KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=KNOBS_AS_FLAGS)(plan)
+app.command(context_settings=KNOBS_AS_FLAGS)(select)
+app.command()(suspects)
+app.command()(cartography)
 
 
 def _forms() -> str:
@@ -130,9 +134,26 @@ def reference(
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
-def score(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Score every training example at each scoring point: dynamics.parquet."""
-    _stage("score", run_dir, config, ctx.args, restart)
+def score(
+    ctx: typer.Context,
+    data: Annotated[str | None, typer.Option(help="score this file alone, without a run folder")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="with --data: one or more checkpoints")] = None,
+    out: Annotated[str | None, typer.Option(help="with --data: folder to write; by default scores/...")] = None,
+    ifd: Annotated[bool, typer.Option(help="with --data: also without the prompts, for IFD")] = True,
+    config: ConfigFile = None, restart: Restart = None,
+) -> None:  # fmt: skip
+    """sftmix score RUN_DIR: every example at each scoring point. With --data FILE: of a file, by any model."""
+    run_dir, flags = leading(ctx.args)
+    if (run_dir is None) == (data is None):
+        raise ValueError(
+            f"run_dir: expected a run folder or --data, got {'neither' if data is None else 'both'}"
+        )
+    if run_dir is not None:
+        if model or out:
+            raise ValueError(f"{'model' if model else 'out'}: expected none beside a run folder, got one")
+        _stage("score", run_dir, config, flags, restart)
+        return
+    score_file(str(data), model or [], out, ifd=ifd, config=config, extra=flags)
 
 
 @app.command(context_settings=KNOBS_AS_FLAGS)

@@ -54,15 +54,21 @@ class Source:
 
     def examples(self) -> Iterator[Example]:
         """The examples of the rows that can be used, with the ids that ``prepare`` gives them."""
+        return (found for _, found in self.outcomes() if isinstance(found, Example))
+
+    def outcomes(self) -> Iterator[tuple[Row | Fault, Example | Fault]]:
+        """Every record, in order, and the example that it is, or why it is none."""
         seen: Counter[str] = Counter()
         for row in self.rows(lambda what, why: None):
             if isinstance(row, Fault):
+                yield row, row
                 continue
             try:
                 example = parse_row(row, form=self.form, columns=self.columns).example
-            except RowError:
+            except RowError as error:
+                yield row, Fault(row.place, error.kind, error.reason)
                 continue
-            yield replace(example, id=unique(example.id, seen))
+            yield row, replace(example, id=unique(example.id, seen))
 
 
 @dataclass

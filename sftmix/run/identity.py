@@ -21,6 +21,7 @@ from sftmix.rank import is_main
 from sftmix.run.checksums import described
 from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.run.halves import check_same, make_halves, members, needs_scores
+from sftmix.scores import cartography
 from sftmix.scores.confidence import read_split
 from sftmix.scores.halves import Split
 from sftmix.training.plan import point_steps
@@ -279,8 +280,12 @@ def _flatten(values: dict[str, Any]) -> Settings:
 
 
 def _file_digest(path: str) -> str:
+    place = Path(path).expanduser()
     try:
-        return content_hash(Path(path).expanduser())[:16]
+        if cartography.is_export(place):
+            told = [content_hash(file) for file in cartography.files(place)]
+            return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        return content_hash(place)[:16]
     except OSError as error:
         raise ValueError(
             f"reference.scores: expected a file, got {path} ({error.strerror or error})"

@@ -7,16 +7,19 @@ is finished: a stopped pass goes on after the last example that was kept, with t
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from sftmix.data.fingerprint import content_hash
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.evaluation.answers import by_length
+from sftmix.evaluation.answers import OnBatch, by_length
 from sftmix.evaluation.figures import score_examples
 from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel
@@ -65,34 +68,53 @@ def _score_point(
     session: Session, model: SFTMixModel, examples: list[TokenizedExample], index: int, rhythm: Rhythm,
     progress: Bar, *, packed: bool,
 ) -> Rows:  # fmt: skip
-    config, folder, world = session.config, session.folder, session.world
+    config, folder = session.config, session.folder
     step = json.loads(folder.point_step(index).read_text(encoding="utf-8"))["step"]
-    point, path = (
-        content_hash(folder.point(index) / META),
-        folder.scoring / f"{folder.point(index).name}.parquet",
+
+    def score(part: list[TokenizedExample], tell: OnBatch) -> Rows:
+        return score_examples(
+            model, part, checkpoint=index, step=step, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
+            impl=config.train.impl, packed=packed, world=session.world, progress=tell,
+        )  # fmt: skip
+
+    kept = Kept(
+        folder.scoring / f"{folder.point(index).name}.parquet", content_hash(folder.point(index) / META)
     )
-    rows = _kept(path, point)
+    return score_slices(session, model, examples, score, kept, rhythm, progress)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the rows of a pass under way stand, and a hash of what they are about."""
+
+    path: Path
+    point: str
+    schema: pa.Schema = SCHEMA
+
+
+def score_slices(
+    session: Session, model: SFTMixModel, examples: list[TokenizedExample],
+    score: Callable[[list[TokenizedExample], OnBatch], Rows], kept: Kept, rhythm: Rhythm, progress: Bar,
+) -> Rows:  # fmt: skip
+    """A row of each example, by ``score``, slice after slice; those that were kept before are not scored again.
+
+    Raises ``Stopped`` after a signal, what is scored being kept.
+    """
+    world, batch_size = session.world, session.config.evaluate.batch_size
+    rows = _kept(kept)
     done = {row["example"] for row in rows}
     left = [example for example in examples if example.id not in done]
-    slice_size = config.evaluate.batch_size * world.size * _ROUNDS
+    slice_size = batch_size * world.size * _ROUNDS
     for number, start in enumerate(range(0, len(left), slice_size), start=1):
-        part = left[start : start + slice_size]
-        before = len(rows)
-        rows += score_examples(
-            model, part, checkpoint=index, step=step, batch_size=config.evaluate.batch_size, pad_id=session.pad_id,
-            impl=config.train.impl, packed=packed, world=world,
-            progress=partial(_tell, progress, before, len(examples)),
-        )  # fmt: skip
+        rows += score(left[start : start + slice_size], partial(_tell, progress, len(rows), len(examples)))
         words = sum_over_world(torch.tensor(rhythm.word(), device=model.device), world).tolist()
         due, signal = rhythm.heard(words, number * _ROUNDS, stride=_ROUNDS)
         if is_main() and (due or start + slice_size >= len(left)):
-            _keep(path, rows, point)
+            _keep(kept, rows)
             rhythm.begin(0)
         if signal:
             session.barrier()
-            raise Stopped(
-                signal, f"score: {len(rows)} of {len(examples)} examples of {folder.point(index).name}"
-            )
+            raise Stopped(signal, f"score: {len(rows)} of {len(examples)} examples of {kept.path.stem}")
     return rows
 
 
@@ -100,13 +122,14 @@ def _tell(progress: Bar, before: int, total: int, done: int, _part: int) -> None
     progress.batches(before + done, total)
 
 
-def _kept(path: Path, point: str) -> Rows:
+def _kept(kept: Kept) -> Rows:
     """What was scored of this very point before; none, with a word, where the file is another's or damaged."""
+    path = kept.path
     if not path.exists():
         return []
     try:
-        if (pq.read_schema(path).metadata or {}).get(_POINT) == point.encode():
-            rows: Rows = read_table(path, SCHEMA, "score").to_pylist()
+        if (pq.read_schema(path).metadata or {}).get(_POINT) == kept.point.encode():
+            rows: Rows = read_table(path, kept.schema, "score").to_pylist()
             return rows
         say(f"score: {path.name} is of other weights, its examples are scored again")
     except (ValueError, OSError) as error:
@@ -114,7 +137,7 @@ def _kept(path: Path, point: str) -> Rows:
     return []
 
 
-def _keep(path: Path, rows: Rows, point: str) -> None:
-    table = to_table(rows, SCHEMA, "scoring").replace_schema_metadata({_POINT: point})
-    with replacing(path) as temporary:
+def _keep(kept: Kept, rows: Rows) -> None:
+    table = to_table(rows, kept.schema, "scoring").replace_schema_metadata({_POINT: kept.point})
+    with replacing(kept.path) as temporary:
         pq.write_table(table, temporary)

@@ -22,6 +22,7 @@ from sftmix.run.halves import check_same, make_halves, needs_scores, without_sco
 from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
 from sftmix.run.scoring import score_points
 from sftmix.run.session import Session
+from sftmix.scores import cartography
 from sftmix.scores.confidence import confidence, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
 from sftmix.training.checkpoint import save_trainable
@@ -95,7 +96,10 @@ def score(session: Session) -> None:
         say("score: done before")
         return
     if config.reference.scores is not None:
-        rows = _of_training(session, read_rows(config.reference.scores))
+        path = config.reference.scores
+        rows = _of_training(
+            session, cartography.read_rows(path) if cartography.is_export(path) else read_rows(path)
+        )
     else:
         _require(session, "reference")
         rows = score_points(session) if config.reference.dynamics != "online" else []

@@ -142,7 +142,7 @@ def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
         )
     if len(a) < 2:
         raise ValueError(f"a: expected at least two examples, got {len(a)}")
-    x, y = (_ranks(np.array([scores[name] for name in a], dtype=np.float64)) for scores in (a, b))
+    x, y = (mean_ranks(np.array([scores[name] for name in a], dtype=np.float64)) for scores in (a, b))
     x, y = x - x.mean(), y - y.mean()
     spread = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / spread if spread > 0 else float("nan")
@@ -263,7 +263,7 @@ def _validity(checkpoint: NDArray[Any], values: Mapping[str, NDArray[Any]]) -> d
     }
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks from 1, equal values sharing their mean rank."""
     if np.isnan(values).any():
         raise ValueError("scores: expected numbers, got nan")

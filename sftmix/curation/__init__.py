@@ -1,0 +1,1 @@
+"""Scores as a thing of their own: scoring a file of examples, choosing among them, and finding the bad ones."""
