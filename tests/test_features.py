@@ -234,7 +234,7 @@ def test_a_place_that_is_none_is_refused(text: str) -> None:
 def test_verify_records_when_all_is_found_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    row = {"name": "packing", "ours": ["no", ""], "tests": [], "arguments": []}
+    row: dict[str, Any] = {"name": "packing", "ours": ["no", ""], "tests": [], "arguments": []}
     content = {"versions": {"Peer": "peer 1.0"}, "verified": {"date": "", "digest": ""}, "features": [row]}
     data, page = tmp_path / "list.json", tmp_path / "LIST.md"
     page.write_text(f"{BEGIN}\n{END}\n")
