@@ -15,36 +15,22 @@ from typing import Annotated, Any
 
 import typer
 
-from sftmix.config import Config, as_yaml, describe, load_config
+from sftmix.config import Config, as_yaml, load_config
 from sftmix.curation.command import cartography, leading, score_file, select, suspects
 from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
 from sftmix.progress import activity, say, show
-from sftmix.recipes import config_file, recipes
+from sftmix.recipes import config_file
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
+from sftmix.terminal import EXIT_CODES, Commands, KnobCommand, list_forms, list_knobs, list_recipes
 from sftmix.training.signals import Stopped, end_at_signals
 
 app = typer.Typer(
-    help="SFTMix instruction tuning. Every knob is a flag, e.g. --train.epochs 2; `sftmix knobs` lists them.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    cls=Commands, help="SFTMix instruction tuning. Every knob is a flag; `sftmix knobs` lists them.",
+    epilog=EXIT_CODES, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(context_settings=KNOBS_AS_FLAGS)(plan)
-app.command(context_settings=KNOBS_AS_FLAGS)(select)
-app.command()(suspects)
-app.command()(cartography)
-
-
-def _forms() -> str:
-    """The forms of rows that are recognised, for the help of ``sftmix data``."""
-    from sftmix.data.forms import forms_table
-
-    rows = "\n\n".join(f"{name}: {columns}: {what}" for name, columns, what in forms_table())
-    return "Forms of rows, and their columns (those that may be missing in brackets):\n\n" + rows.replace(
-        "[", r"\["
-    )
-
 
 RunDir = Annotated[str, typer.Argument(help="run folder", show_default=False)]
 ConfigFile = Annotated[
@@ -64,7 +50,7 @@ def default_run_dir(data: str, model: str) -> str:
     return str(Path("runs") / f"{stem}-{Path(model).name}")
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def run(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="training examples: a file or a datasets id")] = None,
@@ -125,24 +111,24 @@ def _stage(name: str, run_dir: str, config: str | None, extra: list[str], restar
     return session
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def reference(
     ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None
 ) -> None:
-    """Train the reference and save its weights at each scoring point."""
+    """Train the reference, saving weights at each scoring point."""
     _stage("reference", run_dir, config, ctx.args, restart)
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS, options_metavar="[RUN_DIR] [OPTIONS]")
 def score(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="score this file alone, without a run folder")] = None,
     model: Annotated[list[str] | None, typer.Option(help="with --data: one or more checkpoints")] = None,
-    out: Annotated[str | None, typer.Option(help="with --data: folder to write; by default scores/...")] = None,
+    out: Annotated[str | None, typer.Option(help="with --data: folder to write; by default one in scores/")] = None,
     ifd: Annotated[bool, typer.Option(help="with --data: also without the prompts, for IFD")] = True,
     config: ConfigFile = None, restart: Restart = None,
 ) -> None:  # fmt: skip
-    """sftmix score RUN_DIR: every example at each scoring point. With --data FILE: of a file, by any model."""
+    """Score every example of RUN_DIR, or of --data FILE."""
     run_dir, flags = leading(ctx.args)
     if (run_dir is None) == (data is None):
         raise ValueError(
@@ -156,15 +142,15 @@ def score(
     score_file(str(data), model or [], out, ifd=ifd, config=config, extra=flags)
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def split(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
     """Cut the examples at their median confidence: split.parquet."""
     _stage("split", run_dir, config, ctx.args, restart)
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Train with SFTMix (or --train.method ntp) and export the model. Also under torchrun."""
+    """Train with SFTMix (or --train.method ntp), then export. Also under torchrun."""
     settled = resolve(run_dir, config_file(config), ctx.args)
     session = open_session(settled, (f"train-{settled.train.method}",), restart=restart)
     from sftmix.run import stages
@@ -173,9 +159,9 @@ def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restar
     say(f"model: {session.folder.model(session.config.train.method)}")
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Held-out NLL, perplexity, token accuracy and sample answers of the base and the trained models."""
+    """Held-out figures and sample answers of all models. NLL, perplexity and token accuracy."""
     _stage("evaluate", run_dir, config, ctx.args, restart)
     show_files(run_dir)
     show_results(run_dir)
@@ -185,16 +171,18 @@ def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, res
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for a bug report")] = False,
 ) -> None:
-    """Check this machine: versions, device, limits, and the loss against its specification. 1 if something is wrong."""
+    """Check this machine, and the loss against its specification. Ends with 1 if something is wrong."""
     from sftmix.doctor import diagnose
 
     raise typer.Exit(diagnose(as_json=as_json))
 
 
-@app.command("data", context_settings=KNOBS_AS_FLAGS, epilog=_forms())
+@app.command("data", cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def data_command(
     ctx: typer.Context,
-    file: Annotated[str, typer.Argument(help="what data.train takes: a file, folder, glob, datasets id")],
+    file: Annotated[
+        str | None, typer.Argument(help="what data.train takes: a file, folder, glob, datasets id")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="model whose tokenizer and chat template are used")
     ] = None,
@@ -203,8 +191,14 @@ def data_command(
     ] = False,
     limit: Annotated[int, typer.Option(help="examples to show")] = 3,
     config: ConfigFile = None,
+    forms: Annotated[bool, typer.Option("--forms", help="list the forms of rows and their columns")] = False,
 ) -> None:
-    """What would become of a data set: rows, tokens, the first examples. Ends with 2 if a run would refuse it."""
+    """What would become of a data set: rows, tokens, examples. Ends with 2 if a run would refuse it."""
+    if forms:
+        list_forms()
+        return
+    if file is None:
+        raise ValueError("file: expected what data.train takes, or --forms, got nothing")
     flags = [f"data.train={file}", *_model_flags(model), *knob_flags(ctx.args)]
     resolved = load_config(config_file(config), ["run_dir=unset", *flags])
     if limit < 0:
@@ -214,9 +208,9 @@ def data_command(
     inspect_data(resolved, limit=limit, as_json=as_json)
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Draw the data map, the loss curves and the confidence histogram."""
+    """Draw data map, loss curves and confidence histogram."""
     session = open_session(resolve(run_dir, config_file(config), ctx.args), ("plot",), restart=restart)
     from sftmix.run import stages
 
@@ -224,14 +218,14 @@ def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart
         say(path)
 
 
-@app.command(context_settings=KNOBS_AS_FLAGS)
+@app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def demo(
     ctx: typer.Context,
     run_dir: Annotated[str, typer.Option(help="run folder")] = "runs/demo",
     minutes: Annotated[float, typer.Option(help="time limit; decides how many examples are used")] = 5.0,
     restart: Restart = None,
 ) -> None:
-    """Fine-tune SmolLM2-135M with SFTMix on questions about Python's standard library."""
+    """Fine-tune SmolLM2-135M on questions about Python's library. With SFTMix, in minutes, on a CPU."""
     started, flags = time.perf_counter(), knob_flags(ctx.args)
     say(
         "demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions about Python's standard library"
@@ -249,26 +243,12 @@ def demo(
             say(sentence)
 
 
-@app.command("recipes")
-def recipes_command() -> None:
-    """List the recipes: settings to begin with, for --config."""
-    from rich.table import Table
-
-    table = Table("recipe", "what it is for")
-    for name, purpose in recipes().items():
-        table.add_row(name, purpose)
-    show(table)
-
-
-@app.command()
-def knobs() -> None:
-    """List every knob with its default and meaning."""
-    from rich.table import Table
-
-    table = Table("knob", "default", "meaning")
-    for name, default, meaning in describe():
-        table.add_row(name, str(default), meaning)
-    show(table)
+app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)(plan)
+app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS, options_metavar="[FOLDER] [OPTIONS]")(select)
+app.command()(suspects)
+app.command()(cartography)
+app.command("recipes")(list_recipes)
+app.command("knobs")(list_knobs)
 
 
 def show_plan(config: Config, stages: Sequence[str]) -> None:

@@ -88,7 +88,7 @@ class DataConfig:
     limit: int | None = knob("use only the first so many examples", None, at_least=1)
     streaming: bool = knob("read a datasets id as a stream, so that limit saves the download", False)
     form: str | None = knob(
-        "form of the rows where their columns allow several; `sftmix data --help` lists them", None
+        "form of the rows where their columns allow several; `sftmix data --forms` lists them", None
     )
     columns: str | None = knob("other names of columns, e.g. question=query,answer=reply", None)
     supervise: str = knob(

@@ -113,9 +113,10 @@ def select(
     model: Annotated[str | None, typer.Option(help="with --data: whose tokenizer counts tokens")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """sftmix select FOLDER: choose examples by score, length, list or at random, from a run's folder or a score folder.
+    """Choose examples by score, length, list or at random.
 
-    Leaves selected.jsonl (the records as they are), kept_ids.txt and dropped_ids.txt.
+    FOLDER is a run's, or what `sftmix score --data` left. Writes selected.jsonl (the records as they are),
+    kept_ids.txt and dropped_ids.txt.
     """
     folder, flags = leading(ctx.args)
     from sftmix.curation import selection
@@ -194,7 +195,7 @@ def suspects(
         str | None, typer.Option(help="JSONL to write; by default suspects.jsonl in the folder")
     ] = None,
 ) -> None:
-    """The examples most likely wrong, with their texts: a table, and suspects.jsonl."""
+    """List the examples most likely wrong. Writes suspects.jsonl."""
     from sftmix.curation.suspects import find, order, table, write
     from sftmix.run.inputs import train_source
 
@@ -218,7 +219,7 @@ def cartography(
         str | None, typer.Option(help="folder to write; by default cartography/ in the first")
     ] = None,
 ) -> None:
-    """Write the scores as allenai/cartography's files: training_dynamics/ and td_metrics.jsonl."""
+    """Write the scores as allenai/cartography's files."""
     from sftmix.scores.cartography import export
 
     _, scores = open_scored(folder)

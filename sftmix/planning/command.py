@@ -36,7 +36,7 @@ def plan(
     config: Annotated[str | None, typer.Option(help="YAML file of knobs, or a recipe")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """Memory, traffic, time and cost of a run from its configuration alone, and what would fit where it does not."""
+    """Memory, traffic, time and cost of a run, before it. And what would fit, where it does not."""
     settled = _configuration(model, config_file(config), ctx.args)
     with activity("loading torch and transformers"):
         from sftmix import hardware

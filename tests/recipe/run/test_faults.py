@@ -41,7 +41,10 @@ def wait_for(process: subprocess.Popen[str], path: Path) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_command_with_its_code_and_a_checkpoint(
     material: Material, finished: Path, tmp_path: Path, number: int, code: int
 ) -> None:
