@@ -103,6 +103,8 @@ def select(
     take: Annotated[
         str, typer.Option(help="highest, lowest, ends (the middle left out) or middle")
     ] = "highest",
+    above: Annotated[float | None, typer.Option(help="only those whose score is above this")] = None,
+    below: Annotated[float | None, typer.Option(help="only those whose score is below this")] = None,
     ids: Annotated[str | None, typer.Option(help="file of ids: choose among these alone")] = None,
     without: Annotated[str | None, typer.Option(help="file of ids to leave out")] = None,
     seed: Annotated[int, typer.Option(help="of --by random")] = 0,
@@ -126,14 +128,20 @@ def select(
         raise ValueError(
             f"folder: expected a folder or --data, got {'neither' if folder is None else 'both'}"
         )
-    if keep is None and ids is None and without is None:
-        raise ValueError("keep: expected a number or a share, or --ids or --without, got none of them")
+    if all(given is None for given in (keep, ids, without, above, below)):
+        raise ValueError(
+            "keep: expected a number or a share, or --ids, --without, --above or --below, got none of them"
+        )
     scored = _scored_folder(folder) if folder is not None else _scored_file(str(data), model, config, flags)
     names = set(scored.examples)
     chosen = selection.listed(names, read_ids(ids), "ids") if ids is not None else set(names)
     chosen -= selection.listed(names, read_ids(without), "without") if without is not None else set()
+    score = "num_tokens" if by == "longest" else by
+    if above is not None or below is not None:
+        chosen &= selection.within(scored, score, above, below)
+        say(f"select: {len(chosen)} of {len(names)} examples lie within the bounds of {score}")
     if not chosen:
-        raise ValueError("without: expected some example to be left, got a list of all of them")
+        raise ValueError("keep: expected some example to be left, got none")
     if keep is not None:
         left = [at for at, name in enumerate(scored.examples) if name in chosen]
         part = selection.Scored(
@@ -145,7 +153,7 @@ def select(
         if by == "random":
             chosen = set(selection.at_random(part.examples, count, seed=seed))
         else:
-            found, missing = selection.by_score(part, "num_tokens" if by == "longest" else by, take, count)
+            found, missing = selection.by_score(part, score, take, count)
             chosen = set(found)
             if missing:
                 say(f"select: {missing} examples have no {by} and could not be chosen")

@@ -48,6 +48,17 @@ def how_many(keep: str, total: int) -> int:
     return count
 
 
+def within(scored: Scored, name: str, above: float | None, below: float | None) -> set[str]:
+    """The ids whose score lies between two bounds, neither included; those without such a score are not among them."""
+    values = scored.column(name)
+    inside = ~np.isnan(values)
+    if above is not None:
+        inside &= values > above
+    if below is not None:
+        inside &= values < below
+    return {scored.examples[at] for at in np.flatnonzero(inside).tolist()}
+
+
 def by_score(scored: Scored, name: str, take: str, count: int) -> tuple[list[str], int]:
     """``count`` ids by a score, and how many examples have no such score and could not be chosen.
 

@@ -73,6 +73,8 @@ def selected(folder: Path, *flags: str) -> list[int]:
         (["--keep", "25%", "--by", "ifd"], [0, 1, 2]),
         (["--keep", "4", "--by", "ifd"], [0, 1, 2, 4]),  # example 3 has none
         (["--keep", "2", "--by", "last_nll"], [10, 11]),
+        (["--keep", "2", "--by", "ifd", "--below", "1.85"], [2, 4]),  # the highest below a bound
+        (["--by", "nll", "--above", "1", "--below", "1.6"], [3, 4]),  # 0.5, 0.75 … and 1.0 is not above 1
         (["--keep", "10%", "--by", "top1_share"], None),
     ],
 )
@@ -115,11 +117,12 @@ def test_how_many_are_kept(keep: str, count: int) -> None:
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ([], "keep: expected a number or a share, or --ids or --without"),
+        ([], "keep: expected a number or a share, or --ids, --without, --above or --below"),
         (["--keep", "0"], "keep: expected a number from 1 to 12"),
         (["--keep", "13"], "keep: expected a number from 1 to 12"),
         (["--keep", "0.3"], "keep: expected a number from 1 to 12, or a share such as 30%, got '0.3'"),
         (["--keep", "-1"], "keep: expected"),
+        (["--by", "ifd", "--above", "9"], "keep: expected some example to be left, got none"),
         (["--keep", "12", "--by", "ifd"], "keep: expected at most the 11 examples that have ifd, got 12"),
         (["--keep", "2", "--by", "loss"], "by: expected one of confidence, .*, or random, got 'loss'"),
         (
