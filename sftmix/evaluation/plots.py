@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from sftmix.evaluation.curves import exponential_mean
 from sftmix.files import replacing
 from sftmix.scores.dynamics import Dynamics
 from sftmix.scores.halves import Split
@@ -124,7 +125,7 @@ def plot_loss_curves(
             if len(step):
                 colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
                 axes.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(step, _smooth(loss), color=colour, linewidth=2, label=label)
+                axes.plot(step, exponential_mean(loss), color=colour, linewidth=2, label=label)
         axes.set_title(parts[part], fontsize=14)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per token" if part == "ntp_loss" else "nats per mixed position")
@@ -235,17 +236,6 @@ def _curve(label: str, records: Sequence[Mapping[str, Any]], part: str) -> tuple
             points.append((record["step"], record[part]))
     step, loss = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return step, loss
-
-
-def _smooth(values: Values) -> Values:
-    """An exponential mean over about a twentieth of the run, without a bias towards its first value."""
-    keep = 1 - 1 / max(3.0, len(values) / 20)
-    total = weight = 0.0
-    smooth = np.empty_like(values)
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
-        smooth[i] = total / weight
-    return smooth
 
 
 def _positive(values: Values) -> Values:

@@ -22,7 +22,7 @@ from sftmix.run.checksums import described
 from sftmix.run.folder import FILES, Settings, stages_from
 from sftmix.scores.confidence import read_split
 from sftmix.scores.dynamics import read_dynamics
-from sftmix.scores.halves import Split
+from sftmix.scores.halves import split_digest
 from sftmix.training.plan import point_steps
 
 if TYPE_CHECKING:
@@ -246,12 +246,6 @@ def check_ids(session: Session, ids: Sequence[str], where: str) -> None:
             f"{where}: expected exactly the examples of data.train, got {len(missing)} of them missing and "
             f"{len(unknown)} unknown (first: {(missing + unknown)[0]})"
         )
-
-
-def split_digest(halves: Split) -> str:
-    """A short hash of which example is in which half."""
-    members = repr((sorted(halves.confident), sorted(halves.unconfident)))
-    return hashlib.sha256(members.encode()).hexdigest()[:16]
 
 
 def _shown(value: Any) -> str:

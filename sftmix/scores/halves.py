@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,3 +37,9 @@ def median_split(confidence: Mapping[str, float]) -> tuple[list[str], list[str]]
     ranked = sorted(confidence, key=lambda name: (-confidence[name], name))
     middle = (len(ranked) + 1) // 2
     return ranked[:middle], ranked[middle:]
+
+
+def split_digest(halves: Split) -> str:
+    """A short hash of which example is in which half."""
+    members = repr((sorted(halves.confident), sorted(halves.unconfident)))
+    return hashlib.sha256(members.encode()).hexdigest()[:16]
