@@ -20,6 +20,7 @@ from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
 from sftmix.progress import activity, say, show
 from sftmix.recipes import config_file, recipes
+from sftmix.report.command import compare
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
 from sftmix.training.signals import Stopped, end_at_signals
@@ -30,6 +31,7 @@ app = typer.Typer(
 )  # fmt: skip
 KNOBS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=KNOBS_AS_FLAGS)(plan)
+app.command()(compare)
 
 
 def _forms() -> str:
@@ -195,7 +197,7 @@ def data_command(
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Draw the data map, the loss curves and the confidence histogram."""
+    """Draw the data map, the loss curves and the confidence histogram, and write report.html."""
     session = open_session(resolve(run_dir, config_file(config), ctx.args), ("plot",), restart=restart)
     from sftmix.run import stages
 
@@ -212,9 +214,7 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M with SFTMix on questions about Python's standard library."""
     started, flags = time.perf_counter(), knob_flags(ctx.args)
-    say(
-        "demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions about Python's standard library"
-    )
+    say("demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions on Python's standard library")
     with activity("at work on the demo"):
         from sftmix.demo import job as demo
 
@@ -273,6 +273,8 @@ def show_files(run_dir: str) -> None:
         show(samples)
     for path in sorted(folder.plots.glob("*.png")):
         say(f"picture: {path}")
+    if folder.report.exists():
+        say(f"report: {folder.report}")
     for method in ("ntp", "sftmix"):
         if folder.model(method).exists():
             say(f"model ({method}): {folder.model(method)}")

@@ -46,8 +46,8 @@ def content(found: Found, texts: Texts) -> dict[str, Any]:
     if found.scores is not None:
         made["map"] = data_map(found.scores)
         made["extremes"] = _extremes(found.scores, texts)
-    notes += [text for text in (texts.missing, texts.note) if text]
-    return {**made, "notes": notes}
+    notes += [texts.missing] if texts.missing else []
+    return {**made, "notes": notes, "remarks": [texts.note] if texts.note else []}
 
 
 def results(found: Found) -> dict[str, Any] | None:
@@ -184,18 +184,21 @@ def _lengths(texts: Texts) -> dict[str, Any] | None:
     share = np.histogram(supervised / tokens, bins=_BINS, range=(0.0, 1.0))[0].tolist()
     return {
         "examples": len(names), "tokens": int(tokens.sum()), "supervised": int(supervised.sum()),
-        "by_tokens": {**axis(tokens), **_quantiles(tokens)},
-        "by_supervised": {**axis(supervised), **_quantiles(supervised)}, "share": share,
+        "by_tokens": whole_numbers(tokens), "by_supervised": whole_numbers(supervised), "share": share,
     }  # fmt: skip
 
 
-def _quantiles(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, int]:
+def whole_numbers(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+    """A histogram of counts in parts of equally many whole numbers, with least, median and most."""
     ranked = np.sort(values)
-    last = len(ranked) - 1
+    least, most = int(ranked[0]), int(ranked[-1])
+    width = -(-(most - least + 1) // _BINS)
+    size = -(-(most - least + 1) // width)
+    edges = least + width * np.arange(size + 1)
     return {
-        name: int(ranked[min(last, int(share * len(ranked)))])
-        for name, share in (("least", 0.0), ("median", 0.5), ("most", 1.0))
-    }
+        "from": int(edges[0]), "to": int(edges[-1]), "counts": np.histogram(ranked, edges)[0].tolist(),
+        "least": least, "median": int(ranked[(len(ranked) - 1) // 2]), "most": most,
+    }  # fmt: skip
 
 
 def _hashes(found: Found) -> list[list[str]]:

@@ -39,10 +39,10 @@ PANELS = (
 
 
 def panels(runs: Mapping[str, Records]) -> list[dict[str, Any]]:
-    """The panels that have a value, each with a curve for every run that has one."""
+    """The panels that have a value, each with a curve for every run that has one; ``k`` is the run's place."""
     found = []
     for panel in PANELS:
-        curves = [curve(label, records, panel) for label, records in runs.items()]
+        curves = [{**curve(label, records, panel), "k": k} for k, (label, records) in enumerate(runs.items())]
         curves = [each for each in curves if each["steps"]]
         if curves:
             found.append({"name": panel.name, "title": panel.title, "unit": panel.unit, "curves": curves})

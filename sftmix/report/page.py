@@ -23,7 +23,7 @@ from sftmix.report.texts import Texts
 HERE = Path(__file__).parent
 LIMIT = 2_000_000  # bytes of a report
 _SPARE = 2_000  # bytes of the elements around the data
-PARTS = ("data", "parts", "scatter", "table", "charts")  # scripts that both pages have, in this order
+PARTS = ("data", "parts", "scatter", "table", "charts", "map")  # scripts that both pages have, in this order
 _STYLES = ("uplot/uPlot.min.css", "page/page.css")
 _UPLOT = "uplot/uPlot.iife.min.js"
 

@@ -56,8 +56,8 @@ def texts_from(
     note = ""
     if first or last:
         note = (
-            f"texts of the examples: the prompts are shown without their first {first} and last {last} tokens, which "
-            "are the same in all of them"
+            f"The prompts are shown without their first {first} and last {last} tokens, which are the same in all of "
+            "them."
         )
     return Texts(
         short=_decoded(store, tokenizer, shown, first, last, most),

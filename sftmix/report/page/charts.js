@@ -21,7 +21,7 @@ function curvePicture(mount, panel, { height = 190 } = {}) {
     return found;
   };
   const data = [steps], series = [{}];
-  const lines = panel.curves.map((curve, k) => ({ curve, k, smooth: Boolean(curve.smooth) }));
+  const lines = panel.curves.map((curve) => ({ curve, k: curve.k, smooth: Boolean(curve.smooth) }));
   for (const { curve, k, smooth } of lines) {
     data.push(column(curve, "values"));
     series.push({ label: curve.label, k, faint: smooth, of: curve });
@@ -65,7 +65,7 @@ function curveOptions(plot, series, height, read) {
     width: Math.max(200, plot.clientWidth), height, legend: { show: false }, scales: { x: { time: false }, y: { range: roomy } },
     cursor: { drag: { x: false, y: false }, points: { show: true } },
     axes: [{ ...axis, size: 30, values: (_, all) => all.map((v) => (Number.isInteger(v) ? count(v) : "")) },
-      { ...axis, size: 58, values: (_, all) => all.map((v) => (v === null ? "" : brief(v, 4))) }],
+      { ...axis, size: 66, values: (_, all) => all.map((v) => (v === null ? "" : brief(v, 4))) }],
     series: series.map((one, i) => i === 0 ? {} : {
       label: one.label, stroke: category(one.k), width: one.faint ? 1 : 2, alpha: one.faint ? 0.35 : 1, dash: DASHES[one.k % DASHES.length],
       spanGaps: false, points: { show: true, filter: alone, size: 6, fill: category(one.k) },
@@ -94,8 +94,8 @@ function swatch(k) {
 }
 
 function curveLegend(panel) {
-  return make("ul", { class: "legend" }, ...panel.curves.map((curve, k) =>
-    make("li", {}, swatch(k), ` ${curve.label} `, make("span", { class: "soft", text: `last ${show(curve.last)}` }))));
+  return make("ul", { class: "legend" }, ...panel.curves.map((curve) =>
+    make("li", {}, swatch(curve.k), ` ${curve.label} `, make("span", { class: "soft", text: `last ${show(curve.last)}` }))));
 }
 
 function curveNotes(panel) {
@@ -110,7 +110,7 @@ function curveNotes(panel) {
 }
 
 /* parts: [{label, counts, k}]; ends: {from, to, log}; marks: [{at, text}]. */
-function histogram(mount, { title, parts, ends, axisTitle, label = brief, marks = [], words = "" }) {
+function histogram(mount, { title, parts, ends, axisTitle, label = brief, between = (a, b) => `${label(a)} to ${label(b)}`, marks = [], words = "" }) {
   const width = 460, height = 190, left = 46, bottom = 40, top = 16, right = 12;
   const wide = width - left - right, high = height - top - bottom, size = parts[0].counts.length;
   const sums = parts[0].counts.map((_, i) => parts.reduce((sum, part) => sum + part.counts[i], 0));
@@ -130,7 +130,7 @@ function histogram(mount, { title, parts, ends, axisTitle, label = brief, marks 
       from -= tall;
       const bar = drawn("rect", { x: left + wide * i / size + 0.5, width: wide / size - 1, y: from, height: tall, class: `fill-${part.k}` });
       const of = part.label ? `${part.label}, ` : "";
-      bar.append(drawn("title", {}, `${of}${label(edge(i))} to ${label(edge(i + 1))}: ${count(part.counts[i])}`));
+      bar.append(drawn("title", {}, `${of}${between(edge(i), edge(i + 1))}: ${count(part.counts[i])}`));
       svg.append(bar);
     }
   }
