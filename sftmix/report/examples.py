@@ -14,34 +14,10 @@ from sftmix.scores.dynamics import Dynamics
 from sftmix.scores.halves import Split
 
 MOST = 50_000  # examples that a page draws; of more an even choice by rank
-EXTREMES = 15  # examples at each end that are told with longer texts
+EXTREMES = 10  # examples at each end that are told with longer texts
 _FEW, _MANY_DIGITS, _DIGITS = 20_000, 6, 4
 _BINS = 48
-# Characters of each text that are tried, the most that fits is taken.
-_CUTS = (
-    2000,
-    1500,
-    1000,
-    700,
-    500,
-    400,
-    320,
-    260,
-    200,
-    160,
-    130,
-    100,
-    80,
-    64,
-    52,
-    42,
-    34,
-    28,
-    22,
-    18,
-    14,
-    10,
-)
+_LEAST = 8  # characters of a text below which none is worth its bytes
 Values = NDArray[np.float64]
 
 
@@ -184,15 +160,25 @@ def packed(found: Scores, texts: Texts, *, most_bytes: int) -> tuple[dict[str, b
 
 
 def _fitting(texts: list[Text], left: int) -> tuple[int, bytes]:
-    """The most characters a text for which all fit into ``left`` bytes, and the texts so cut."""
-    best = 0, pack_texts([""] * 2 * len(texts))
+    """The most characters a text for which all fit into ``left`` bytes, and the texts so cut; 0 for none."""
+
+    def trial(size: int) -> tuple[bool, bytes]:
+        content = pack_texts([cut(part, size) for text in texts for part in (text.prompt, text.answer)])
+        return size_in_base64(content) <= left, content
+
     longest = max((max(len(text.prompt), len(text.answer)) for text in texts), default=0)
-    for size in sorted(_CUTS):
-        parts = [cut(part, size) for text in texts for part in (text.prompt, text.answer)]
-        content = pack_texts(parts)
-        if size_in_base64(content) > left:
+    fits, best, size = 0, pack_texts([""] * 2 * len(texts)), _LEAST
+    while fits < longest:  # from short to long, so that what is tried is never much too long
+        is_short, content = trial(size)
+        if not is_short:
             break
-        best = size, content
-        if size >= longest:
-            break
-    return best
+        fits, best, size = size, content, 2 * size
+    fails = size
+    while fits and fits < longest and fails - fits > 1:
+        middle = (fits + fails) // 2
+        is_short, content = trial(middle)
+        if is_short:
+            fits, best = middle, content
+        else:
+            fails = middle
+    return min(fits, longest), best

@@ -72,6 +72,7 @@ async function maps(about) {
   const words = (i) => `${set.id(i)}: ${told(i).map(([label, text]) => `${label} ${text}`).join("; ")}`;
   const common = { chosen: set.chosen, card, words, help: "map-help", height: 340 };
   const confidence = (k, title) => ({ values: set.perplexity[k], axis: { ...about.confidence, counts: undefined }, title, label: negative });
+  const rising = (axis) => ({ ...axis, axis: { ...axis.axis, falling: true } }); // high confidence to the right
   const picture = (title, options) => {
     const figure = make("figure", {}, make("figcaption", {}, make("strong", { text: title })));
     place("maps").append(figure);
@@ -84,7 +85,7 @@ async function maps(about) {
       y: confidence(k, "confidence (log)"), lines: [{ y: about.medians[k], text: `median −${brief(about.medians[k])}` }] });
   }
   for (let k = 1; k < runs; k++) {
-    picture(`Confidence in ${about.labels[k]} against ${about.labels[0]}`, { x: confidence(0, `confidence in ${about.labels[0]} (log)`), y: confidence(k, "confidence (log)"),
+    picture(`Confidence in ${about.labels[k]} against ${about.labels[0]}`, { x: rising(confidence(0, `confidence in ${about.labels[0]} (log)`)), y: confidence(k, "confidence (log)"),
       lines: [{ y: about.medians[k], text: `median −${brief(about.medians[k])}` }] });
   }
   place("maps").after(make("ul", { class: "legend" }, ...["confident", "unconfident"].map((name, k) => make("li", {}, make("span", { class: `box back-${k}` }), ` ${name} in ${about.labels[0]}`))));

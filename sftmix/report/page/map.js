@@ -72,7 +72,7 @@ function mapLead(map, set) {
   const points = map.points === 1 ? "one scoring point" : `${map.points} scoring points`;
   const axes = map.variability ? "Across: how much its perplexity changes between them."
     : "One point gives no variability, so the tokens that bear loss are drawn across in its place.";
-  const halves = map.split ? ` The median parts ${count(map.confident)} confident from ${count(map.unconfident)} unconfident examples.` : "";
+  const halves = map.split ? ` The median parts ${count(map.confident)} confident from ${count(map.unconfident)} unconfident examples.` : " They are not split yet.";
   return `${drawn}, ${points} (${map.source}). Upwards: confidence, minus the mean perplexity of the answer. ${axes}${halves}`;
 }
 

@@ -49,7 +49,8 @@ function along(axis, value) {
   if (Number.isNaN(value)) return 0;
   const share = axis.log === false ? (value - axis.from) / (axis.to - axis.from)
     : Math.log(value / axis.from) / Math.log(axis.to / axis.from);
-  return value <= 0 && axis.log !== false ? 0 : Math.min(1, Math.max(0, share));
+  const at = value <= 0 && axis.log !== false ? 0 : Math.min(1, Math.max(0, share));
+  return axis.falling ? 1 - at : at;
 }
 
 const MARGIN = { left: 58, right: 54, top: 54, bottom: 46 };
@@ -324,7 +325,11 @@ class Scatter {
       ctx.setLineDash([]);
       this.labelled(ctx, text, left + width - 4, y - 6, "right");
     }
-    for (const { text, x, y, align } of this.names) this.labelled(ctx, text, left + x * width, top + y * height, align);
+    // In a narrow picture those of the right stand above those of the left.
+    for (const { text, x, y, align } of this.names) {
+      const raised = align === "right" && width < 330 ? 18 : 0;
+      this.labelled(ctx, text, left + x * width, top + y * height - raised, align);
+    }
   }
 
   /* Text on the page's ground, so that it is read above the points. */

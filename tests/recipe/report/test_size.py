@@ -1,0 +1,93 @@
+"""A report of 50,000 examples is one file under 2 MB, whose ids are whole and whose map still answers at once."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sftmix.report.content import content
+from sftmix.report.examples import scores
+from sftmix.report.gather import gather
+from sftmix.report.texts import Text, Texts
+from sftmix.scores.confidence import make_split
+from tests.recipe.report import folders
+from tests.recipe.report.conftest import Open
+
+MANY = 50_000
+
+
+def realistic(count: int, *, seed: int = 0) -> list[str]:
+    """Texts of 20 to 120 words drawn from 8,000 by Zipf's law: they compress as English does, or worse."""
+    random = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlcumwfgypbvk"))
+    sizes = random.integers(2, 10, 8000)
+    words = np.array(["".join(random.choice(letters, size)) for size in sizes])
+    share = 1 / np.arange(1, len(words) + 1)
+    lengths = random.integers(20, 120, count)
+    drawn = words[random.choice(len(words), lengths.sum(), p=share / share.sum())]
+    parts = np.split(drawn, np.cumsum(lengths)[:-1])
+    return [" ".join(part).capitalize() + "." for part in parts]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Texts]:
+    run = folders.dynamics(MANY)
+    folder = folders.write_run(tmp_path_factory.mktemp("large") / "run", run, steps=3000)
+    prompts, answers = realistic(MANY), realistic(MANY, seed=1)
+    said = {
+        name: Text(*pair) for name, pair in zip(run.examples, zip(prompts, answers, strict=True), strict=True)
+    }
+    plain = folders.texts(run)
+    told = Texts(
+        short=said,
+        long=said,
+        num_tokens=plain.num_tokens,
+        num_supervised=plain.num_supervised,
+        source=plain.source,
+    )
+    return folders.report(folder, told), told
+
+
+def test_fifty_thousand_examples_are_under_two_megabytes(large: tuple[Path, Texts]) -> None:
+    path, told = large
+    assert path.stat().st_size < 2_000_000
+    assert path.stat().st_size > 1_970_000  # the room there is is used for texts
+    assert len(told.short) == MANY
+
+
+def test_the_page_of_fifty_thousand_says_what_it_cut_and_answers(
+    large: tuple[Path, Texts], open_page: Open
+) -> None:
+    path, told = large
+    page = open_page(path)
+    (size,) = re.findall(r"cut to at most (\d+) characters", page.locator("#precision").inner_text())
+    assert int(size) >= 10
+    assert "rounded to 4 significant digits; ids are whole" in page.locator("#precision").inner_text()
+    found = content(gather(path.parent), told)["extremes"]["least"]
+    assert found[0]["prompt"] in [
+        text.prompt for text in told.long.values()
+    ]  # whole, though the map's are cut
+    page.focus("#map-picture .scatter")
+    started = time.perf_counter()
+    page.keyboard.press("ArrowDown")
+    spoken = page.locator("#map-picture .spoken").inner_text()
+    run = gather(path.parent).scores
+    assert run is not None and spoken.startswith(f"{run.ids[0]}, rank 1, confident, confidence −")
+    assert (
+        f"confidence −{float(f'{run.perplexity[0]:.4g}')}, variability {float(f'{run.variability[0]:.4g}')}"
+        in spoken
+    )
+    page.get_by_role("button", name="unconfident half").click()
+    assert page.locator("#map-table caption").inner_text() == "25,000 chosen examples"
+    page.locator("#map-table th button", has_text="last loss").click()
+    assert time.perf_counter() - started < 20
+    assert page.seen == []
+
+
+def test_a_smaller_run_has_more_digits() -> None:
+    small = scores(run := folders.dynamics(100), make_split(run))
+    assert small.digits == 6
