@@ -7,7 +7,8 @@ share (a template's system prompt, the header of the answer) are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sftmix.data.store import TokenStore
@@ -64,14 +65,19 @@ def texts_from(
         long=_decoded(store, tokenizer, extremes, first, last, LONG),
         num_tokens={name: lengths[name][0] for name in names},
         num_supervised={name: lengths[name][1] for name in names},
-        source={name: _file(store.source_of(name)) for name in shown},
+        source=_sources({name: store.source_of(name) for name in shown}),
         note=note,
     )
 
 
-def _file(place: str) -> str:
-    """The file, or data set, of ``train.jsonl, line 3``."""
-    return re.sub(r"(, (item|row|line) \d+)+$", "", place)
+def _sources(places: Mapping[str, str]) -> dict[str, str]:
+    """The file, or data set, of places such as ``a/train.jsonl, line 3``, without the folders that all share."""
+    files = {name: re.sub(r"(, (item|line|row) \d+)+$", "", place) for name, place in places.items()}
+    parts = [Path(file).parts for file in {*files.values()}]
+    depth = 0
+    while parts and all(len(each) > depth + 1 and each[depth] == parts[0][depth] for each in parts):
+        depth += 1
+    return {name: "/".join(Path(file).parts[depth:]) for name, file in files.items()}
 
 
 def _shared(store: TokenStore, names: Sequence[str]) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def realistic(count: int, *, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Texts]:
-    run = folders.dynamics(MANY)
+    run = folders.dynamics(MANY, 2)
     folder = folders.write_run(tmp_path_factory.mktemp("large") / "run", run, steps=3000)
     prompts, answers = realistic(MANY), realistic(MANY, seed=1)
     said = {
