@@ -32,7 +32,9 @@ LEAVES = {
     "sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations",
     *(name for name in SOURCES if name.startswith("sftmix.report")),
 }  # fmt: skip
-LEAF_USERS = {"sftmix.transformers.callback", "sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}
+LEAF_USERS = {
+    "sftmix.transformers.callback", "sftmix.cli", "sftmix.run.stages", "sftmix.run.texts", "sftmix.demo.job", *LEAVES
+}  # fmt: skip
 # A room of the recipe, or a file beside the rooms, may import those of a lower rank only. The layout of a run folder is
 # below the rooms that read one.
 RECIPE_RANKS = {

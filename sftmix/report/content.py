@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ _HASHES = {
     "chat template": "chat template", "reference.scores": "file of scores",
 }  # fmt: skip
 _BINS = 40
+T = TypeVar("T")
 
 
 def content(found: Found, texts: Texts) -> dict[str, Any]:
@@ -35,9 +36,9 @@ def content(found: Found, texts: Texts) -> dict[str, Any]:
         "title": found.folder.path.resolve().name,
         "facts": _facts(found),
         "stages": stages(found),
-        "results": results(found),
-        "samples": samples(found),
-        "curves": panels({name: found.metrics[key] for key, name in CURVES.items()}),
+        "results": _part("held-out figures", lambda: results(found), notes),
+        "samples": _part("sample answers", lambda: samples(found), notes) or [],
+        "curves": _part("curves", lambda: curves(found), notes) or [],
         "lambdas": drawn_lambdas(found, texts, notes),
         "settings": [[name, _shown(value), same] for name, value, same in changed(found.settings)],
         "hashes": _hashes(found), "versions": _versions(found), "account": _account(found),
@@ -48,6 +49,20 @@ def content(found: Found, texts: Texts) -> dict[str, Any]:
         made["extremes"] = _extremes(found.scores, texts)
     notes += [texts.missing] if texts.missing else []
     return {**made, "notes": notes, "remarks": [texts.note] if texts.note else []}
+
+
+def _part(name: str, making: Callable[[], T], notes: list[str]) -> T | None:
+    """A part of the page; None, with a note, where its file holds something else than the stages write."""
+    try:
+        return making()
+    except (KeyError, TypeError, ValueError) as error:
+        notes.append(f"{name}: cannot be shown, their file holds something else: {error!r}")
+        return None
+
+
+def curves(found: Found) -> list[dict[str, Any]]:
+    """The panels of the training runs of this folder."""
+    return panels({name: found.metrics[key] for key, name in CURVES.items()})
 
 
 def results(found: Found) -> dict[str, Any] | None:
@@ -127,13 +142,15 @@ def drawn_lambdas(found: Found, texts: Texts, notes: list[str]) -> dict[str, Any
     if sizes is None and found.scores is not None and found.settings.get("reference.model") is None:
         sizes = dict(zip(found.scores.ids, found.scores.num_tokens.tolist(), strict=True))
     try:
-        values = lambdas(found.split, settings, steps=int(records[-1]["step"]), num_supervised=sizes)
+        drawn = histogram(
+            lambdas(found.split, settings, steps=int(records[-1]["step"]), num_supervised=sizes)
+        )
     except (ValueError, KeyError) as error:
         notes.append(f"λ: cannot be drawn again: {error}")
         return None
     lam = settings["mixup.lam"]
     return {
-        **histogram(values), "unit": UNITS[lam], "lam": lam, "alpha": settings["mixup.alpha"],
+        **drawn, "unit": UNITS[lam], "lam": lam, "alpha": settings["mixup.alpha"],
         "seed": settings["seed"], "steps": int(records[-1]["step"]),
     }  # fmt: skip
 

@@ -52,12 +52,16 @@ class Found:
 def gather(path: str | Path) -> Found:
     """Everything that a report shows of the run folder ``path`` and that its files hold.
 
-    Raises ``ValueError`` for what is not a run folder, and for settings or a record that cannot be read.
+    Raises ``ValueError`` for what is not a run folder, and for settings that cannot be read.
     """
     folder = RunFolder(path)
     if not (folder.path / CONFIG_FILE).is_file():
         raise ValueError(f"run_dir: expected a run folder with {CONFIG_FILE}, got {path}")
-    found = Found(folder, settings=_settings(folder.path / CONFIG_FILE), record=folder.record())
+    found = Found(folder, settings=_settings(folder.path / CONFIG_FILE))
+    try:
+        found.record = folder.record()
+    except ValueError as error:
+        found.notes.append(f"record of the stages: {error}")
     found.account = found.read(folder.data, "data.json", _json_object, stage=None) or {}
     dynamics = found.read(folder.dynamics, "scores (dynamics.parquet)", read_dynamics, stage="score")
     found.split = found.read(folder.split, "halves (split.parquet)", read_split, stage="split")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,39 +19,44 @@ _BINS = 40
 
 def lambdas(
     split: Split, settings: Mapping[str, Any], *, steps: int, num_supervised: Mapping[str, int] | None
-) -> NDArray[np.float32]:
+) -> Iterator[NDArray[np.float32]]:
     """Every lambda that the first ``steps`` optimizer steps of a training run drew, in float32 as the loss had them.
 
     ``settings`` are those recorded when training began (``stages.json``): seed, mixup.alpha, mixup.lam and
-    train.batch_size. One value a pair, a mixed position or a step, as ``mixup.lam`` says; for positions
+    train.batch_size. By parts, one value a pair, a mixed position or a step, as ``mixup.lam`` says; for positions
     ``num_supervised`` (tokens that bear loss, by id) is needed. Raises ``ValueError`` where something is missing.
     """
     names = ("seed", "mixup.alpha", "mixup.lam", "train.batch_size")
     missing = [name for name in names if name not in settings]
     if missing:
         raise ValueError(f"settings: expected {', '.join(names)}, got none of {', '.join(missing)}")
-    seed, alpha, lam = settings["seed"], settings["mixup.alpha"], settings["mixup.lam"]
-    if lam == "token" and num_supervised is None:
+    if settings["mixup.lam"] not in UNITS:
+        raise ValueError(
+            f"settings: expected mixup.lam to be one of {', '.join(UNITS)}, got {settings['mixup.lam']}"
+        )
+    if settings["mixup.lam"] == "token" and num_supervised is None:
         raise ValueError("num_supervised: expected the tokens that bear loss of every example, got none")
-    found: list[NDArray[np.float32]] = []
+    return _drawn(split, settings, steps, num_supervised or {})
+
+
+def _drawn(
+    split: Split, settings: Mapping[str, Any], steps: int, sizes: Mapping[str, int]
+) -> Iterator[NDArray[np.float32]]:
+    seed, alpha, lam = settings["seed"], settings["mixup.alpha"], settings["mixup.lam"]
     epoch, left = 0, steps
     while left > 0:
-        groups = in_steps(
-            epoch_pairs(split, seed=seed, epoch=epoch, alpha=alpha), settings["train.batch_size"]
-        )
+        pairs = epoch_pairs(split, seed=seed, epoch=epoch, alpha=alpha)
+        groups = in_steps(pairs, settings["train.batch_size"])
         for index, group in enumerate(groups[:left]):
             mixed = [pair for pair in group if pair.unconfident is not None]
             if lam == "batch" and mixed:
-                found.append(
-                    np.array([draw_lam(seed=seed, epoch=epoch, index=index, alpha=alpha)], np.float32)
-                )
+                yield np.array([draw_lam(seed=seed, epoch=epoch, index=index, alpha=alpha)], np.float32)
             elif lam == "pair":
-                found.append(np.array([pair.lam for pair in mixed], np.float32))
+                yield np.array([pair.lam for pair in mixed], np.float32)
             elif lam == "token":
-                found += [_of_tokens(pair, seed, epoch, alpha, num_supervised or {}) for pair in mixed]
+                yield from (_of_tokens(pair, seed, epoch, alpha, sizes) for pair in mixed)
         left -= len(groups)
         epoch += 1
-    return np.concatenate([np.empty(0, np.float32), *found])
 
 
 def _of_tokens(
@@ -61,12 +66,15 @@ def _of_tokens(
     return draw_lam(seed=seed, epoch=epoch, index=pair.index, alpha=alpha, size=size)
 
 
-def histogram(values: NDArray[np.float32]) -> dict[str, Any]:
+def histogram(parts: Iterable[NDArray[np.float32]]) -> dict[str, Any]:
     """Counts of lambdas in equal parts of [0, 1], their number, mean and the share below 0.1 or above 0.9."""
-    counts = np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0]
-    outer = int(((values < 0.1) | (values > 0.9)).sum())
-    mean = float(values.mean(dtype=np.float64)) if len(values) else math.nan
-    return {
-        "counts": counts.tolist(), "total": len(values), "mean": mean,
-        "outer": outer / len(values) if len(values) else math.nan,
-    }  # fmt: skip
+    counts = np.zeros(_BINS, np.int64)
+    total = outer = 0
+    added = 0.0
+    for values in parts:
+        counts += np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0]
+        total += len(values)
+        outer += int(((values < 0.1) | (values > 0.9)).sum())
+        added += float(values.sum(dtype=np.float64))
+    mean, share = (added / total, outer / total) if total else (math.nan, math.nan)
+    return {"counts": counts.tolist(), "total": total, "mean": mean, "outer": share}

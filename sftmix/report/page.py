@@ -49,7 +49,7 @@ def write(path: Path, text: str) -> Path:
 
 def page(name: str, title: str, blobs: Mapping[str, bytes]) -> str:
     """The HTML of ``page/<name>.html`` with its script, and ``blobs`` by name."""
-    script = _joined([_UPLOT, *(f"page/{part}.js" for part in (*PARTS, name))])
+    script = _joined([*(f"page/{part}.js" for part in PARTS), _UPLOT, f"page/{name}.js"])
     style = _joined(_STYLES)
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "

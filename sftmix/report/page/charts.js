@@ -37,7 +37,7 @@ function curvePicture(mount, panel, { height = 190 } = {}) {
   };
   const read = (i) => {
     const told = series.slice(1).filter((one) => one.of && data[series.indexOf(one)][i] !== undefined)
-      .map((one) => `${one.label} ${valueOf(data[series.indexOf(one)][i])}`);
+      .map((one) => `${one.label} ${finiteOr(data[series.indexOf(one)][i])}`);
     readout.textContent = i === null ? "" : `step ${count(steps[i])}: ${told.join(" · ") || "no value"}`;
   };
   let cursor = -1;
@@ -54,7 +54,7 @@ function curvePicture(mount, panel, { height = 190 } = {}) {
   new ResizeObserver(() => plot.clientWidth && picture.setSize({ width: plot.clientWidth, height })).observe(plot);
 }
 
-function valueOf(value) {
+function finiteOr(value) {
   return value === null ? "not finite" : show(value);
 }
 

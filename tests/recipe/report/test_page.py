@@ -147,16 +147,19 @@ def test_hover_shows_the_right_example_with_its_numbers(whole: Path, open_page: 
     assert card.is_hidden()
 
 
-@pytest.mark.parametrize("scroll", [0, 300])
-def test_hover_is_right_on_a_scrolled_page_and_a_fine_screen(
-    whole: Path, open_page: Open, scroll: int
+@pytest.mark.parametrize("zoom", [1, 1.5])
+@pytest.mark.parametrize("scroll", [-200, 100])
+def test_hover_is_right_on_a_scrolled_page_a_fine_screen_and_a_zoomed_one(
+    whole: Path, open_page: Open, scroll: int, zoom: float
 ) -> None:
     page = open_page(whole, device_scale_factor=2)
+    page.evaluate("zoom => (document.body.style.zoom = zoom)", zoom)
+    page.wait_for_timeout(100)  # the picture is drawn again at its new size
     at = positions(page)
     corner(page)
-    page.evaluate(f"window.scrollBy(0, {scroll - 300})")
+    page.evaluate(f"window.scrollBy(0, {scroll})")
     box = page.locator("#map-picture canvas.over").bounding_box()
-    page.mouse.move(box["x"] + at[0][0], box["y"] + at[0][1])
+    page.mouse.move(box["x"] + zoom * at[0][0], box["y"] + zoom * at[0][1])
     assert page.locator("#map-picture .card .id").inner_text() == FOUND.ids[0]
 
 
@@ -181,6 +184,7 @@ def test_the_lasso_chooses_exactly_the_points_inside(whole: Path, open_page: Ope
 
 def test_shift_adds_a_click_chooses_one_and_clear_takes_all_back(whole: Path, open_page: Open) -> None:
     page = open_page(whole)
+    untouched = pixels(page)
     at = positions(page)
     first, second = np.array(SHAPES["box"], float), np.array(SHAPES["hook"], float)
     draw_lasso(page, first)
@@ -190,8 +194,21 @@ def test_shift_adds_a_click_chooses_one_and_clear_takes_all_back(whole: Path, op
     left, top = corner(page)
     page.mouse.click(left + at[0][0], top + at[0][1])
     assert ids_in_table(page) == [FOUND.ids[0]]
+    assert pixels(page) != untouched
     page.get_by_role("button", name="Clear").click()
-    assert len(ids_in_table(page)) == len(FOUND.ids)
+    assert len(ids_in_table(page)) == len(FOUND.ids) and pixels(page) == untouched
+
+
+def test_a_finger_scrolls_until_the_lasso_is_asked_for(whole: Path, open_page: Open) -> None:
+    page = open_page(whole, width=390, has_touch=True, is_mobile=True)
+    button, picture = (
+        page.get_by_role("button", name="Lasso by finger"),
+        page.locator("#map-picture canvas.over"),
+    )
+    for action, pressed in (("pan-y", "false"), ("none", "true"), ("pan-y", "false")):
+        assert picture.evaluate("e => getComputedStyle(e).touchAction") == action
+        assert button.get_attribute("aria-pressed") == pressed
+        button.click()
 
 
 def test_sorting_is_by_size_and_by_letters(whole: Path, open_page: Open) -> None:
