@@ -17,6 +17,7 @@ MOST = 50_000  # examples that a page draws; of more an even choice by rank
 EXTREMES = 10  # examples at each end that are told with longer texts
 _FEW, _MANY_DIGITS, _DIGITS = 20_000, 6, 4
 _BINS = 48
+_BOTH = 40  # characters from which prompt and answer are both shown
 _LEAST = 8  # characters of a text below which none is worth its bytes
 Values = NDArray[np.float64]
 
@@ -150,10 +151,14 @@ def packed(found: Scores, texts: Texts, *, most_bytes: int) -> tuple[dict[str, b
         + pack_counts(at),
     }
     left = most_bytes - sum(map(size_in_base64, columns.values()))
-    size, columns["texts"] = _fitting([texts.short.get(name, Text("", "")) for name in names], left)
+    said = [texts.short.get(name, Text("", "")) for name in names]
+    size, columns["texts"] = _fitting(said, left)
+    answers = size >= min(_BOTH, _longest(said))
+    if not answers:  # two texts so short say less than one
+        size, columns["texts"] = _fitting([Text(text.prompt or text.answer, "") for text in said], left)
     about = {
         "shown": len(names), "total": len(found.ids), "digits": found.digits, "sources": sources, "cut": size,
-        "has_variability": found.variability is not None, "has_tokens": bool(texts.num_tokens),
+        "has_variability": found.variability is not None, "has_tokens": bool(texts.num_tokens), "answers": answers,
         "has_texts": bool(texts.short) and size > 0,
     }  # fmt: skip
     return columns, about
@@ -166,7 +171,7 @@ def _fitting(texts: list[Text], left: int) -> tuple[int, bytes]:
         content = pack_texts([cut(part, size) for text in texts for part in (text.prompt, text.answer)])
         return size_in_base64(content) <= left, content
 
-    longest = max((max(len(text.prompt), len(text.answer)) for text in texts), default=0)
+    longest = _longest(texts)
     fits, best, size = 0, pack_texts([""] * 2 * len(texts)), _LEAST
     while fits < longest:  # from short to long, so that what is tried is never much too long
         is_short, content = trial(size)
@@ -182,3 +187,7 @@ def _fitting(texts: list[Text], left: int) -> tuple[int, bytes]:
         else:
             fails = middle
     return min(fits, longest), best
+
+
+def _longest(texts: list[Text]) -> int:
+    return max((max(len(text.prompt), len(text.answer)) for text in texts), default=0)

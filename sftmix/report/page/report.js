@@ -118,7 +118,7 @@ function precision(told) {
   const about = told.examples;
   if (about) {
     parts.unshift(`The numbers of single examples are rounded to ${about.digits} significant digits; ids are whole.`);
-    parts.push(about.has_texts ? `Texts of the data map are cut to at most ${plural(about.cut, "character")} each for prompt and answer (… marks a cut), those of the extremes to 1,500.` : "No texts are in this page.");
+    parts.push(about.has_texts ? `Texts of the data map are cut to at most ${plural(about.cut, "character")} ${about.answers ? "each for prompt and answer" : "of the prompt (of the answer where there is no prompt)"}; … marks a cut. Those of the extremes are cut to 1,500.` : "No texts are in this page.");
   }
   place("precision").textContent = parts.join(" ");
   place("remarks").textContent = told.remarks.join(" ");

@@ -231,7 +231,7 @@ class Scatter {
       const groups = colours.map(() => []);
       for (let i = 0; i < this.size; i++) if (this.chosen.flags[i] === isChosen) groups[this.colour.of[i]].push(i);
       groups.forEach((places, bin) => this.dots(ctx, places, colours[bin], isChosen ? dot * 1.3 : dot, many));
-      if (isChosen && !many) {
+      if (isChosen && this.chosen.count <= 200) {
         ctx.strokeStyle = style("ink");
         ctx.lineWidth = 1;
         groups.flat().forEach((i) => this.ring(ctx, i, dot * 0.65 + 1.5));

@@ -344,6 +344,7 @@ def test_texts_are_cut_to_fit_and_ids_never(tmp_path: Path) -> None:
         for name in found.ids:
             assert name.encode() in columns["ids"]
             assert cut(long[name].prompt, about["cut"]).encode() in columns["texts"]
+        assert about["answers"] == (about["cut"] >= 40) == (b"y" * 30 in columns["texts"])
     columns, about = packed(found, Texts(short=long), most_bytes=0)
     assert about["has_texts"] is False and len(columns["texts"]) == 4 * 600
 

@@ -60,7 +60,8 @@ def test_the_page_of_so_many_says_what_it_cut_and_answers(large: tuple[Path, Tex
     said = page.locator("#precision").inner_text()
     assert f"rounded to {4 if many else 6} significant digits; ids are whole" in said
     (size,) = re.findall(r"cut to at most (\d+) characters", said)
-    assert (15 if many else 150) < int(size) < max(len(text.prompt) for text in told.short.values())
+    assert ("of the prompt" in said) == many
+    assert (20 if many else 150) < int(size) < max(len(text.prompt) for text in told.short.values())
     found = content(gather(path.parent), told)["extremes"]["least"]
     assert found[0]["prompt"] == told.long[run.ids[-1]].prompt  # whole, though the map's are cut
     page.focus("#map-picture .scatter")
