@@ -131,10 +131,8 @@ class TokenStore(Mapping[str, TokenizedExample]):
     def tokens_of(self, name: str) -> tuple[list[int], list[int]]:
         """The tokens of an example, and 1 for each that bears loss: what a report reads, cheaper than the example."""
         b, i = self._place[name]
-        batch = self._batches[b]
-        return batch.column("input_ids")[i].values.to_pylist(), batch.column("supervised")[
-            i
-        ].values.to_pylist()
+        ids, marks = (self._batches[b].column(column)[i].values for column in ("input_ids", "supervised"))
+        return ids.to_pylist(), marks.to_pylist()
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """Tokens, and tokens that bear loss, of every example, in order."""

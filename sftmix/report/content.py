@@ -48,7 +48,12 @@ def content(found: Found, texts: Texts) -> dict[str, Any]:
         made["map"] = data_map(found.scores)
         made["extremes"] = _extremes(found.scores, texts)
     notes += [texts.missing] if texts.missing else []
-    return {**made, "notes": notes, "remarks": [texts.note] if texts.note else []}
+    remarks = [texts.note] if texts.note else []
+    if found.settings.get("reference.model") is not None:
+        remarks.append(
+            "Scores count the reference model's tokens, the histograms of lengths the trained model's."
+        )
+    return {**made, "notes": notes, "remarks": remarks}
 
 
 def _part(name: str, making: Callable[[], T], notes: list[str]) -> T | None:

@@ -40,7 +40,7 @@ class Found:
         """What ``reading`` gives for a file; None, with a note, where it is missing or damaged."""
         if not path.exists():
             if stage is not None:
-                self.notes.append(f"{what}: not there, `sftmix {stage}` has not come to its end")
+                self.notes.append(f"{what}: not there, `sftmix {stage}` makes it")
             return None
         try:
             return reading(path)

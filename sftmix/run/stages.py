@@ -27,7 +27,7 @@ from sftmix.run.scoring import score_points
 from sftmix.run.session import Session
 from sftmix.run.texts import example_texts
 from sftmix.scores.confidence import confidence, make_split, read_split, write_split
-from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
+from sftmix.scores.dynamics import Dynamics, rank_correlation, read_dynamics, read_rows, write_dynamics
 from sftmix.scores.halves import Split, split_digest
 from sftmix.training.checkpoint import save_trainable
 from sftmix.training.metrics import Record, read_metrics
@@ -187,13 +187,15 @@ def plot(session: Session) -> list[str]:
     Everything is from the files. Without scores and halves there are no pictures, which is said, but a report.
     """
     folder = session.folder
+    scored = _scored(folder)
     paths = [folder.plots / name for name in ("data_map.png", "confidence.png", "loss_curves.png")]
     if is_main():
         # matplotlib takes a second to load, and a minute the first time, when it lists the fonts.
         with activity("drawing the pictures"):
             for path in (*paths, folder.report):  # a picture of files that are gone must not stand
                 path.unlink(missing_ok=True)
-            _draw(folder, paths)
+            if scored is not None:
+                _draw(folder, *scored, paths)
         with activity("writing the report"):
             found = gather(folder.path)
             texts = Texts(missing="texts of the examples: not in this page, there are no scores yet")
@@ -204,13 +206,16 @@ def plot(session: Session) -> list[str]:
     return [str(path) for path in (*paths, folder.report) if path.exists()]
 
 
-def _draw(folder: RunFolder, paths: Sequence[Path]) -> None:
-    """The pictures."""
+def _scored(folder: RunFolder) -> tuple[Dynamics, Split] | None:
+    """What the pictures are of; None, with a word, where it is not made yet."""
     missing = [path.name for path in (folder.dynamics, folder.split) if not path.exists()]
     if missing:
         say(f"plot: no pictures, {' and '.join(missing)} not there yet; the report says what there is")
-        return
-    dynamics, halves = read_dynamics(folder.dynamics), read_split(folder.split)
+        return None
+    return read_dynamics(folder.dynamics), read_split(folder.split)
+
+
+def _draw(folder: RunFolder, dynamics: Dynamics, halves: Split, paths: Sequence[Path]) -> None:
     from sftmix.evaluation import plots
 
     folder.plots.mkdir(parents=True, exist_ok=True)

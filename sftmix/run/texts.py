@@ -54,10 +54,10 @@ def texts_from(
     lengths = dict(zip(store, zip(*store.lengths(), strict=True), strict=True))
     first, last = _shared(store, shown)
     most = max(_SHORTEST, min(_LONGEST, _ALL // max(1, 2 * len(shown))))
-    note = ""
+    note = "Texts are the tokens that training saw, decoded: what stands before the first answer, and that answer."
     if first or last:
-        note = (
-            f"The prompts are shown without their first {first} and last {last} tokens, which are the same in all of "
+        note += (
+            f" The prompts are shown without their first {first} and last {last} tokens, which are the same in all of "
             "them."
         )
     return Texts(
@@ -114,12 +114,17 @@ def _parts(store: TokenStore, name: str) -> tuple[list[int], list[int]]:
 def _decoded(
     store: TokenStore, tokenizer: Any, names: Sequence[str], first: int, last: int, most: int
 ) -> dict[str, Text]:
-    """Texts of at most ``most`` characters. No more tokens are decoded than that: each has a byte or more."""
+    """Texts of at most ``most`` characters, of no more tokens than that; "…" ends what has more of either."""
     parts: list[list[int]] = []
     for name in names:
         prompt, answer = _parts(store, name)
-        prompt = prompt[first : len(prompt) - last]
-        parts += [prompt[: most + 1], answer[: most + 1]]
-    texts = tokenizer.batch_decode(parts, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts = [cut(text.strip(), most) for text in texts]
+        parts += [prompt[first : len(prompt) - last], answer]
+    begun = [part[:most] for part in parts]
+    texts = tokenizer.batch_decode(begun, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for i, part in enumerate(parts):
+        text = texts[i].strip()
+        # The last of the tokens may be a part of a character.
+        texts[i] = (
+            cut(text, most) if len(part) <= most else cut(text.rstrip("\ufffd"), most - 1).rstrip("…") + "…"
+        )
     return {name: Text(*texts[2 * i : 2 * i + 2]) for i, name in enumerate(names)}

@@ -106,7 +106,9 @@ class Scatter {
     });
     over.addEventListener("pointerup", (event) => this.lift(here(event), event.shiftKey));
     over.addEventListener("pointercancel", () => this.lift(null, false));
-    over.addEventListener("pointerleave", () => this.path.length || this.point(-1));
+    over.addEventListener("pointerleave", (event) => {
+      if (!this.path.length && event.pointerType !== "touch") this.point(-1); // a finger leaves when it is lifted
+    });
     root.addEventListener("keydown", (event) => this.key(event));
     root.addEventListener("blur", () => this.point(-1));
   }

@@ -209,6 +209,11 @@ def test_a_finger_scrolls_until_the_lasso_is_asked_for(whole: Path, open_page: O
         assert picture.evaluate("e => getComputedStyle(e).touchAction") == action
         assert button.get_attribute("aria-pressed") == pressed
         button.click()
+    at = positions(page)
+    left, top = corner(page)
+    page.touchscreen.tap(left + at[0][0], top + at[0][1])
+    assert page.locator("#map-picture .card .id").inner_text() == FOUND.ids[0]
+    assert ids_in_table(page) == [FOUND.ids[0]]
 
 
 def test_sorting_is_by_size_and_by_letters(whole: Path, open_page: Open) -> None:

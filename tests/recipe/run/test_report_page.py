@@ -19,7 +19,7 @@ from sftmix.report.gather import gather
 from sftmix.run import models, stages
 from sftmix.run.folder import RunFolder
 from sftmix.run.session import Session
-from sftmix.run.texts import _sources, example_texts, texts_from
+from sftmix.run.texts import _decoded, _sources, example_texts, texts_from
 from sftmix.scores.confidence import read_split
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.training import trainer
@@ -87,6 +87,26 @@ def test_sources_are_files_without_the_folders_that_they_share() -> None:
     assert _sources({"a": "org/name train, row 7"}) == {"a": "name train"}
 
 
+class Bytes:
+    """A tokenizer whose tokens are bytes, so that a character may be several."""
+
+    def batch_decode(self, parts: list[list[int]], **options: bool) -> list[str]:
+        assert options == {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return [bytes(part).decode("utf-8", "replace") for part in parts]
+
+
+def test_what_was_cut_ends_in_dots_whatever_a_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a": "short", "b": "x" * 100, "c": "é" * 100, "d": "日" * 20, "e": "y" * 40, "f": "…" * 40}
+    monkeypatch.setattr("sftmix.run.texts._parts", lambda store, name: ([], list(texts[name].encode())))
+    found = _decoded(None, Bytes(), list(texts), 0, 0, 40)  # type: ignore[arg-type]
+    shown = {name: text.answer for name, text in found.items()}
+    assert shown["a"] == "short" and shown["e"] == "y" * 40
+    assert shown["b"] == "x" * 38 + "…" and shown["c"] == "é" * 20 + "…" and shown["d"] == "日" * 13 + "…"
+    assert all(
+        len(text) <= 40 and (text == texts[name] or text.endswith("…")) for name, text in shown.items()
+    )
+
+
 def test_prompts_lose_only_what_all_of_them_share(copy: Path) -> None:
     session, found = Session(read_config(copy)), gather(copy)
     assert found.scores is not None
@@ -95,7 +115,9 @@ def test_prompts_lose_only_what_all_of_them_share(copy: Path) -> None:
     store, tokenizer = kept
     one = found.scores.ids[:1]
     alone = texts_from(store, tokenizer, one, shown=one, extremes=one)
-    assert alone.note == "" and len(alone.short[one[0]].prompt.split()) > 3  # nothing to compare: all of it
+    assert (
+        "without their first" not in alone.note and len(alone.short[one[0]].prompt.split()) > 3
+    )  # nothing to compare: all of it
     names = found.scores.ids
     first, last = map(
         int, re.findall(r"first (\d+) and last (\d+)", example_texts(session, found.scores).note)[0]
