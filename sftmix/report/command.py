@@ -30,7 +30,6 @@ def compare(
             agreements,
             common_examples,
             content,
-            differing,
             figures,
             gather_runs,
         )
@@ -46,7 +45,7 @@ def compare(
         show(_figures_table(rows))
     else:
         say("compare: no run has held-out figures")
-    _say_settings(differing(found), labels)
+    _say_settings(told["settings"], labels)
     agreed = agreements(found)
     if agreed:
         show(_agreement_table(agreed, labels[0]))
@@ -89,7 +88,7 @@ def _signed(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:+{form}}"
 
 
-def _say_settings(rows: list[list[Any]], labels: list[str]) -> None:
+def _say_settings(rows: list[list[str]], labels: list[str]) -> None:
     from rich.text import Text
 
     if not rows:
@@ -97,7 +96,7 @@ def _say_settings(rows: list[list[Any]], labels: list[str]) -> None:
         return
     made = _table("Settings that differ", ("knob", *labels), len(labels) + 1)
     for row in rows:
-        made.add_row(*(Text("null" if cell is None else str(cell)) for cell in row))
+        made.add_row(*map(Text, row))
     show(made)
 
 

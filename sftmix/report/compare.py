@@ -155,12 +155,17 @@ def content(runs: Sequence[tuple[str, Found]]) -> dict[str, Any]:
 
 
 def common_examples(runs: Sequence[tuple[str, Found]]) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """The examples that all scored runs have, as columns, and what the page must know of them.
+    """The examples that the first run and those that share any with it have, as columns, and what the page must know.
 
-    The order is the first run's. Of more than ``MOST`` an even choice by rank. None where fewer than two have scores
-    or no example is common.
+    The order is the first run's. Of more than ``MOST`` an even choice by rank. None where no other run shares any with
+    the first, or they none with each other.
     """
     scored = [(label, found.scores) for label, found in runs if found.scores is not None]
+    first = runs[0][1].scores
+    if first is None:
+        return {}, None
+    mine = set(first.ids)
+    scored = [(label, each) for label, each in scored if each is first or not mine.isdisjoint(each.ids)]
     if len(scored) < 2:
         return {}, None
     places = [_by_id(scores) for _, scores in scored]
@@ -183,6 +188,7 @@ def common_examples(runs: Sequence[tuple[str, Found]]) -> tuple[dict[str, bytes]
     about = {
         "labels": [label for label, _ in scored], "shown": len(names), "total": total, "digits": _DIGITS,
         "of": [len(scores.ids) for _, scores in scored], "medians": [scores.median for _, scores in scored],
+        "without": [label for label, _ in runs if label not in {name for name, _ in scored}],
         "confidence": axis(np.concatenate(means)), "spread": [spread is not None for spread in spreads],
     }  # fmt: skip
     if any(spread is not None for spread in spreads):

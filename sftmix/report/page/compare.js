@@ -10,7 +10,7 @@ async function main() {
   settings(told);
   agreements(told);
   if (told.examples) await maps(told.examples);
-  else place("map-help").textContent = "No data maps side by side: fewer than two runs have scores, or no example is in all of them.";
+  else place("map-help").textContent = "No data maps side by side: no other run has scores of examples of the first.";
   for (const group of told.curves) curves(group);
   mixing(told);
   lengths(told);
@@ -66,7 +66,7 @@ async function maps(about) {
   }
   set.id = new Columns(await inflate("ids")).texts(n);
   set.chosen = new Chosen(n);
-  place("map-lead").textContent = `${n < about.total ? `${count(n)} of ` : ""}${plural(about.total, "example")} that all scored runs have. The axes are the same in all pictures of a kind; ranks count all examples of a run.`;
+  place("map-lead").textContent = `${n < about.total ? `${count(n)} of ` : ""}${plural(about.total, "example")} that ${about.labels.join(", ")} have in common.${about.without.length ? ` Not among them, for they share none or have no scores: ${about.without.join(", ")}.` : ""} The axes are the same in all pictures of a kind; ranks count all examples of a run.`;
   const told = (i) => about.labels.map((label, k) => [label, `confidence ${show(-set.perplexity[k][i])}, rank ${count(set.rank[k][i] + 1)} of ${count(about.of[k])}, ${HALVES[set.half[k][i]]}`]);
   const card = (i) => make("div", {}, make("div", { class: "id", dir: "auto", text: set.id(i) }), pairs(told(i), ""));
   const words = (i) => `${set.id(i)}: ${told(i).map(([label, text]) => `${label} ${text}`).join("; ")}`;

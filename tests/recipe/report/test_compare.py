@@ -115,8 +115,9 @@ def test_the_terminal_and_the_page(runs: list[Path], tmp_path: Path, open_page: 
         "another <b>answer</b>" in page.locator("#samples").inner_text()
         and page.locator("#samples b").count() == 0
     )
-    # Three scored runs have no example in common, so there is no map.
-    assert "no example is in all of them" in page.locator("#map-help").inner_text()
+    lead = page.locator("#map-lead").inner_text()  # the third has no example of the first
+    assert "60 examples that one, two have in common. Not among them" in lead and "no scores: three." in lead
+    assert page.locator("#maps .scatter").count() == 3
 
 
 def test_an_example_chosen_in_one_map_is_chosen_in_all(
@@ -169,3 +170,4 @@ def test_runs_that_have_nothing_yet(tmp_path: Path, open_page: Open) -> None:
     assert "no run has held-out figures" in said and "settings: the same in all runs" in said
     page = open_page(out)
     assert "No scores to compare." in page.locator("#scores").inner_text() and page.seen == []
+    assert "No data maps side by side" in page.locator("#map-help").inner_text()
