@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sftmix.config import Config, as_yaml, load_config
+from sftmix.config import load_config
 from sftmix.curation.command import cartography, leading, score_file, select, suspects
 from sftmix.planning.command import plan
 from sftmix.process import advice, prepare
-from sftmix.progress import activity, say, show
+from sftmix.progress import activity, say
 from sftmix.recipes import config_file
+from sftmix.report.command import compare
+from sftmix.run.closing import show_files, show_plan, show_results
 from sftmix.run.folder import RESTARTS, stage_names
 from sftmix.run.start import knob_flags, open_session, resolve
 from sftmix.terminal import EXIT_CODES, Commands, KnobCommand, list_forms, list_knobs, list_recipes
@@ -210,7 +211,7 @@ def data_command(
 
 @app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def plot(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Draw data map, loss curves and confidence histogram."""
+    """Draw data map, curves and histogram, and write report.html."""
     session = open_session(resolve(run_dir, config_file(config), ctx.args), ("plot",), restart=restart)
     from sftmix.run import stages
 
@@ -227,9 +228,7 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M on questions about Python's library. With SFTMix, in minutes, on a CPU."""
     started, flags = time.perf_counter(), knob_flags(ctx.args)
-    say(
-        "demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions about Python's standard library"
-    )
+    say("demo: SmolLM2-135M-Instruct learns, with SFTMix, to answer questions on Python's standard library")
     with activity("at work on the demo"):
         from sftmix.demo import job as demo
 
@@ -245,48 +244,11 @@ def demo(
 
 app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)(plan)
 app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS, options_metavar="[FOLDER] [OPTIONS]")(select)
+app.command()(compare)
 app.command()(suspects)
 app.command()(cartography)
 app.command("recipes")(list_recipes)
 app.command("knobs")(list_knobs)
-
-
-def show_plan(config: Config, stages: Sequence[str]) -> None:
-    """The settings of a run as YAML, and what each stage would do; nothing is written."""
-    from sftmix.run.folder import RunFolder
-
-    print(as_yaml(config), end="", flush=True)
-    record = RunFolder(config.run_dir).record()
-    for stage in stages:
-        state = record.get(stage, {}).get("state")
-        say(f"{stage}: {'to do' if state is None else f'{state} before'}")
-    say("dry run: nothing was written")
-
-
-def show_files(run_dir: str) -> None:
-    """Sample answers, and where a run's pictures and models are."""
-    from sftmix.run.folder import RunFolder
-    from sftmix.run.report import samples_table
-
-    folder = RunFolder(run_dir)
-    samples = samples_table(folder) if folder.evaluation.exists() else None
-    if samples is not None:
-        show(samples)
-    for path in sorted(folder.plots.glob("*.png")):
-        say(f"picture: {path}")
-    for method in ("ntp", "sftmix"):
-        if folder.model(method).exists():
-            say(f"model ({method}): {folder.model(method)}")
-
-
-def show_results(run_dir: str) -> None:
-    """The closing table of a run."""
-    from sftmix.run.folder import RunFolder
-    from sftmix.run.report import results_table
-
-    folder = RunFolder(run_dir)
-    if folder.evaluation.exists():
-        show(results_table(folder))
 
 
 def main() -> None:

@@ -28,15 +28,21 @@ KERNEL_RANKS = {
     "__main__": 11,
 }  # fmt: skip
 KERNEL_FOLDERS = {"chunked", "fused", "vocab_parallel", "doctor"}
-LEAVES = {"sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations"}
-LEAF_USERS = {"sftmix.transformers.callback", "sftmix.cli", "sftmix.run.stages", "sftmix.demo.job", *LEAVES}
-# A room of the recipe, or a file beside the rooms, may import those of a lower rank only.
+LEAVES = {
+    "sftmix.evaluation.plots", "sftmix.run.report", "sftmix.integrations",
+    *(name for name in SOURCES if name.startswith("sftmix.report")),
+}  # fmt: skip
+LEAF_USERS = {
+    "sftmix.transformers.callback", "sftmix.cli", "sftmix.run.stages", "sftmix.run.texts", "sftmix.run.closing",
+    "sftmix.demo.job", *LEAVES
+}  # fmt: skip
+# A room of the recipe, or a file beside the rooms, may import those of a lower rank only. The layout of a run folder is
+# below the rooms that read one.
 RECIPE_RANKS = {
     "": 0, "files": 0, "rank": 0, "hardware": 0, "knobs": 0, "progress": 1, "sections": 1, "config": 2, "process": 2,
     "recipes": 2, "knobs_page": 3, "data": 3, "model": 3, "scores": 4, "doctor": 4, "terminal": 4, "training": 5,
-    "evaluation": 6, "run": 7, "transformers": 7, "planning": 8, "curation": 8, "demo": 8, "trl": 8, "cli": 9,
-    "examples": 9,
-    "__main__": 10,
+    "evaluation": 6, "run.folder": 2, "report": 7, "run": 8, "transformers": 8, "planning": 9, "curation": 9, "demo": 9,
+    "trl": 9, "cli": 10, "examples": 10, "__main__": 11,
 }  # fmt: skip
 
 
@@ -137,7 +143,8 @@ def test_only_the_command_line_and_its_stages_import_leaves() -> None:
 @pytest.mark.parametrize("module", of("sftmix"))
 def test_rooms_of_the_recipe_are_layered(module: str) -> None:
     def room(name: str) -> str:
-        return name.removeprefix("sftmix").removeprefix(".").split(".")[0]
+        inside = name.removeprefix("sftmix").removeprefix(".")
+        return inside if inside in RECIPE_RANKS else inside.split(".")[0]
 
     for other in modules_imported(module):
         if other.split(".")[0] == "sftmix" and room(other) != room(module):

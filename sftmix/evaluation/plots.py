@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from sftmix.evaluation.curves import exponential_mean
 from sftmix.files import replacing
 from sftmix.scores.dynamics import Dynamics
-from sftmix.scores.halves import Split
+from sftmix.scores.halves import Split, border
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"  # told apart by colour-blind readers
 _RUN_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -124,7 +125,7 @@ def plot_loss_curves(
             if len(step):
                 colour = _RUN_COLOURS[number % len(_RUN_COLOURS)]
                 axes.plot(step, loss, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(step, _smooth(loss), color=colour, linewidth=2, label=label)
+                axes.plot(step, exponential_mean(loss), color=colour, linewidth=2, label=label)
         axes.set_title(parts[part], fontsize=14)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per token" if part == "ntp_loss" else "nats per mixed position")
@@ -198,18 +199,18 @@ def _tick_label(value: float, _: int | None = None) -> str:
 
 def _median_line(axes: Axes, which: str, split: Split, mean: Values) -> None:
     """The line between the halves, with its value."""
-    median = float(np.median(mean))
-    if split.confidence:
-        edges = (
-            -min(split.confidence[name] for name in split.confident),
-            -max(split.confidence[name] for name in split.unconfident),
-        )
-        median = sum(edges) / 2
-    note = f"median −{median:.3g}"
+    found = border(split)
+    median = float(np.median(mean)) if found is None else -found[0]
+    note = f"{'median' if found is None else found[1]} −{median:.3g}"
+    halves = (
+        ("confident half, ", "unconfident half")
+        if found is not None
+        else ("", "halves not cut by confidence")
+    )
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5}
     if which == "y":
         axes.axhline(median, color="black", linestyle="--", linewidth=1)
-        for text, side, offset in ((f"confident half, {note}", "bottom", 4), ("unconfident half", "top", -4)):
+        for text, side, offset in ((f"{halves[0]}{note}", "bottom", 4), (halves[1], "top", -4)):
             axes.annotate(
                 text,
                 (0.01, median),
@@ -235,17 +236,6 @@ def _curve(label: str, records: Sequence[Mapping[str, Any]], part: str) -> tuple
             points.append((record["step"], record[part]))
     step, loss = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return step, loss
-
-
-def _smooth(values: Values) -> Values:
-    """An exponential mean over about a twentieth of the run, without a bias towards its first value."""
-    keep = 1 - 1 / max(3.0, len(values) / 20)
-    total = weight = 0.0
-    smooth = np.empty_like(values)
-    for i, value in enumerate(values):
-        total, weight = keep * total + value, keep * weight + 1
-        smooth[i] = total / weight
-    return smooth
 
 
 def _positive(values: Values) -> Values:

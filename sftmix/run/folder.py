@@ -15,6 +15,7 @@ train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretraine
                         train-ntp/ the same
 evaluation.json         evaluate: held-out figures and sample answers by model
 plots/                  data_map.png, loss_curves.png, confidence.png
+report.html             plot: everything about the run on one page
 .lock                   held by the program that works in the folder
 """
 
@@ -37,6 +38,7 @@ FILES = {
     "reference": "reference", "score": "dynamics.parquet", "split": "split.parquet", "train-ntp": "train-ntp",
     "train-sftmix": "train-sftmix", "evaluate": "evaluation.json", "plot": "plots",
 }  # fmt: skip
+REPORT = "report.html"  # the other thing that the plot stage leaves
 _RANK = {"reference": 0, "score": 1, "split": 2, "train-ntp": 3, "train-sftmix": 3, "evaluate": 4, "plot": 5}
 RESTARTS = ("reference", "score", "split", "train", "train-ntp", "train-sftmix", "evaluate", "plot", "all")
 
@@ -78,6 +80,7 @@ class RunFolder:
         self.split = self.path / "split.parquet"
         self.evaluation = self.path / "evaluation.json"
         self.plots = self.path / "plots"
+        self.report = self.path / REPORT
         self._stages = self.path / "stages.json"
 
     def point(self, index: int) -> Path:
@@ -199,6 +202,9 @@ class RunFolder:
             elif path.exists() or path.is_symlink():
                 path.unlink()
                 removed.append(FILES[stage])
+        if "plot" in stages and self.report.exists():
+            self.report.unlink()
+            removed.append(REPORT)
         return removed
 
     def remove_scoring(self) -> None:

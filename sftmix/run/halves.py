@@ -11,7 +11,7 @@ from sftmix.run.checksums import described
 from sftmix.scores.confidence import make_split, read_split
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.scores.given import read_halves
-from sftmix.scores.halves import Split, random_split
+from sftmix.scores.halves import Split, random_split, split_digest
 
 if TYPE_CHECKING:
     from sftmix.run.session import Session
@@ -49,7 +49,7 @@ def check_same(session: Session, made: Split, damaged: Mapping[str, str]) -> Non
     """Raise ``ValueError`` where another split stands there; one that is ``damaged`` may be unreadable."""
     path = session.folder.split
     try:
-        same = not path.exists() or members(read_split(path)) == members(made)
+        same = not path.exists() or split_digest(read_split(path)) == split_digest(made)
     except ValueError:
         if not damaged:
             raise
@@ -61,8 +61,3 @@ def check_same(session: Session, made: Split, damaged: Mapping[str, str]) -> Non
         )
     if damaged:
         say(f"split: again, {described(damaged)}")
-
-
-def members(halves: Split) -> tuple[list[str], list[str]]:
-    """Which example is in which half, in the order of the ids."""
-    return sorted(halves.confident), sorted(halves.unconfident)

@@ -20,10 +20,10 @@ from sftmix.progress import say
 from sftmix.rank import is_main
 from sftmix.run.checksums import described
 from sftmix.run.folder import FILES, Settings, stages_from
-from sftmix.run.halves import check_same, make_halves, members, needs_scores
+from sftmix.run.halves import check_same, make_halves, needs_scores
 from sftmix.scores import cartography
 from sftmix.scores.confidence import read_split
-from sftmix.scores.halves import Split
+from sftmix.scores.halves import split_digest
 from sftmix.training.plan import point_steps
 
 if TYPE_CHECKING:
@@ -258,11 +258,6 @@ def check_ids(session: Session, ids: Sequence[str], where: str) -> None:
             f"{where}: expected exactly the examples of data.train, got {len(missing)} of them missing and "
             f"{len(unknown)} unknown (first: {(missing + unknown)[0]})"
         )
-
-
-def split_digest(halves: Split) -> str:
-    """A short hash of which example is in which half."""
-    return hashlib.sha256(repr(members(halves)).encode()).hexdigest()[:16]
 
 
 def _shown(value: Any) -> str:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.config import Config, ModelConfig
+from sftmix.data.fingerprint import fingerprint
 from sftmix.data.forms import parse_columns
 from sftmix.data.prepare import Source, prepare
+from sftmix.data.read import source_files
+from sftmix.data.store import TokenStore
 from sftmix.data.template import read_arguments, use_chat_template
 from sftmix.data.tokens import TokenOptions
 from sftmix.model.tokenizer import generation_stops, load_tokenizer, longest
@@ -80,3 +83,13 @@ def prepared(
         bad_rows=config.data.bad_rows,
         anew=anew,
     )
+
+
+def kept(source: Source, tokenizer: Any, options: TokenOptions, folder: Path) -> TokenStore | None:
+    """The tokenised examples of one source if ``prepared`` has left them in ``folder``; nothing is made.
+
+    Raises ``ValueError`` for a source that is not there, and for a damaged file.
+    """
+    files = source_files(source.name, split=source.split)
+    path = folder / f"{fingerprint(source, tokenizer, options, files)}.arrow"
+    return TokenStore(path) if path.exists() else None

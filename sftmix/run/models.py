@@ -53,6 +53,14 @@ class Models:
         barrier()
         return self._converted(model)
 
+    @property
+    def kept_source(self) -> ModelConfig | None:
+        """``source`` where nothing has to be converted for it, else None; the model's files are not looked at."""
+        model = self.config.model
+        if model.gguf_file is None:
+            return model
+        return self._converted(model) if (self.folder.base / "config.json").is_file() else None
+
     def _converted(self, model: ModelConfig) -> ModelConfig:
         return dataclasses.replace(model, name=str(self.folder.base), gguf_file=None, revision=None)
 

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
+from sftmix.report.figures import COLUMNS, LABELS, result_row, title
 from sftmix.run.folder import RunFolder, read_evaluation
-from sftmix.training.metrics import read_metrics
-
-LABELS = {"base": "base model", "ntp": "NTP", "sftmix": "SFTMix"}
-
-
-def training_figures(folder: RunFolder, method: str) -> dict[str, Any]:
-    """Steps, supervised tokens, mixed tokens and seconds of a training run, from its metrics."""
-    path = folder.train(method) / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    records = read_metrics(path)
-    if not records:
-        return {}
-    return {
-        "steps": records[-1]["step"],
-        "tokens": sum(record["num_tokens"] for record in records),
-        "mixed": sum(record["num_mixed"] for record in records if record["mixup_loss"] is not None),
-        "seconds": sum(record["seconds"] for record in records),
-    }
 
 
 def results_table(folder: RunFolder) -> Table:
@@ -36,21 +16,17 @@ def results_table(folder: RunFolder) -> Table:
     token; accuracy: share of tokens that were the most likely one.
     """
     results = read_evaluation(folder.evaluation)
-    first = next(iter(results.values()))
     table = Table(
-        title=f"Held-out answers: {first['num_examples']} examples, {first['num_tokens']} tokens",
+        title=title(results),
         title_justify="left",
         show_edge=False,  # 80 columns, what a file or an old terminal has, hold it without cuts
         pad_edge=False,
     )
     table.add_column("model", no_wrap=True)
-    for name in ("steps", "tokens", "mixed", "seconds", "NLL", "perplexity", "accuracy"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for label, figures in results.items():
-        cost = training_figures(folder, label)
-        spent = [f"{cost[key]:,.0f}" if cost else "–" for key in ("steps", "tokens", "mixed", "seconds")]
-        found = [f"{figures['nll']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['token_accuracy']:.2%}"]
-        table.add_row(LABELS.get(label, label), *spent, *found)
+        table.add_row(LABELS.get(label, label), *result_row(folder, label, figures))
     return table
 
 

@@ -37,6 +37,7 @@ from sftmix.run.checksums import damage, described, sums
 from sftmix.run.folder import RunFolder, Settings, stages_from
 from sftmix.run.inputs import (
     heldout_source,
+    kept,
     prepared,
     settle_date,
     token_options,
@@ -95,6 +96,20 @@ class Session:
     @cached_property
     def _train_store(self) -> TokenStore:
         return self._prepared(train_source(self.config), self.tokenizer, self.models.source)
+
+    def kept_tokens(self) -> tuple[TokenStore, Any] | None:
+        """The training examples' tokens and their tokenizer if they are in the folder already; nothing is made.
+
+        No model is read, and no other process waited for. Raises ``ValueError`` for data or tokenizer that are gone.
+        """
+        if "_train_store" in self.__dict__:
+            return self._train_store, self.tokenizer
+        model = self.models.kept_source
+        if model is None:
+            return None
+        tokenizer, options = tokenizer_for(self.config, model), token_options(self.config, model)
+        store = kept(train_source(self.config), tokenizer, options, self.folder.tokens)
+        return None if store is None else (store, tokenizer)
 
     @cached_property
     def _reference_store(self) -> TokenStore:

@@ -15,16 +15,21 @@ from typing import Any
 from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
+from sftmix.report.gather import gather
+from sftmix.report.page import write_report
+from sftmix.report.texts import Texts
 from sftmix.run.card import card
 from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
 from sftmix.run.halves import check_same, make_halves, needs_scores, without_scores
-from sftmix.run.identity import about, check, check_ids, differences, passed, settings, split_digest
+from sftmix.run.identity import about, check, check_ids, differences, passed, settings
 from sftmix.run.scoring import score_points
 from sftmix.run.session import Session
+from sftmix.run.texts import example_texts
 from sftmix.scores import cartography
 from sftmix.scores.confidence import confidence, read_split, write_split
 from sftmix.scores.dynamics import rank_correlation, read_dynamics, read_rows, write_dynamics
+from sftmix.scores.halves import split_digest
 from sftmix.training.checkpoint import save_trainable
 from sftmix.training.metrics import Record, read_metrics
 from sftmix.training.runs import train_pairs, train_plain
@@ -199,32 +204,51 @@ def train(session: Session, method: str) -> Any:
 
 
 def plot(session: Session) -> list[str]:
-    """Draw the data map, the loss curves and the confidence histogram from the files; the pictures' paths."""
+    """Draw data map, loss curves and confidence histogram, and write report.html; the paths of what there is.
+
+    Everything is from the files. Without scores and halves there are no pictures, which is said, but a report.
+    """
     folder = session.folder
-    dynamics = read_dynamics(folder.dynamics) if folder.dynamics.exists() else None
-    halves = read_split(folder.split)
     paths = [folder.plots / name for name in ("data_map.png", "confidence.png", "loss_curves.png")]
     if is_main():
         # matplotlib takes a second to load, and a minute the first time, when it lists the fonts.
         with activity("drawing the pictures"):
-            from sftmix.evaluation import plots
-
-            folder.plots.mkdir(parents=True, exist_ok=True)
-            for path in paths:  # a picture of files that are gone must not stand
+            for path in (*paths, folder.report):  # a picture of files that are gone must not stand
                 path.unlink(missing_ok=True)
-            if dynamics is not None:
-                plots.plot_data_map(dynamics, halves, paths[0])
-            if halves.confidence:
-                plots.plot_confidence(halves, paths[1])
-            else:
-                say(f"plot: no data map and no confidence, {without_scores(session.config)}")
-            runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
-            files = {name: run / "metrics.jsonl" for name, run in runs.items()}
-            curves = {name: read_metrics(file) for name, file in files.items() if file.exists()}
-            if any(curves.values()):
-                plots.plot_loss_curves({k: v for k, v in curves.items() if v}, paths[2])
+            _draw(session, paths)
+        with activity("writing the report"):
+            found = gather(folder.path)
+            texts = Texts(missing="texts of the examples: not in this page, there are no scores yet")
+            if found.scores is not None:
+                texts = example_texts(session, found.scores)
+            write_report(found, texts)
     session.barrier()
-    return [str(path) for path in paths if path.exists()]
+    return [str(path) for path in (*paths, folder.report) if path.exists()]
+
+
+def _draw(session: Session, paths: Sequence[Path]) -> None:
+    """The pictures of what there is; what they lack is said."""
+    from sftmix.evaluation import plots
+
+    folder = session.folder
+    if needs_scores(session.config):
+        missing = [path.name for path in (folder.dynamics, folder.split) if not path.exists()]
+        if missing:
+            say(f"plot: no pictures, {' and '.join(missing)} not there yet; the report says what there is")
+            return
+    folder.plots.mkdir(parents=True, exist_ok=True)
+    halves = read_split(folder.split) if folder.split.exists() else None
+    if halves is not None and folder.dynamics.exists():
+        plots.plot_data_map(read_dynamics(folder.dynamics), halves, paths[0])
+    if halves is not None and halves.confidence:
+        plots.plot_confidence(halves, paths[1])
+    else:
+        say(f"plot: no data map and no confidence, {without_scores(session.config)}")
+    runs = {"reference": folder.reference, **{m: folder.train(m) for m in METHODS}}
+    files = {name: run / "metrics.jsonl" for name, run in runs.items()}
+    curves = {name: read_metrics(file) for name, file in files.items() if file.exists()}
+    if any(curves.values()):
+        plots.plot_loss_curves({k: v for k, v in curves.items() if v}, paths[2])
 
 
 def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress | None = None) -> None:

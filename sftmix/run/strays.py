@@ -15,10 +15,12 @@ from pathlib import Path
 from sftmix.config import CONFIG_FILE
 from sftmix.progress import say
 from sftmix.rank import is_main
-from sftmix.run.folder import FILES
+from sftmix.run.folder import FILES, REPORT
 
 # Beside the files of the stages: the settings, the converted GGUF file, the demo's pairs, the tokens and their account.
-KNOWN = {CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", "scoring", *FILES.values()}
+KNOWN = {
+    CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", "scoring", REPORT, *FILES.values(),
+}  # fmt: skip
 _TRAINING = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "model", "adapter")
 _INNER = {
     "reference": ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "online.parquet", "point-[0-9]*"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -80,3 +81,24 @@ def used_halves(split: Split, use: str, *, seed: int) -> Split:
     if len(half) < 2:
         raise ValueError(f"use: expected at least two examples in the {use} half, got {len(half)}")
     return Split(*random_split(half, seed=seed), split.confidence, split.variability)
+
+
+def border(split: Split) -> tuple[float, str] | None:
+    """The confidence between the halves, and what it is: their ``median``, or a ``cut`` elsewhere.
+
+    None where the halves overlap in confidence, as given or random ones do, or have none.
+    """
+    if not split.confidence:
+        return None
+    low = min(split.confidence[name] for name in split.confident)
+    high = max(split.confidence[name] for name in split.unconfident)
+    if low < high:
+        return None
+    even = len(split.confident) - len(split.unconfident) in (0, 1)
+    return (low + high) / 2, "median" if even else "cut"
+
+
+def split_digest(halves: Split) -> str:
+    """A short hash of which example is in which half."""
+    members = repr((sorted(halves.confident), sorted(halves.unconfident)))
+    return hashlib.sha256(members.encode()).hexdigest()[:16]

@@ -61,15 +61,29 @@ def plan_steps(
     length and little padding. Raises ``ValueError`` for an id that ``examples`` lacks.
     """
     steps = []
-    for index, group in enumerate(_fill(entries, batch_size)):
+    for index, group in enumerate(in_steps(entries, batch_size)):
         by_length = sorted(group, key=lambda pair: (-_longest(pair, examples), pair.index))
-        chunks = tuple(tuple(chunk) for chunk in _fill(by_length, micro_batch_size))
+        chunks = tuple(tuple(chunk) for chunk in in_steps(by_length, micro_batch_size))
         supervised = sum(examples[name].num_supervised for name in chunk_ids(group))
         mixed = sum(count_mixed(*_members(pair, examples)) for pair in group)
         alone = sum(examples[pair.confident].num_supervised for pair in group if pair.unconfident is None)
         cut = supervised - 2 * mixed - alone
         steps.append(Step(epoch, index, chunks, num_supervised=supervised, num_mixed=mixed, num_cut=cut))
     return steps
+
+
+def in_steps(entries: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """Groups of consecutive entries of at most ``size`` sequences each, a pair being two: the steps of an epoch."""
+    groups: list[list[Pair]] = []
+    used = size
+    for pair in entries:
+        width = 1 if pair.unconfident is None else 2
+        if used + width > size:
+            groups.append([])
+            used = 0
+        groups[-1].append(pair)
+        used += width
+    return groups
 
 
 def collate_chunk(
@@ -146,17 +160,3 @@ def _longest(pair: Pair, examples: Examples) -> int:
     if missing:
         raise ValueError(f"examples: expected one with id {missing[0]}, got none")
     return max(len(examples[name].input_ids) for name in chunk_ids([pair]))
-
-
-def _fill(entries: Sequence[Pair], size: int) -> list[list[Pair]]:
-    """Groups of consecutive entries of at most ``size`` sequences each."""
-    groups: list[list[Pair]] = []
-    used = size
-    for pair in entries:
-        width = 1 if pair.unconfident is None else 2
-        if used + width > size:
-            groups.append([])
-            used = 0
-        groups[-1].append(pair)
-        used += width
-    return groups

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sftmix.evaluation import plots
+from sftmix.evaluation.curves import exponential_mean
 from sftmix.evaluation.plots import plot_confidence, plot_data_map, plot_loss_curves
 from sftmix.scores.confidence import make_split
 from sftmix.scores.dynamics import Dynamics
@@ -174,8 +175,8 @@ def test_loss_curves_of_several_runs(tmp_path: Path, drawn: list[Figure]) -> Non
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant(tmp_path: Path) -> None:
-    assert plots._smooth(np.array([7.0, 1.0]))[0] == 7.0
-    np.testing.assert_allclose(plots._smooth(np.full(50, 3.0)), 3.0)
+    assert exponential_mean(np.array([7.0, 1.0]))[0] == 7.0
+    np.testing.assert_allclose(exponential_mean(np.full(50, 3.0)), 3.0)
 
 
 def test_a_run_without_mixup_has_one_panel(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from sftmix.report.lambdas import lambdas
 from sftmix.scores.confidence import read_split
 from sftmix.scores.dynamics import read_dynamics
 from sftmix.training.metrics import read_metrics
@@ -134,8 +135,18 @@ def test_scores_of_more_examples_are_taken_with_a_word(
 def test_one_half_alone_and_pairs_by_length(
     material: tuple[Path, Path], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again(material, finished, tmp_path / "c", "--split.use", "confident", "--mixup.pairing", "length")
+    again(
+        material, finished, tmp_path / "c", "--split.use", "confident", "--mixup.pairing", "length", "--mixup.lam", "token"
+    )  # fmt: skip
     told = capsys.readouterr().out
     assert "on the confident half alone" in told and "pairing length" in told
     assert read_split(tmp_path / "c" / "split.parquet") == read_split(finished / "split.parquet")
     assert 0 < num_tokens(tmp_path / "c") < num_tokens(finished) / 2
+    # what the report draws again is what the run mixed
+    metrics = read_metrics(tmp_path / "c" / "train-sftmix" / "metrics.jsonl")
+    settings = json.loads((tmp_path / "c" / "stages.json").read_text())["train-sftmix"]["settings"]
+    dynamics = read_dynamics(finished / "dynamics.parquet")
+    sizes = dict(zip(dynamics.examples, dynamics.num_tokens[0].tolist(), strict=True))
+    split = read_split(tmp_path / "c" / "split.parquet")
+    drawn = lambdas(split, settings, steps=len(metrics), num_supervised=sizes)
+    assert sum(len(part) for part in drawn) == sum(record["num_mixed"] for record in metrics)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftmix.scores.given import read_halves, read_ids
-from sftmix.scores.halves import Split, median_split, quantile_split, random_split, used_halves
+from sftmix.scores.halves import Split, border, median_split, quantile_split, random_split, used_halves
 
 SCORES = {f"e{i}": float(-i) for i in range(10)}
 
@@ -56,6 +56,13 @@ def test_one_half_alone_is_cut_in_two() -> None:
         ValueError, match="use: expected at least two examples in the unconfident half, got 1"
     ):
         used_halves(Split(["a", "b"], ["c"]), "unconfident", seed=0)
+
+
+def test_the_border_is_a_median_a_cut_or_nowhere() -> None:
+    assert border(Split(*median_split(SCORES), confidence=SCORES)) == (-4.5, "median")
+    assert border(Split(*quantile_split(SCORES, 0.3), confidence=SCORES)) == (-2.5, "cut")
+    assert border(Split(*random_split(SCORES, seed=0), confidence=SCORES)) is None
+    assert border(Split(["e0"], ["e1"])) is None
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "h.jsonl") -> str:
