@@ -135,9 +135,8 @@ def test_scores_of_more_examples_are_taken_with_a_word(
 def test_one_half_alone_and_pairs_by_length(
     material: tuple[Path, Path], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again(
-        material, finished, tmp_path / "c", "--split.use", "confident", "--mixup.pairing", "length", "--mixup.lam", "token"
-    )  # fmt: skip
+    flags = ("--split.use", "confident", "--mixup.pairing", "length", "--mixup.lam", "token")
+    again(material, finished, tmp_path / "c", *flags)
     told = capsys.readouterr().out
     assert "on the confident half alone" in told and "pairing length" in told
     assert read_split(tmp_path / "c" / "split.parquet") == read_split(finished / "split.parquet")
