@@ -65,7 +65,7 @@ def scores_of(rows: Sequence[dict[str, str]], seed: int, folder: Path) -> dict[s
 
     from sftmix.config import load_config
     from sftmix.demo.job import find_smollm2
-    from sftmix.evaluation.answers import Passes, difficulties, read_answers
+    from sftmix.evaluation.sums import Passes, difficulties, read_answers
     from sftmix.run.session import Session
     from sftmix.training.runs import train_plain
 

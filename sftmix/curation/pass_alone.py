@@ -21,7 +21,7 @@ from sftmix.config import ModelConfig
 from sftmix.curation.records import write_records
 from sftmix.data.fingerprint import tokenizer_facts
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.evaluation.answers import OnBatch, Passes, by_length, difficulties, read_answers
+from sftmix.evaluation.sums import OnBatch, Passes, by_length, difficulties, read_answers
 from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.packing import packs

@@ -19,7 +19,7 @@ from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
-from sftmix.evaluation.answers import OnBatch, Passes, perplexity, read_answers
+from sftmix.evaluation.sums import OnBatch, Passes, perplexity, read_answers
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
 from sftmix.model.parallel import World

@@ -19,8 +19,8 @@ import torch
 
 from sftmix.data.fingerprint import content_hash
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.evaluation.answers import OnBatch, by_length
 from sftmix.evaluation.figures import score_examples
+from sftmix.evaluation.sums import OnBatch, by_length
 from sftmix.files import replacing
 from sftmix.model.causal_lm import SFTMixModel
 from sftmix.model.packing import packs

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sftmix.data.tokenized import TokenizedExample
-from sftmix.evaluation.answers import Passes, difficulties, read_answers
+from sftmix.evaluation.sums import Passes, difficulties, read_answers
 from sftmix.scores.ifd import difficulty, without_prompt
 from tests.recipe import tiny
 
