@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sftmix.files import replacing
+from sftmix.progress import say
 from sftmix.report.content import content
 from sftmix.report.examples import packed
 from sftmix.report.gather import Found
@@ -29,15 +30,20 @@ _UPLOT = "uplot/uPlot.iife.min.js"
 
 
 def write_report(found: Found, texts: Texts) -> Path:
-    """Write ``report.html`` of a run into its folder; the file is whole or absent, and below ``LIMIT`` bytes where
-    there are at most 50,000 examples with ids of ordinary length."""
+    """Write ``report.html`` of a run into its folder; the file is whole or absent.
+
+    It is below ``LIMIT`` bytes where there are at most 50,000 examples with ids of ordinary length; more is said.
+    """
     told = content(found, texts)
     columns: dict[str, bytes] = {}
     if found.scores is not None:
         told["examples"] = {}
         left = LIMIT - _SPARE - len(page("report", told["title"], {})) - size_in_base64(as_json(told))
         columns, told["examples"] = packed(found.scores, texts, most_bytes=left)
-    return write(found.folder.report, page("report", told["title"], {"content": as_json(told), **columns}))
+    text = page("report", told["title"], {"content": as_json(told), **columns})
+    if len(text.encode()) > LIMIT:  # texts are cut to nothing by now
+        say(f"report: {len(text.encode()):,} bytes, more than {LIMIT:,}: ids and numbers alone take them")
+    return write(found.folder.report, text)
 
 
 def write(path: Path, text: str) -> Path:
