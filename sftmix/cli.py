@@ -154,7 +154,7 @@ def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restar
 
 @app.command(context_settings=KNOBS_AS_FLAGS)
 def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Held-out NLL, perplexity, token accuracy and sample answers of the base and the trained models."""
+    """Held-out figures, sample answers, benchmarks and answers of the base and the trained models."""
     _stage("evaluate", run_dir, config, ctx.args, restart)
     show_files(run_dir)
     show_results(run_dir)
@@ -279,13 +279,13 @@ def show_files(run_dir: str) -> None:
 
 
 def show_results(run_dir: str) -> None:
-    """The closing table of a run."""
+    """The closing tables of a run."""
     from sftmix.run.folder import RunFolder
-    from sftmix.run.report import results_table
+    from sftmix.run.report import closing_tables
 
     folder = RunFolder(run_dir)
-    if folder.evaluation.exists():
-        show(results_table(folder))
+    for table in closing_tables(folder) if folder.evaluation.exists() else ():
+        show(table)
 
 
 def main() -> None:

@@ -13,12 +13,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
+from sftmix.evaluation.calibration import calibration
+from sftmix.evaluation.decoding import answer_batch, greedy
+from sftmix.evaluation.uncertainty import ratio_stderr
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
 from sftmix.model.parallel import World, gather_objects
@@ -29,6 +33,7 @@ from sftmix.training.batch import blank_batch, check_batch, collate_plain
 from sftmix_kernels import TokenStats
 
 OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
+Row = dict[str, Any]
 
 
 def evaluate_model(
@@ -50,12 +55,47 @@ def evaluate_model(
         progress=progress,
         world=world,
     )
-    sums = list(found)
     num_tokens = sum(example.num_supervised for example in examples)
-    nll = math.fsum(nll_sum for _, nll_sum, _ in sums) / num_tokens
-    accuracy = sum(top1 for _, _, top1 in sums) / num_tokens
+    return _mean([(nll_sum, top1) for _, nll_sum, top1 in found], num_tokens)
+
+
+def _mean(sums: Sequence[tuple[float, float]], num_tokens: int) -> dict[str, float]:
+    """Means over all tokens, of (NLL sum, number of top-1 tokens) of each example."""
+    nll = math.fsum(nll_sum for nll_sum, _ in sums) / num_tokens
+    accuracy = sum(top1 for _, top1 in sums) / num_tokens
     perplexity = math.exp(nll) if nll < 700 else math.inf
     return {"nll": nll, "perplexity": perplexity, "token_accuracy": accuracy, "num_tokens": num_tokens}
+
+
+def heldout_figures(
+    model: SFTMixModel, examples: Sequence[TokenizedExample], **options: Any
+) -> tuple[dict[str, Any], list[Row]]:  # fmt: skip
+    """What ``evaluate_model`` gives, with standard errors over examples and the calibration; and a row per example.
+
+    ``options`` are those of ``evaluate_model``. ``nll_stderr`` and ``token_accuracy_stderr`` are None for a single
+    example. A row has ``example`` (id), ``nll_sum``, ``num_tokens`` and ``num_top1``, in the order given.
+    """
+    tokens: list[tuple[np.ndarray, np.ndarray]] = []
+    given: dict[str, Any] = {"batch_size": 8, "pad_id": 0, "impl": None, "packed": False, "progress": None}
+    given |= {"world": None, **options}
+    sums = _sums(model, examples, tokens=tokens, **given)
+    by_id = {name: (nll, top1) for name, nll, top1 in sums}
+    rows: list[Row] = [
+        {
+            "example": example.id, "nll_sum": by_id[example.id][0], "num_tokens": example.num_supervised,
+            "num_top1": int(by_id[example.id][1]),
+        }
+        for example in examples
+    ]  # fmt: skip
+    counts = [row["num_tokens"] for row in rows]
+    errors = {
+        "nll_stderr": ratio_stderr([row["nll_sum"] for row in rows], counts),
+        "token_accuracy_stderr": ratio_stderr([row["num_top1"] for row in rows], counts),
+    }
+    confidence, correct = (np.concatenate(parts) for parts in zip(*tokens, strict=True))
+    found = _mean([(nll, top1) for _, nll, top1 in sums], sum(counts))
+    sound = bool(np.isfinite(confidence).all())  # a model that gives NaN has figures that say so
+    return {**found, **errors, "calibration": calibration(confidence, correct) if sound else None}, rows
 
 
 def score_examples(
@@ -92,8 +132,12 @@ def score_examples(
 def _sums(
     model: SFTMixModel, examples: Sequence[TokenizedExample], *, batch_size: int, pad_id: int,
     impl: str | None, packed: bool, progress: OnBatch | None, world: World | None,
+    tokens: list[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> list[tuple[str, float, float]]:  # fmt: skip
     """(id, sum of the response's NLL, number of top-1 tokens) of each example, batched by length.
+
+    ``tokens``, where given, gets two arrays [N] of each process's batches: the most likely token's probability, and
+    whether the answer's token was it.
 
     The batches do not depend on the number of processes. Each process takes its own in every round; one that has none
     left takes part with a blank one, for a sharded model is gathered by all.
@@ -104,6 +148,7 @@ def _sums(
     ordered = by_length(examples)
     starts = range(0, len(ordered), batch_size)
     found: list[tuple[str, float, float]] = []
+    own_tokens: list[tuple[np.ndarray, np.ndarray]] = []
     with evaluating(model):
         for first in range(0, len(starts), world.size):
             mine = first + world.rank
@@ -115,13 +160,19 @@ def _sums(
             batch = batch.to(model.device)
             tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
             row = {"position_ids": batch.position_ids, "starts": batch.starts}
-            stats = cast(TokenStats, model(*tensors, **row, stats=True, impl=impl))
+            top = tokens is not None
+            stats = cast(TokenStats, model(*tensors, **row, stats=True, top=top, impl=impl))
             sums = accumulate(-stats.logprob, stats.is_top1, batch.example, len(batch.ids))
             values = torch.stack([sums.nll_sum, sums.num_top1.double()]).tolist()
             if mine < len(starts):
                 found += zip(batch.ids, *values, strict=True)
+                if stats.token_logprob is not None:
+                    confidence = stats.token_logprob[:, 0].double().exp()
+                    own_tokens.append((confidence.cpu().numpy(), stats.is_top1.cpu().numpy()))
             if progress is not None:
                 progress(min((first + world.size) * batch_size, len(ordered)), len(ordered))
+    if tokens is not None:
+        tokens += [pair for pairs in gather_objects(own_tokens, world) for pair in pairs]
     return [row for rows in gather_objects(found, world) for row in rows]
 
 
@@ -149,22 +200,18 @@ def sample_answers(
         return answers
     ends = stops(model.base, stop_ids)
     pad_id = safe_pad_id(tokenizer, model.vocab_size)
-    with evaluating(model):
+    with evaluating(model), greedy(model.base, ends):
         for example in examples:
             ids = prompt_ids(example, tokenizer, options)
             question, expected = _last_turns(example, tokenizer)
-            prompt = torch.tensor([ids], device=model.device)
-            output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None,
-            )  # fmt: skip
-            tokens = output[0, len(ids) :].tolist()
-            length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-            answer = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+            ((tokens, ended),) = answer_batch(
+                model, [ids], ends=ends, pad_id=pad_id, max_new_tokens=max_new_tokens
+            )
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             answers.append(
                 {
                     "id": example.id, "prompt": question, "answer": answer, "expected": expected,
-                    "stopped": length < len(tokens),
+                    "stopped": ended,
                 }
             )  # fmt: skip
     return answers

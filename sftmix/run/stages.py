@@ -15,6 +15,7 @@ from typing import Any
 from sftmix.model.export import export_adapter, merge_and_export
 from sftmix.progress import activity, bar, say
 from sftmix.rank import is_main
+from sftmix.run.benchmarks import check_more
 from sftmix.run.card import card
 from sftmix.run.checksums import described
 from sftmix.run.evaluate import evaluate, evaluate_one
@@ -207,6 +208,7 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
     Raises ``ValueError``, before anything is done, where the folder was begun with other settings.
     """
     check(session, stage_names(methods))
+    check_more(session)
     session.tell_data()
     session.models.keep_base = True  # every stage begins with it
     if not session.heldout:
