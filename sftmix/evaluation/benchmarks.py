@@ -99,6 +99,18 @@ def run_tasks(
     return found
 
 
+def check_tasks(paths: Sequence[Path], tokenizer: Any, asking: Asking) -> None:
+    """Raise ``ValueError`` for a user's tasks that cannot be loaded, or asked with so many examples and that template."""
+    from sftmix.evaluation import harness
+
+    _chat(tokenizer, asking.template)
+    with harness.offline(), harness.own_random(), harness.Warnings().listening():
+        for path in paths:
+            for task in _loaded(Source(path, str(path), "")):
+                with naming(task.task_name):
+                    _set_shots(task, asking.num_fewshot)
+
+
 @contextmanager
 def naming(task: str) -> Iterator[None]:
     """Errors of the harness, of a task's files and of its functions in one line that names the task."""

@@ -41,8 +41,13 @@ def check_installed(knob: str = "evaluate.tasks") -> None:
         raise ValueError(f"{knob}: expected lm-eval, got none; pip install 'sftmix[eval]'")
 
 
-def check_rows(requests: Sequence[TaskRequest], fewshot: Mapping[str, Path]) -> None:
-    """Raise ``ValueError`` for files that are not of a built-in task's form, and examples without their task."""
+def check_rows(
+    requests: Sequence[TaskRequest], fewshot: Mapping[str, Path], shots: int | None = None
+) -> None:
+    """Raise ``ValueError`` for files that are not of a built-in task's form, examples without their task, and too few.
+
+    ``shots``: examples before each row; without a file of their own they are the other rows.
+    """
     unused = set(fewshot) - {request.form for request in requests}
     if unused:
         raise ValueError(
@@ -52,9 +57,13 @@ def check_rows(requests: Sequence[TaskRequest], fewshot: Mapping[str, Path]) -> 
         if request.form is None:
             _given(request.path)
         else:
-            read_task_rows(request.form, str(request.path), "evaluate.tasks")
-    for form, path in fewshot.items():
-        read_task_rows(form, str(path), "evaluate.fewshot")
+            most = len(read_task_rows(request.form, str(request.path), "evaluate.tasks").rows) - 1
+            if request.form in fewshot:
+                most = len(read_task_rows(request.form, str(fewshot[request.form]), "evaluate.fewshot").rows)
+            if shots is not None and shots > most:
+                raise ValueError(
+                    f"evaluate.num_fewshot: expected at most {most}, the examples there are for {request.form}, got {shots}"
+                )
 
 
 def write_tasks(

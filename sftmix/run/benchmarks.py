@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from sftmix.data.fingerprint import content_hash
 from sftmix.evaluation.answers import FORMS, Writer, read_questions, write_answers
-from sftmix.evaluation.benchmarks import Asking, run_tasks
+from sftmix.evaluation.benchmarks import Asking, check_tasks, run_tasks
 from sftmix.evaluation.requests import parse_files, parse_tasks
 from sftmix.evaluation.task_rows import FORMS as TASKS
 from sftmix.evaluation.task_sources import check_installed, check_rows, write_tasks
@@ -52,7 +52,12 @@ def check_more(session: Session) -> None:
         raise ValueError("evaluate.tasks, evaluate.answers: expected held-out examples beside them, got none")
     if config.tasks:
         check_installed()
-        check_rows(parse_tasks(config.tasks), parse_files("evaluate.fewshot", config.fewshot, TASKS))
+        requests = parse_tasks(config.tasks)
+        fewshot = parse_files("evaluate.fewshot", config.fewshot, TASKS)
+        check_rows(requests, fewshot, config.num_fewshot)
+        asking = Asking(config.num_fewshot, template=config.task_template)
+        paths = [request.path for request in requests if request.form is None]
+        together(lambda: check_tasks(paths, session.tokenizer, asking))
     for form, path in parse_files("evaluate.answers", config.answers, tuple(FORMS)).items():
         read_questions(form, path)
     room = positions(session.models.source)
@@ -69,10 +74,11 @@ def more_figures(
 
     ``load`` gives the whole model on this process. Raises ``ValueError`` on every process where one of them fails.
     """
-    return together(lambda: _more(session, load, before, label, about))
+    found: More = together(lambda: _more(session, load, before, label, about))
+    return found
 
 
-def together(work: Callable[[], More]) -> More:
+def together(work: Callable[[], Any]) -> Any:
     """What ``work`` gives on the main process, on every process; its error is raised on every one too."""
     if not dist.is_initialized():
         return work()
@@ -88,8 +94,7 @@ def together(work: Callable[[], More]) -> More:
         raise problem
     if told[1] is not None:
         raise ValueError(f"the main process ended with {told[1]}")
-    found: More = told[0]
-    return found
+    return told[0]
 
 
 def _more(

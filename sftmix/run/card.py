@@ -77,10 +77,11 @@ def _figures(method: str, evaluation: dict[str, Any]) -> list[str]:
 
 
 def _benchmarks(method: str, evaluation: dict[str, Any]) -> list[str]:
-    rows = []
+    rows, versions = [], set()
     for label in ("base", method):
         for task, found in evaluation.get(label, {}).get("tasks", {}).items():
             asked = "chat template" if found["about"]["chat_template"] else "plain text"
+            versions.add(str(found["about"]["lm_eval"]))
             counted = f"{found['num_examples']} of {found['num_rows']}"
             for metric in found["metrics"]:
                 name = f"{metric['metric']} ({metric['filter']})"
@@ -88,8 +89,8 @@ def _benchmarks(method: str, evaluation: dict[str, Any]) -> list[str]:
                 rows.append(f"| {' | '.join(map(str, cells))} |")
     if not rows:
         return []
-    version = next(iter(evaluation[method]["tasks"].values()))["about"]["lm_eval"]
-    head = ["## Benchmarks", "", f"By lm-evaluation-harness {version}, greedy, with standard errors.", ""]
+    made = f"By lm-evaluation-harness {', '.join(sorted(versions))}, greedy, with standard errors."
+    head = ["## Benchmarks", "", made, ""]
     titles = "| model | task | metric | value | rows | shots | asked as |"
     return [*head, titles, "|---|---|---|---|---|---|---|", *rows, ""]
 
