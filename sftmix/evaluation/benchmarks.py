@@ -100,7 +100,7 @@ def run_tasks(
 
 
 def check_tasks(paths: Sequence[Path], tokenizer: Any, asking: Asking) -> None:
-    """Raise ``ValueError`` for a user's tasks that cannot be loaded, or asked with so many examples and that template."""
+    """Raise ``ValueError`` for tasks of a user's that cannot be loaded, or not asked as ``asking`` says."""
     from sftmix.evaluation import harness
 
     _chat(tokenizer, asking.template)

@@ -62,7 +62,8 @@ def check_rows(
                 most = len(read_task_rows(request.form, str(fewshot[request.form]), "evaluate.fewshot").rows)
             if shots is not None and shots > most:
                 raise ValueError(
-                    f"evaluate.num_fewshot: expected at most {most}, the examples there are for {request.form}, got {shots}"
+                    f"evaluate.num_fewshot: expected at most {most}, the examples there are for {request.form}, got "
+                    f"{shots}"
                 )
 
 

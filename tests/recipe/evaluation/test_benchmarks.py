@@ -261,6 +261,28 @@ def test_a_task_that_cannot_run_is_one_line_that_names_it(
     assert "\n" not in str(caught.value) and re.search(message, str(caught.value))
 
 
+def test_nothing_is_downloaded_though_the_hub_may_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    import datasets
+    import huggingface_hub.constants
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a connection")
+
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    kept = datasets.config.HF_DATASETS_CACHE
+    path = mine(tmp_path)
+    path.write_text(path.read_text().replace("dataset_path: json", "dataset_path: openai/none-such-set"))
+    with pytest.raises(ValueError, match=r"expected a task that runs on local files, got .*[Oo]ffline"):
+        run(sources_of(path, tmp_path), tmp_path)
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_DATASETS_CACHE == kept
+
+
 def test_code_that_the_model_writes_runs_only_when_it_is_allowed(tmp_path: Path) -> None:
     path = mine(tmp_path, "unsafe_code: true")
     with pytest.raises(ValueError, match=r"mine: .*evaluate.unsafe_code|mine: expected .* unsafe"):

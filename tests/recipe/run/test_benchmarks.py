@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, listed in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    (folder / "broken.yaml").write_text("task: broken\ndataset_path: none/such\ntest_split: test\n")
     return folder
 
 
@@ -188,6 +190,15 @@ def test_the_tables_fit_eighty_columns_and_the_card_tells_the_same(asked: Path) 
             "evaluate.answers=mt-bench={files}/alpaca.jsonl",
             r"evaluate.answers: .*line 1: question_id: expected a",
         ),
+        ("evaluate.tasks={files}/broken.yaml", r"broken.yaml: expected a task that runs on local files, got"),
+        (
+            "evaluate.num_fewshot=6",
+            "evaluate.num_fewshot: expected at most 5, the examples there are for gsm8k, got 6",
+        ),
+        (
+            "evaluate.fewshot=medqa={files}/gsm8k.jsonl",
+            "evaluate.fewshot: expected names of built-in tasks that are",
+        ),
         ("evaluate.answer_tokens=5000", r"evaluate.answer_tokens: expected fewer than the 2048 positions"),
         (
             "data.heldout_fraction=0",
@@ -251,11 +262,14 @@ def test_two_processes_give_what_one_gives_and_end_together(
         assert two[label]["tasks"] == one[label]["tasks"]
         for name in ("mt_bench.jsonl", "alpaca_eval.json"):
             texts = [(f / "evaluation" / "answers" / label / name).read_text() for f in (asked, folder)]
-            assert texts[0].count("turns") == texts[1].count("turns")
-    broken = tmp_path / "mine.yaml"
-    broken.write_text("task: broken\ndataset_path: none/such\ntest_split: test\n")
-    done = torchrun("evaluate", folder, f"--evaluate.tasks={broken}")
-    assert done.returncode != 0 and "broken" in done.stderr and "the main process ended with" in done.stderr
+            said = [re.findall(r'"(?:turns|output)": .*?[\]}]', text, re.DOTALL) for text in texts]
+            assert said[0] == said[1] and len(said[0]) == 3
+    done = torchrun("evaluate", folder, f"--evaluate.tasks={files}/broken.yaml")
+    assert (
+        done.returncode != 0
+        and "sftmix: evaluate.tasks: " in done.stderr
+        and "broken.yaml: expected a task that" in done.stderr
+    )
 
 
 def test_a_whole_run_asks_every_model(material: tuple[Path, Path], files: Path, tmp_path: Path) -> None:
