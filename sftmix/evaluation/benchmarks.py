@@ -32,6 +32,7 @@ _EXPECTED = (
     "Truncating",
     "using preconfigured rule",
 )
+_SHOWN = 5  # warnings that are told
 _WORDS = {
     "model": "model", "dtype": "model.dtype", "task": "task file", "rows": "rows or examples", "lm_eval": "lm-eval",
     "shots": "number of examples", "limit": "evaluate.task_limit", "chat_template": "evaluate.task_template",
@@ -93,9 +94,11 @@ def run_tasks(
                     found[name] = {**_figures(result, name, one), "about": about}
                     _keep_samples(folder / f"{name}.jsonl", result["samples"][name])
                     _tell(label, name, found[name])
-    for text, count in warnings.counts.items():
-        if not any(part in text for part in _EXPECTED):
-            say(f"evaluate {label}: lm-evaluation-harness warns, {count} times: {text}")
+    told = [(t, n) for t, n in warnings.counts.items() if not any(part in t for part in _EXPECTED)]
+    for text, count in told[:_SHOWN]:
+        say(f"evaluate {label}: lm-evaluation-harness warns, {count} times: {text}")
+    if len(told) > _SHOWN:
+        say(f"evaluate {label}: lm-evaluation-harness warns of {len(told) - _SHOWN} more things")
     return found
 
 

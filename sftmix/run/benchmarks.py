@@ -108,7 +108,7 @@ def _more(
         "model": about["model"], "dtype": about["dtype"], "ends": list(session.stop_ids),
         "template": [template, session.config.data.template_arguments, session.config.data.date],
     }  # fmt: skip
-    found = _standing(before, config, label, about["model"])
+    found = _standing(before, config, about["model"])
     if config.tasks:
         sources = write_tasks(
             parse_tasks(config.tasks), parse_files("evaluate.fewshot", config.fewshot, TASKS),
@@ -139,24 +139,20 @@ def _more(
                 f"evaluate {label}: answers to {form} anew, those there are of another model, file or setting"
             )
         found["answers"][form] = {**_answer(session, load(), form, path, label), "about": mine}
+    for kind, figures in found.items():
+        for name in before.get(kind, {}).keys() - figures.keys():
+            say(f"evaluate {label}: {kind} {name} left out: of another model, and not asked for now")
     return {kind: figures for kind, figures in found.items() if figures}
 
 
-def _standing(before: dict[str, Any], config: EvaluateConfig, label: str, model: str) -> More:
-    """What stands there of the same model and is not asked for now: it stays, and is named."""
-    asked = {"answers": set(parse_files("evaluate.answers", config.answers, tuple(FORMS)))}
+def _standing(before: dict[str, Any], config: EvaluateConfig, model: str) -> More:
+    """What stands there of the same model and is not asked for now, which stays."""
+    asked = parse_files("evaluate.answers", config.answers, tuple(FORMS))
     found: More = {"tasks": {}, "answers": {}}
     for kind in found:
         for name, figures in before.get(kind, {}).items():
-            if name in asked.get(kind, ()):
-                continue
-            same = (figures.get("about") or {}).get("model") == model
-            if same:
+            if (figures.get("about") or {}).get("model") == model and (kind == "tasks" or name not in asked):
                 found[kind][name] = figures
-            elif kind == "answers" or not config.tasks:
-                say(
-                    f"evaluate {label}: {kind} {name} left out, which are another model's and not asked for now"
-                )
     return found
 
 

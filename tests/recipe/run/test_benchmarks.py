@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sftmix.config import read_config
 from sftmix.evaluation.paired import read_rows
+from sftmix.run import benchmarks
 from sftmix.run.folder import RunFolder
 from sftmix.run.report import closing_tables
 from tests.recipe.run.small import run, sftmix
@@ -146,6 +149,12 @@ def test_what_stands_is_not_asked_again_and_what_changed_is_with_a_word(
     )
     fifth, _ = again("--evaluate.tasks=null", "--evaluate.answers=null", "--evaluate.task_limit=null")
     assert fifth == fourth  # of the same models: they stay
+    about = {name: figures["tasks"]["gsm8k"]["about"] for name, figures in fifth.items()}
+    told_of_others = copy.deepcopy(fifth)
+    for figures in told_of_others.values():
+        figures["tasks"]["gsm8k"]["about"]["model"] = "another"
+    found = benchmarks._standing(told_of_others["ntp"], read_config(folder).evaluate, about["ntp"]["model"])
+    assert list(found["tasks"]) == ["pubmedqa"] and list(found["answers"]) == ["mt-bench", "alpaca-eval"]
     (folder / "evaluation" / "answers" / "ntp" / "mt_bench.jsonl").write_text("")
     sixth, told = again()
     assert "evaluate: anew, evaluation/answers/ntp/mt_bench.jsonl is damaged" in told
