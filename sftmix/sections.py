@@ -250,7 +250,7 @@ class EvaluateConfig:
     max_new_tokens: int = knob("longest sample answer, in tokens", 64, at_least=1)
     limit: int | None = knob("evaluate only the first so many held-out examples", None, at_least=1)
     tasks: str | None = knob(
-        "benchmarks, with commas: gsm8k=FILE, pubmedqa=FILE, medqa=FILE, a task's YAML file or a folder of them",
+        "benchmarks, with commas: gsm8k=FILE, pubmedqa=FILE, medqa=FILE, a task's YAML file, a folder of them",
         None,
     )
     num_fewshot: int | None = knob(
