@@ -162,7 +162,7 @@ def train(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restar
 
 @app.command(cls=KnobCommand, context_settings=KNOBS_AS_FLAGS)
 def evaluate(ctx: typer.Context, run_dir: RunDir, config: ConfigFile = None, restart: Restart = None) -> None:
-    """Held-out figures and sample answers of all models. NLL, perplexity and token accuracy."""
+    """Held-out figures, sample answers, benchmarks of all models."""
     _stage("evaluate", run_dir, config, ctx.args, restart)
     show_files(run_dir)
     show_results(run_dir)

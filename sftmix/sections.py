@@ -155,10 +155,7 @@ class SplitConfig:
         choices=("median", "quantile", "random", "given"),
     )
     confident_share: float = knob(
-        "with quantile: share of the examples, the most confident ones, in the confident half",
-        0.5,
-        above=0,
-        below=1,
+        "with quantile: share of the examples, the most confident ones, in that half", 0.5, above=0, below=1
     )
     file: str | None = knob(
         "with given: Parquet, JSONL or CSV of example (id, guid) and half, or confidence to cut at its median",
@@ -293,3 +290,31 @@ class EvaluateConfig:
     num_samples: int = knob("sample answers to print", 3, at_least=0)
     max_new_tokens: int = knob("longest sample answer, in tokens", 64, at_least=1)
     limit: int | None = knob("evaluate only the first so many held-out examples", None, at_least=1)
+    tasks: str | None = knob(
+        "benchmarks, with commas: gsm8k=FILE, pubmedqa=FILE, medqa=FILE, a task's YAML file, a folder of them",
+        None,
+    )
+    num_fewshot: int | None = knob(
+        "examples before each row of a benchmark; null: as its file says, 0 for the built-in ones",
+        None,
+        at_least=0,
+    )
+    fewshot: str | None = knob(
+        "files of the built-in benchmarks' examples, e.g. gsm8k=FILE; null: their other rows", None
+    )
+    task_limit: int | None = knob(
+        "use only the first so many rows of each benchmark and file of questions", None, at_least=1
+    )
+    task_template: str = knob(
+        "ask benchmarks by the chat template; auto: where the tokenizer has one",
+        "auto",
+        choices=("auto", "on", "off"),
+        aliases={True: "on", False: "off"},
+    )
+    unsafe_code: bool = knob("run benchmarks that execute what the model writes", False)
+    answers: str | None = knob(
+        "files of questions to answer, with commas: mt-bench=FILE, alpaca-eval=FILE", None
+    )
+    answer_tokens: int = knob(
+        "longest answer to a question, and of the built-in benchmarks, in tokens", 1024, at_least=1
+    )

@@ -43,7 +43,11 @@ PARTS = {
     "Use the loss": (r"sftmix_loss\(", r"\.backward\(\)", r"torch\.compile\(.*fullgraph=True"),
     "How two matrix products give three losses": (r"X = λA \+ \(1−λ\)B", r"no third product"),
     "The recipe": (r"^    sftmix run --data FILE --model ID$", r"KNOBS\.md"),
-    "In a TRL script": (r"import SFTMixConfig, SFTMixTrainer", r'reference="online"', r"TrainingDynamicsCallback"),
+    "In a TRL script": (
+        r"import SFTMixConfig, SFTMixTrainer",
+        r'reference="online"',
+        r"TrainingDynamicsCallback",
+    ),
     "Measured": (
         r"<!-- summary: ",
         r"<!-- end of summary -->",

@@ -13,18 +13,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sftmix.data.prompts import prompt_ids
 from sftmix.data.rows import Example
 from sftmix.data.tokenized import TokenizedExample
 from sftmix.data.tokens import TokenOptions
-from sftmix.evaluation.sums import OnBatch, Passes, perplexity, read_answers
+from sftmix.evaluation.calibration import calibration
+from sftmix.evaluation.decoding import answer_batch, greedy
+from sftmix.evaluation.sums import Answer, OnBatch, Passes, TopTokens, perplexity, read_answers
+from sftmix.evaluation.uncertainty import ratio_stderr
 from sftmix.model.causal_lm import SFTMixModel, evaluating
 from sftmix.model.export import stops
 from sftmix.model.parallel import World
 from sftmix.model.vocabulary import safe_pad_id
 from sftmix.progress import say
+
+Row = dict[str, Any]
 
 
 def evaluate_model(
@@ -38,13 +44,46 @@ def evaluate_model(
     """
     passes = Passes(batch_size=batch_size, pad_id=pad_id, impl=impl, packed=packed, world=world)
     answers = read_answers(model, examples, passes, progress)
-    num_tokens = sum(example.num_supervised for example in examples)
+    return _mean(answers, sum(example.num_supervised for example in examples))
+
+
+def _mean(answers: Sequence[Answer], num_tokens: int) -> dict[str, float]:
+    """Means over all tokens."""
     nll_sum = math.fsum(answer.nll_sum for answer in answers)
     accuracy = sum(answer.num_top1 for answer in answers) / num_tokens
     return {
         "nll": nll_sum / num_tokens, "perplexity": perplexity(nll_sum, num_tokens), "token_accuracy": accuracy,
         "num_tokens": num_tokens,
     }  # fmt: skip
+
+
+def heldout_figures(
+    model: SFTMixModel, examples: Sequence[TokenizedExample], passes: Passes, progress: OnBatch | None = None
+) -> tuple[dict[str, Any], list[Row]]:
+    """What ``evaluate_model`` gives, with standard errors over examples and the calibration; and a row per example.
+
+    ``nll_stderr`` and ``token_accuracy_stderr`` are None for a single example. A row has ``example`` (id),
+    ``nll_sum``, ``num_tokens`` and ``num_top1``, in the order given.
+    """
+    tokens: TopTokens = []
+    answers = read_answers(model, examples, passes, progress, tokens=tokens)
+    by_id = {answer.id: answer for answer in answers}
+    rows: list[Row] = [
+        {
+            "example": example.id, "nll_sum": by_id[example.id].nll_sum, "num_tokens": example.num_supervised,
+            "num_top1": by_id[example.id].num_top1,
+        }
+        for example in examples
+    ]  # fmt: skip
+    counts = [row["num_tokens"] for row in rows]
+    errors = {
+        "nll_stderr": ratio_stderr([row["nll_sum"] for row in rows], counts),
+        "token_accuracy_stderr": ratio_stderr([row["num_top1"] for row in rows], counts),
+    }
+    confidence, correct = (np.concatenate(parts) for parts in zip(*tokens, strict=True))
+    found = _mean(answers, sum(counts))
+    sound = bool(np.isfinite(confidence).all())  # a model that gives NaN has figures that say so
+    return {**found, **errors, "calibration": calibration(confidence, correct) if sound else None}, rows
 
 
 def score_examples(
@@ -87,22 +126,18 @@ def sample_answers(
         return answers
     ends = stops(model.base, stop_ids)
     pad_id = safe_pad_id(tokenizer, model.vocab_size)
-    with evaluating(model):
+    with evaluating(model), greedy(model.base, ends):
         for example in examples:
             ids = prompt_ids(example, tokenizer, options)
             question, expected = _last_turns(example, tokenizer)
-            prompt = torch.tensor([ids], device=model.device)
-            output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None,
-            )  # fmt: skip
-            tokens = output[0, len(ids) :].tolist()
-            length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-            answer = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+            ((tokens, ended),) = answer_batch(
+                model, [ids], ends=ends, pad_id=pad_id, max_new_tokens=max_new_tokens
+            )
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
             answers.append(
                 {
                     "id": example.id, "prompt": question, "answer": answer, "expected": expected,
-                    "stopped": length < len(tokens),
+                    "stopped": ended,
                 }
             )  # fmt: skip
     return answers

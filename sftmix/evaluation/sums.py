@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sftmix.data.tokenized import TokenizedExample
@@ -17,6 +19,8 @@ from sftmix.scores.ifd import difficulty, without_prompt
 from sftmix.training.batch import Batch, blank_batch, check_batch, collate_plain
 from sftmix_kernels import TokenStats
 
+# Of each batch: the most likely token's probability [N] float64, and whether the answer's token was it [N] bool.
+TopTokens = list[tuple[NDArray[np.float64], NDArray[np.bool_]]]
 OnBatch = Callable[[int, int], None]  # (examples done, examples in all)
 
 
@@ -48,9 +52,12 @@ def by_length(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
 
 
 def batches(
-    model: SFTMixModel, examples: Sequence[TokenizedExample], passes: Passes, progress: OnBatch | None = None
-) -> Iterator[tuple[Batch, TokenStats]]:
+    model: SFTMixModel, examples: Sequence[TokenizedExample], passes: Passes, progress: OnBatch | None = None, *,
+    top: bool = False,
+) -> Iterator[tuple[Batch, TokenStats]]:  # fmt: skip
     """This process's batches with the statistics of their rows, examples from long to short.
+
+    ``top``: with the most likely token's log-probability, which costs another product with the head.
 
     The batches do not depend on the number of processes. Each process takes its own in every round; one that has none
     left takes part with a blank one, for a sharded model is gathered by all. Raises ``ValueError`` for no examples.
@@ -71,7 +78,7 @@ def batches(
             batch = batch.to(model.device)
             tensors = (batch.input_ids, batch.attention_mask, batch.rows, batch.target)
             row = {"position_ids": batch.position_ids, "starts": batch.starts}
-            stats = cast(TokenStats, model(*tensors, **row, stats=True, impl=passes.impl))
+            stats = cast(TokenStats, model(*tensors, **row, stats=True, top=top, impl=passes.impl))
             if mine < len(starts):
                 yield batch, stats
             if progress is not None:
@@ -80,11 +87,17 @@ def batches(
 
 @torch.inference_mode()
 def read_answers(
-    model: SFTMixModel, examples: Sequence[TokenizedExample], passes: Passes, progress: OnBatch | None = None
-) -> list[Answer]:
-    """An ``Answer`` of each example, over all processes, in the order in which they were read."""
+    model: SFTMixModel, examples: Sequence[TokenizedExample], passes: Passes, progress: OnBatch | None = None, *,
+    tokens: TopTokens | None = None,
+) -> list[Answer]:  # fmt: skip
+    """An ``Answer`` of each example, over all processes, in the order in which they were read.
+
+    ``tokens``, where given, gets what is known of the most likely token at each place.
+    """
     found: list[Answer] = []
-    for batch, stats in batches(model, examples, passes, progress):
+    own: TopTokens = []
+    world = passes.world or World()
+    for batch, stats in batches(model, examples, passes, progress, top=tokens is not None):
         member = batch.example == torch.arange(len(batch.ids), device=batch.example.device)[:, None]  # [B, N]
         values = torch.stack(
             [
@@ -96,7 +109,12 @@ def read_answers(
         )
         for name, nll, top1, entropy, first in zip(batch.ids, *values.tolist(), strict=True):
             found.append(Answer(name, nll, int(top1), entropy, first))
-    return [answer for answers in gather_objects(found, passes.world or World()) for answer in answers]
+        if stats.token_logprob is not None:
+            confidence = stats.token_logprob[:, 0].double().exp()
+            own.append((confidence.cpu().numpy(), stats.is_top1.cpu().numpy()))
+    if tokens is not None:
+        tokens += [pair for pairs in gather_objects(own, world) for pair in pairs]
+    return [answer for answers in gather_objects(found, world) for answer in answers]
 
 
 def difficulties(

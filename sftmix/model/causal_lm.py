@@ -98,10 +98,14 @@ class SFTMixModel(nn.Module):
         position_ids: Tensor | None = None,  # [1, T] int64, of a packed row
         starts: Sequence[int] | None = None,  # where the row's documents begin, and T
         stats: bool = False,
+        top: bool = False,
         aux_share: float = 1.0,
         **options: Any,
     ) -> SFTMixLoss | TokenStats | Tensor:
         """The loss of the chosen rows, or with ``stats`` their ``TokenStats``; options of ``sftmix_loss``.
+
+        ``top``, with ``stats``: also the most likely token of each row, ``predicted``, and its log-probability as the
+        one column of ``token_logprob`` [N, 1], for another product with the head.
 
         Without rows the model's own logits [B, T, V]. A packed row [1, T] has ``position_ids`` and ``starts`` and no
         mask, for a model that ``packs`` says can read it.
@@ -122,7 +126,7 @@ class SFTMixModel(nn.Module):
             options["lam"] = torch.empty(0, device=rows.device) if lam is None else lam
             if self.extra.z_loss:
                 options.setdefault("z_loss", self.extra.z_loss)
-        call = HeadCall(rows, target, options)
+        call = HeadCall(rows, target, options, top=top)
         with call.at(self.head), documents(starts):
             output = self.base(**inputs)
         result = cast(SFTMixLoss | TokenStats, call.result)
@@ -148,18 +152,23 @@ class HeadCall:
 
     The model goes on with one zero a token in the place of logits. Hooks, not a wrapper: the head keeps its name and
     its class, and FSDP's own hooks come around these. ``entropy``: the rows' entropies [N] are wanted too, which costs
-    another product with the head; no gradient. ``attached``: the zeros hang on the loss, for DDP, which looks for
-    unused parameters from a model's output.
+    another product with the head; no gradient. ``top``: so is the log-probability of the statistics' most likely token,
+    at the same price. ``attached``: the zeros hang on the loss, for DDP, which looks for unused parameters from a
+    model's output.
     """
 
     def __init__(
         self, rows: Tensor, target: Tensor, options: dict[str, Any], *, entropy: bool = False,
-        attached: bool = False,
+        attached: bool = False, top: bool = False,
     ) -> None:  # fmt: skip
-        self.rows, self.target, self.options = rows, target, options
+        self.rows, self.target, self.options = (
+            rows,
+            target,
+            dict(options, want_predicted=True) if top else options,
+        )
         self.result: Any = None
         self.wants_entropy, self.entropy = entropy, cast(Tensor | None, None)
-        self.attached = attached
+        self.attached, self.top = attached, top
 
     @contextmanager
     def at(self, head: nn.Module) -> Iterator[None]:
@@ -187,6 +196,11 @@ class HeadCall:
         if self.wants_entropy:
             with torch.no_grad():  # while a sharded weight is whole; its forward alone, without these hooks
                 self.entropy = head.forward(args[0].detach(), self.target, stats=True).entropy
+        if self.top:
+            with torch.no_grad():
+                tokens = torch.where(output.predicted < 0, -100, output.predicted)[:, None]  # of ignored rows
+                found = head.forward(args[0], self.target, **{**self.options, "tokens": tokens})
+            self.result = output._replace(token_logprob=found.token_logprob)
         zero = torch.zeros((), dtype=output[0].dtype, device=output[0].device)
         if self.attached:
             zero = zero + 0 * output[0]

@@ -21,7 +21,10 @@ def compare(
     ],
     out: Annotated[str, typer.Option(help="HTML file to write")] = "compare.html",
 ) -> None:
-    """Several runs side by side: held-out figures, settings that differ, agreement of scores and halves."""
+    """Several runs side by side, with differences to the first.
+
+    Held-out figures, settings that differ, agreement of scores and halves; in the terminal, and as one HTML page.
+    """
     target = Path(out)
     if target.is_dir() or target.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"out: expected the name of an HTML file, got {out}")

@@ -12,6 +12,7 @@ import transformers
 import yaml  # type: ignore[import-untyped]
 
 import sftmix
+from sftmix.evaluation.uncertainty import share
 from sftmix.files import replacing
 from sftmix.model.companions import home
 from sftmix.model.export import CARD
@@ -66,13 +67,32 @@ def _figures(method: str, evaluation: dict[str, Any]) -> list[str]:
         if label in evaluation:
             f = evaluation[label]
             shown = (
-                f"{f['nll']:.4f}",
+                f"{f['nll']:.4f}" + (f" ± {f['nll_stderr']:.4f}" if f.get("nll_stderr") is not None else ""),
                 f"{f['perplexity']:.4g}",
                 f"{f['token_accuracy']:.4f}",
                 f["num_examples"],
             )
             rows.append(f"| {label} | {' | '.join(map(str, shown))} |")
-    return [*rows, ""]
+    return [*rows, "", *_benchmarks(method, evaluation)]
+
+
+def _benchmarks(method: str, evaluation: dict[str, Any]) -> list[str]:
+    rows, versions = [], set()
+    for label in ("base", method):
+        for task, found in evaluation.get(label, {}).get("tasks", {}).items():
+            asked = "chat template" if found["about"]["chat_template"] else "plain text"
+            versions.add(str(found["about"]["lm_eval"]))
+            counted = f"{found['num_examples']} of {found['num_rows']}"
+            for metric in found["metrics"]:
+                name = f"{metric['metric']} ({metric['filter']})"
+                cells = (label, task, name, share(metric), counted, found["num_fewshot"], asked)
+                rows.append(f"| {' | '.join(map(str, cells))} |")
+    if not rows:
+        return []
+    made = f"By lm-evaluation-harness {', '.join(sorted(versions))}, greedy, with standard errors."
+    head = ["## Benchmarks", "", made, ""]
+    titles = "| model | task | metric | value | rows | shots | asked as |"
+    return [*head, titles, "|---|---|---|---|---|---|---|", *rows, ""]
 
 
 def _license(session: Session) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sftmix.data.fingerprint import content_hash
 from sftmix.progress import activity
-from sftmix.run.folder import FILES
+from sftmix.run.folder import EXTRA, FILES
 
 # Left out: checkpoints have their own sums and are the way back, evaluate writes the card anew, metrics are pictures'.
 _CHANGING = {"checkpoints", "metrics.jsonl", "tensorboard", "wandb", "README.md"}
@@ -18,11 +18,12 @@ _LONG = 2**30  # bytes that take a second to read
 
 def files_of(folder: Path, stage: str) -> list[Path]:
     """The files of ``stage`` that later ones read, sorted."""
-    place = folder / FILES[stage]
-    if place.is_file():
-        return [place]
-    found = [path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return sorted(path for path in found if not _CHANGING & {*path.relative_to(place).parts})
+    places = [folder / name for name in (FILES[stage], EXTRA.get(stage)) if name]
+    found = [place for place in places if place.is_file()]
+    for place in places:
+        inner = [path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        found += [path for path in inner if not _CHANGING & {*path.relative_to(place).parts}]
+    return sorted(found)
 
 
 def sums(folder: Path, stage: str) -> dict[str, str]:

@@ -37,9 +37,9 @@ def show_files(run_dir: str) -> None:
 
 
 def show_results(run_dir: str) -> None:
-    """The closing table of a run."""
-    from sftmix.run.report import results_table
+    """The closing tables of a run."""
+    from sftmix.run.report import closing_tables
 
     folder = RunFolder(run_dir)
-    if folder.evaluation.exists():
-        show(results_table(folder))
+    for table in closing_tables(folder) if folder.evaluation.exists() else ():
+        show(table)

@@ -13,7 +13,9 @@ dynamics.parquet        score: per example and scoring point
 split.parquet           split: the two halves
 train-sftmix/           checkpoints/, metrics.jsonl, model/ (what from_pretrained loads), adapter/ (with export);
                         train-ntp/ the same
-evaluation.json         evaluate: held-out figures and sample answers by model
+evaluation.json         evaluate: held-out figures, benchmarks and sample answers by model
+evaluation/             heldout.parquet (each example's sums), tasks/ (built-in benchmarks as they were asked, and by
+                        model what was answered), answers/ (by model, for other judges)
 plots/                  data_map.png, loss_curves.png, confidence.png
 report.html             plot: everything about the run on one page
 .lock                   held by the program that works in the folder
@@ -38,7 +40,8 @@ FILES = {
     "reference": "reference", "score": "dynamics.parquet", "split": "split.parquet", "train-ntp": "train-ntp",
     "train-sftmix": "train-sftmix", "evaluate": "evaluation.json", "plot": "plots",
 }  # fmt: skip
-REPORT = "report.html"  # the other thing that the plot stage leaves
+REPORT = "report.html"
+EXTRA = {"evaluate": "evaluation", "plot": REPORT}  # beside it, where there is any
 _RANK = {"reference": 0, "score": 1, "split": 2, "train-ntp": 3, "train-sftmix": 3, "evaluate": 4, "plot": 5}
 RESTARTS = ("reference", "score", "split", "train", "train-ntp", "train-sftmix", "evaluate", "plot", "all")
 
@@ -79,6 +82,9 @@ class RunFolder:
         self.dynamics = self.path / "dynamics.parquet"
         self.split = self.path / "split.parquet"
         self.evaluation = self.path / "evaluation.json"
+        self.heldout = self.path / "evaluation" / "heldout.parquet"
+        self.tasks = self.path / "evaluation" / "tasks"
+        self.answers = self.path / "evaluation" / "answers"
         self.plots = self.path / "plots"
         self.report = self.path / REPORT
         self._stages = self.path / "stages.json"
@@ -194,17 +200,14 @@ class RunFolder:
         removed = []
         if "score" in stages:
             self.remove_scoring()
-        for stage in stages:
-            path = self.path / FILES[stage]
+        for name in [name for stage in stages for name in (FILES[stage], EXTRA.get(stage)) if name]:
+            path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-                removed.append(f"{FILES[stage]}/")
+                removed.append(f"{name}/")
             elif path.exists() or path.is_symlink():
                 path.unlink()
-                removed.append(FILES[stage])
-        if "plot" in stages and self.report.exists():
-            self.report.unlink()
-            removed.append(REPORT)
+                removed.append(name)
         return removed
 
     def remove_scoring(self) -> None:

@@ -19,7 +19,7 @@ from sftmix.data.fingerprint import content_hash
 from sftmix.progress import say
 from sftmix.rank import is_main
 from sftmix.run.checksums import described
-from sftmix.run.folder import FILES, Settings, stages_from
+from sftmix.run.folder import EXTRA, FILES, Settings, stages_from
 from sftmix.run.halves import check_same, make_halves, needs_scores
 from sftmix.scores import cartography
 from sftmix.scores.confidence import read_split
@@ -236,7 +236,7 @@ def _refuse(session: Session, stage: str, present: Settings, *, restart: str) ->
 
 
 def _ways_out(stage: str) -> str:
-    names = ", ".join(FILES[name] for name in stages_from(stage))
+    names = ", ".join(name for each in stages_from(stage) for name in (FILES[each], EXTRA.get(each)) if name)
     return f"take another run folder, or --restart {stage}, which removes {names}"
 
 

@@ -135,6 +135,11 @@ class Models:
             self._live = None
         return fresh
 
+    def load_alone(self, source: ModelConfig) -> SFTMixModel:
+        """The whole model on this process's device, whatever the other processes do."""
+        with activity(f"loading {source.name}"):
+            return load_model(source, device=self.device, tuning=self.config.train.tuning)[0]
+
     def adopt(self, plain: Any) -> SFTMixModel:
         """A model that transformers has just read, on this device, with its loss and checked."""
         model = install_head(plain.to(self.device))

@@ -1,10 +1,11 @@
-"""The table at the end of a run, from the run folder's files alone."""
+"""The tables at the end of a run, from the run folder's files alone."""
 
 from __future__ import annotations
 
 from rich.table import Table
 from rich.text import Text
 
+from sftmix.evaluation.uncertainty import share
 from sftmix.report.figures import COLUMNS, LABELS, result_row, title
 from sftmix.run.folder import RunFolder, read_evaluation
 
@@ -27,6 +28,72 @@ def results_table(folder: RunFolder) -> Table:
         table.add_column(name, justify="right")
     for label, figures in results.items():
         table.add_row(LABELS.get(label, label), *result_row(folder, label, figures))
+    return table
+
+
+def closing_tables(folder: RunFolder) -> list[Table]:
+    """The tables that a run ends with: figures, how sure they are, and benchmarks where there are any."""
+    tables = [results_table(folder), certainty_table(folder), tasks_table(folder)]
+    return [table for table in tables if table is not None]
+
+
+def certainty_table(folder: RunFolder) -> Table | None:
+    """NLL and its differences with standard errors over examples, and the calibration error.
+
+    ECE: expected calibration error of the most likely token. None where the figures have no errors: one example.
+    """
+    results = read_evaluation(folder.evaluation)
+    if not any(figures.get("nll_stderr") is not None for figures in results.values()):
+        return None
+    table = Table(
+        title="Standard errors over examples; differences on the same examples",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    others = [name for name in ("base", "ntp") if any(name in f.get("against", {}) for f in results.values())]
+    for name in ("NLL", *(f"less {LABELS[other]}'s" for other in others), "ECE"):
+        table.add_column(name, justify="right")
+    for label, figures in results.items():
+        shown = [_with_error(figures["nll"], figures.get("nll_stderr"))]
+        for other in others:
+            found = figures.get("against", {}).get(other)
+            shown.append(_with_error(found["nll"], found["nll_stderr"], "+") if found else "–")
+        calibration = figures.get("calibration")
+        shown.append(f"{calibration['ece']:.2%}" if calibration else "–")
+        table.add_row(LABELS.get(label, label), *shown)
+    return table
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def tasks_table(folder: RunFolder) -> Table | None:
+    """Benchmarks of every model, with standard errors; None if there are none.
+
+    Where all rows are right or all are wrong the standard error is 0, and the end of the 95 % interval stands there.
+    """
+    results = read_evaluation(folder.evaluation)
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for label, figures in results.items():
+        for task, found in figures.get("tasks", {}).items():
+            of = found["num_rows"]
+            counted = f"{found['num_examples']}" + (f" of {of}" if of != found["num_examples"] else "")
+            for metric in found["metrics"]:
+                chosen = [] if metric["filter"] == "none" else [metric["filter"]]
+                name = " ".join([task, metric["metric"], *chosen])
+                key = (name, counted, str(found["num_fewshot"]))
+                rows.setdefault(key, {})[label] = share(metric, short=True)
+    if not rows:
+        return None
+    table = Table(title="Benchmarks", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("task and metric", overflow="fold")
+    for name in ("rows", "shots", *(LABELS.get(label, label) for label in results)):
+        table.add_column(name, justify="right")
+    for key, by_label in rows.items():
+        table.add_row(*key, *(by_label.get(label, "–") for label in results))
     return table
 
 

@@ -18,6 +18,7 @@ from sftmix.rank import is_main
 from sftmix.report.gather import gather
 from sftmix.report.page import write_report
 from sftmix.report.texts import Texts
+from sftmix.run.benchmarks import check_more
 from sftmix.run.card import card
 from sftmix.run.evaluate import evaluate, evaluate_one
 from sftmix.run.folder import stage_names
@@ -257,6 +258,7 @@ def run(session: Session, methods: Sequence[str] = METHODS, *, watch: Progress |
     Raises ``ValueError``, before anything is done, where the folder was begun with other settings.
     """
     check(session, stage_names(methods))
+    check_more(session)
     session.tell_data()
     session.models.keep_base = True  # every stage begins with it
     if not session.heldout:

@@ -138,4 +138,6 @@ def _named_files(config: Config, config_file: Path | None) -> list[str]:
         config.model.name,
         config_file,
     ]
+    asked = (config.evaluate.tasks, config.evaluate.fewshot, config.evaluate.answers)
+    sources += [part.strip().rpartition("=")[2] for text in asked if text for part in text.split(",")]
     return [*sources, *(str(other) for other in others if other is not None)]

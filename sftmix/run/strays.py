@@ -15,12 +15,11 @@ from pathlib import Path
 from sftmix.config import CONFIG_FILE
 from sftmix.progress import say
 from sftmix.rank import is_main
-from sftmix.run.folder import FILES, REPORT
+from sftmix.run.folder import EXTRA, FILES
 
 # Beside the files of the stages: the settings, the converted GGUF file, the demo's pairs, the tokens and their account.
-KNOWN = {
-    CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", "scoring", REPORT, *FILES.values(),
-}  # fmt: skip
+KNOWN = {CONFIG_FILE, "stages.json", "base", "data", "tokens", "data.json", "scoring"}
+KNOWN |= {*FILES.values(), *EXTRA.values()}
 _TRAINING = ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "model", "adapter")
 _INNER = {
     "reference": ("checkpoints", "metrics.jsonl", "tensorboard", "wandb", "online.parquet", "point-[0-9]*"),
@@ -34,6 +33,7 @@ _WRITTEN = (
     "reference",
     "train-ntp",
     "train-sftmix",
+    "evaluation",
 )  # where temporary names appear
 _SETTLED = 600.0  # seconds after which no write is still going on
 _SHOWN = 5

@@ -54,12 +54,13 @@ def test_demo_ends_with_its_time_the_table_and_three_sentences(finished: tuple[P
     assert re.match(r"Shown: .* 48 pairs.* from \d\.\d{3} to \d\.\d{3} by next-token training, to \d", shown)
     assert not_shown.startswith("Not shown: that SFTMix is better than next-token training")
     assert next_.startswith("Next, on your own data: ") and "sftmix run --data FILE --model ID" in next_
-    assert (
-        lines[-4].startswith("SFTMix ") and lines[-4].count("│") == 7 and lines[-6].startswith("base model ")
-    )
-    assert all(name in lines[-8] for name in ("steps", "tokens", "mixed", "NLL", "perplexity", "accuracy"))
-    assert max(map(len, lines[-9:-3])) <= 80
     title = next(i for i, line in enumerate(lines) if line.startswith("Held-out answers: 16 examples"))
+    header, _, base, _, ours = lines[title + 1 : title + 6]
+    assert ours.startswith("SFTMix ") and ours.count("│") == 7 and base.startswith("base model ")
+    assert all(name in header for name in ("steps", "tokens", "mixed", "NLL", "perplexity", "accuracy"))
+    assert lines[title + 6].startswith("Standard errors over examples") and lines[-4].startswith("SFTMix ")
+    assert lines[-4].count("±") == 3 and lines[-4].endswith("%")
+    assert max(map(len, lines[title:-3])) <= 80
     assert re.fullmatch(r"demo: (\d+ min )?\d+ s in all", lines[title - 1])
 
 

@@ -28,6 +28,7 @@ FILES = [
     ("train-ntp/model/config.json", "train-ntp: again, train-ntp/model/config.json"),
     ("train-sftmix/model/model.safetensors", "train-sftmix: again, train-sftmix/model/model.safetensors"),
     ("evaluation.json", "evaluate: anew, evaluation.json"),
+    ("evaluation/heldout.parquet", "evaluate: anew, evaluation/heldout.parquet"),
 ]
 
 

@@ -171,7 +171,8 @@ def test_the_card_tells_what_the_model_is(material: tuple[Path, Path], tmp_path:
             "sftmix" if method == "sftmix" else "sft"
         ]
         for label in ("base", method):
-            assert f"| {label} | {told[label]['nll']:.4f} |" in text
+            nll, error = told[label]["nll"], told[label]["nll_stderr"]
+            assert f"| {label} | {nll:.4f} ± {error:.4f} |" in text
         record = json.loads((tmp_path / "r" / "stages.json").read_text())[f"train-{method}"]["settings"]
         assert f"tokens and masks {record['examples']}" in text and f"files {record['model']}" in text
         assert f"method: {method}" in text and "lr: 0.01" in text

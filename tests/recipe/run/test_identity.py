@@ -232,7 +232,10 @@ def test_restart_removes_the_stage_and_what_follows_and_says_so(
     base = json.loads((copy / "evaluation.json").read_text())["base"]
     scores = (copy / "dynamics.parquet").read_bytes()
     sftmix("train", copy, "--mixup.weight=0.4", "--restart", "train-sftmix")
-    assert "restart train-sftmix: removed train-sftmix/, evaluation.json, plots/" in capsys.readouterr().out
+    assert (
+        "restart train-sftmix: removed train-sftmix/, evaluation.json, evaluation/, plots/"
+        in capsys.readouterr().out
+    )
     assert (copy / "train-ntp" / "model").is_dir() and (copy / "dynamics.parquet").read_bytes() == scores
     assert not (copy / "evaluation.json").exists()
     sftmix("evaluate", copy)
