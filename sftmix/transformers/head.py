@@ -40,7 +40,7 @@ def patch_lm_head(model: Model, *, impl: str | None = None, verify: bool = True)
     cannot be replaced.
     """
     base = _base(model)
-    if getattr(base, _STATE, None) is not None:
+    if is_patched(base):
         raise ValueError(
             f"model: expected one that is not patched, got {type(base).__name__} with patch_lm_head's loss"
         )
@@ -113,6 +113,11 @@ def _base(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # torch's types know no methods
+
+
+def is_patched(base: nn.Module) -> bool:
+    """Whether ``patch_lm_head`` patched this causal LM."""
+    return getattr(base, _STATE, None) is not None
 
 
 def patched_by(base: nn.Module) -> str | None:
