@@ -34,7 +34,8 @@ LEAF_USERS = {"sftmix.transformers.callback", "sftmix.cli", "sftmix.run.stages",
 RECIPE_RANKS = {
     "": 0, "files": 0, "rank": 0, "hardware": 0, "knobs": 0, "progress": 1, "sections": 1, "config": 2, "process": 2,
     "recipes": 2, "knobs_page": 3, "data": 3, "model": 3, "scores": 4, "doctor": 4, "training": 5, "evaluation": 6,
-    "run": 7, "transformers": 7, "planning": 8, "demo": 8, "trl": 8, "cli": 9, "examples": 9, "__main__": 10,
+    "run": 7, "transformers": 7, "planning": 8, "demo": 8, "trl": 8, "axolotl": 8, "cli": 9, "examples": 9,
+    "__main__": 10,
 }  # fmt: skip
 
 

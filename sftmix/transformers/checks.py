@@ -31,6 +31,19 @@ def only_trained(scores: Dynamics, examples: Mapping[str, Any]) -> Dynamics:
     return dataclasses.replace(scores, examples=[scores.examples[at] for at in keep], **parts)
 
 
+def only_whole(rows: Sequence[dict[str, Any]], epoch: int, size: int) -> list[dict[str, Any]]:
+    """The scores without those of an epoch that met fewer than ``size`` examples, with a word; each example once."""
+    met: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["checkpoint"] == epoch:
+            met.setdefault(row["example"], row)
+    others = [row for row in rows if row["checkpoint"] != epoch]
+    if met and len(met) < size:
+        say(f"dynamics: {len(met)} of {size} examples were met in epoch {epoch}: it has no scores")
+        met = {}
+    return others + list(met.values())
+
+
 def check_unpatched(base: Any) -> None:
     """Raise ``ValueError`` for a causal LM whose forward is ``patch_lm_head``'s or another package's."""
     if is_patched(base):

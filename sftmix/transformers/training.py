@@ -35,7 +35,7 @@ from sftmix.scores.dynamics import (
 from sftmix.scores.halves import Split
 from sftmix.scores.online import OnlineDynamics
 from sftmix.transformers.callback import epoch_of, is_whole_epoch
-from sftmix.transformers.checks import check_ids, check_unpatched, only_trained
+from sftmix.transformers.checks import check_ids, check_unpatched, only_trained, only_whole
 from sftmix.transformers.pairs import PairCollator, PairDataset, PairSampler, examples_of, rows_of
 from sftmix.transformers.reference import online_dynamics
 from sftmix.transformers.window import Window
@@ -78,9 +78,12 @@ class PairTraining(Trainer):  # type: ignore[misc]
 
     def next_token_run(self, args: Any) -> PairTraining:
         """A trainer of this kind for the reference run: the same model and data, other arguments."""
-        return type(self)(
-            self.model, args, train_dataset=self.train_dataset, processing_class=self.processing_class
-        )
+        made = {
+            name: value
+            for name in ("processing_class", "optimizer_cls_and_kwargs")
+            if (value := getattr(self, name, None)) is not None
+        }
+        return type(self)(self.model, args, train_dataset=self.train_dataset, **made)
 
     def _halves(self, dynamics: Dynamics | str | Path | None, split: Split | None) -> Split | None:
         if split is not None and dynamics is not None:
@@ -116,6 +119,12 @@ class PairTraining(Trainer):  # type: ignore[misc]
             mixup, seed=self._seed, pad_id=self._pad_id(), vocab_size=self.sftmix.vocab_size, packed=self.packed,
             step_size=size,
         )  # fmt: skip
+        group = args.per_device_train_batch_size * args.world_size
+        if args.world_size > 1 and len(pairs) % group and not args.dataloader_drop_last:
+            say(
+                f"train_dataset: every epoch ends with {-len(pairs) % group} examples a second time, so that "
+                f"{args.world_size} processes have as many"
+            )
         before: Any = self.data_collator, args.remove_unused_columns
         self.data_collator, args.remove_unused_columns = collator, False
         try:
@@ -273,17 +282,7 @@ class PairTraining(Trainer):  # type: ignore[misc]
         """
         epoch = epoch_of(self.state)
         self.online.close_epoch(epoch, self.state.global_step, join_world(self.args.device))
-        met: dict[str, dict[str, Any]] = {}
-        for row in self.online.rows:
-            if row["checkpoint"] == epoch:
-                met.setdefault(row["example"], row)
-        others = [row for row in self.online.rows if row["checkpoint"] != epoch]
-        if met and len(met) < len(self.examples):
-            say(
-                f"dynamics: {len(met)} of {len(self.examples)} examples were met in epoch {epoch}: it has no scores"
-            )
-            met = {}
-        self.online.rows = others + list(met.values())
+        self.online.rows = only_whole(self.online.rows, epoch, len(self.examples))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
