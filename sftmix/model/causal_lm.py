@@ -172,6 +172,11 @@ class HeadCall:
         finally:
             for handle in handles:
                 handle.remove()
+        if self.result is None:
+            raise ValueError(
+                "model: expected a forward that calls its head, got one that does not: another package's loss (Liger, "
+                "cut-cross-entropy) was put in its place since"
+            )
 
     def _before(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["input"]  # [B, T, D]
