@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
@@ -206,21 +205,18 @@ class PairTraining(Trainer):  # type: ignore[misc]
 
     def _tell(self, call: HeadCall, loss: Any, inputs: Mapping[str, Any], mode: str) -> None:
         """TRL's metrics of a batch, and the loss's parts."""
-        zero = loss.nll.new_zeros(())
+        zero, mask = loss.nll.new_zeros(()), inputs.get("attention_mask")
+        read = inputs["input_ids"].numel() if mask is None else mask.sum()
         entropy, told = (zero, 0) if call.entropy is None else (call.entropy.sum(), loss.nll.numel())
         parts = [
             loss.nll.sum(), loss.mixup_nll.sum(), loss.is_top1.sum(), zero + loss.nll.numel(),
             zero + loss.mixup_nll.numel(), entropy,
-            zero + told, self._tokens_read(inputs, zero) if mode == "train" else zero,
+            zero + told, zero + (read if mode == "train" else 0),
         ]  # fmt: skip
         here = torch.stack([part.detach().double() for part in parts])
         sums = self.accelerator.gather(here[None]).sum(0).tolist()
         self._window.add(mode, sums)
         self._total_train_tokens += int(sums[-1]) // self.get_tp_size()
-
-    def _tokens_read(self, inputs: Mapping[str, Any], zero: Tensor) -> Tensor:
-        mask = inputs.get("attention_mask")
-        return zero + (inputs["input_ids"].numel() if mask is None else mask.sum())
 
     def window_metrics(self, mode: str) -> dict[str, float]:
         """TRL's metrics, each over all tokens since the newest log, and the parts of SFTMix's loss; a new window."""
@@ -292,6 +288,14 @@ class PairTraining(Trainer):  # type: ignore[misc]
         if self.args.should_save and rows:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             write_table(folder / DYNAMICS_FILE, to_table(rows, SCHEMA, "dynamics"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As ever, but peft, which widens the adapters that it reads to float32, leaves the types that trained."""
+        kept = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if name in kept and parameter.dtype != kept[name]:
+                parameter.data = parameter.data.to(kept[name])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
