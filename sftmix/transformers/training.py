@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from sftmix.config import MixupConfig
 from sftmix.model.causal_lm import HeadCall, SFTMixModel, install_head, verify_head
@@ -35,6 +35,7 @@ from sftmix.scores.halves import Split
 from sftmix.scores.online import OnlineDynamics
 from sftmix.transformers.callback import epoch_of, is_whole_epoch
 from sftmix.transformers.checks import check_ids, check_unpatched, only_trained, only_whole
+from sftmix.transformers.epochs import Epochs
 from sftmix.transformers.pairs import PairCollator, PairDataset, PairSampler, examples_of, rows_of
 from sftmix.transformers.reference import online_dynamics
 from sftmix.transformers.window import Window
@@ -68,9 +69,10 @@ class PairTraining(Trainer):  # type: ignore[misc]
         self.split = self._halves(dynamics, split)
         self.packed = bool(getattr(self.args, "padding_free", False)) and packs(self.sftmix, "on")
         self.online = OnlineDynamics(self.examples, enabled=True)
+        self.sampler = PairSampler(len(self.examples))
         self._counts = (0, 0)  # tokens and mixed tokens of the optimizer step under way, over all processes
         self._window = Window()
-        self.add_callback(_Epochs(self))
+        self.add_callback(Epochs(self))
         # The loss is over the step's tokens already; no division by the accumulation.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -129,7 +131,7 @@ class PairTraining(Trainer):  # type: ignore[misc]
         try:
             return self._get_dataloader(
                 dataset=pairs, description="Training", batch_size=self._train_batch_size,
-                sampler_fn=lambda _: PairSampler(len(pairs)), is_training=True,
+                sampler_fn=lambda _: self.sampler, is_training=True,
             )  # fmt: skip
         finally:
             self.data_collator, args.remove_unused_columns = before
@@ -308,13 +310,3 @@ class PairTraining(Trainer):  # type: ignore[misc]
     def dynamics_rows(self) -> list[dict[str, Any]]:
         """The scores of the epochs that are over: rows of ``dynamics.parquet``, source ``online``."""
         return list(self.online.rows)
-
-
-class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Closes the scores of every epoch."""
-
-    def __init__(self, trainer: PairTraining) -> None:
-        self.trainer = trainer
-
-    def on_epoch_end(self, *arguments: Any, **options: Any) -> None:
-        self.trainer.close_epoch()
