@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Epochs(TrainerCallback):  # type: ignore[misc]
     """Sets the sampler's epoch, and closes the scores of every epoch.
 
-    accelerate sets a sampler's epoch too, but does not reach one inside a sharded batch sampler that leaves out its first
-    batches: several processes resumed in the middle of an epoch would draw the first epoch's pairs.
+    accelerate sets a sampler's epoch too, but does not reach one inside a sharded batch sampler that leaves out its
+    first batches: processes that are resumed in the middle of an epoch would draw the first epoch's pairs.
     """
 
     def __init__(self, trainer: PairTraining) -> None:
