@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WO
 
 KILLS ?= 20
 
-.PHONY: help demo test slow soak architectures test-python test-oldest lint bench gpu install clean
+.PHONY: help demo test slow soak architectures test-python test-oldest test-axolotl lint bench gpu install clean
 
 help:
 	@echo 'make demo   fine-tune SmolLM2-135M with SFTMix, from text to trained weights'
@@ -25,8 +25,8 @@ help:
 	@echo 'make slow   run the long ones: every chip, wide random draws, every architecture'
 	@echo 'make soak   kill small runs at random moments and compare what they end in'
 	@echo 'make architectures   take a tiny model of every architecture through a run (a part of make slow)'
-	@echo 'also: test-python PYTHON=python3.13 and test-oldest (the tests in an environment of their own), lint, bench,'
-	@echo 'install, clean, and gpu OUT=folder (no environment, no network)'
+	@echo 'also: test-python PYTHON=python3.13, test-oldest and test-axolotl (the tests, and those of axolotl, in an'
+	@echo 'environment of their own), lint, bench, install, clean, and gpu OUT=folder (no environment, no network)'
 
 demo: $(READY)
 	$(BIN)/python -m sftmix demo $(DEMO_ARGS)
@@ -53,6 +53,18 @@ test-python:
 # With the lower bounds of pyproject.toml.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt
+
+# axolotl pins other versions than ours, and a CPU needs a part of them.
+test-axolotl: .venv-axolotl/.sftmix-installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-axolotl/bin/python -m pytest tests/recipe/axolotl $(PYTEST_ARGS)
+
+.venv-axolotl/.sftmix-installed: tests/axolotl.txt
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet -c tests/axolotl.txt torch
+	.venv-axolotl/bin/python -m pip install --quiet -r tests/axolotl.txt
+	.venv-axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 \
+		axolotl-contribs-mit==0.0.6 -e .
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ RECIPE_RANKS = {
     "": 0, "files": 0, "rank": 0, "hardware": 0, "knobs": 0, "progress": 1, "sections": 1, "config": 2, "process": 2,
     "recipes": 2, "knobs_page": 3, "data": 3, "model": 3, "scores": 4, "doctor": 4, "terminal": 4, "training": 5,
     "evaluation": 6, "run.folder": 2, "report": 7, "run": 8, "transformers": 8, "planning": 9, "curation": 9, "demo": 9,
-    "trl": 9, "cli": 10, "examples": 10, "__main__": 11,
+    "trl": 9, "axolotl": 9, "cli": 10, "examples": 10, "__main__": 11,
 }  # fmt: skip
 
 

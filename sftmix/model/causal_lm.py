@@ -31,6 +31,7 @@ from sftmix.model.probe import (
     rounding,
     run,
 )
+from sftmix.model.quantised import keep_bits
 from sftmix_kernels import LossHead, SFTMixLoss, TokenStats
 
 PROBE_LOGIT = 100.0  # the head is also probed with logits this large, where no softcap can hide
@@ -181,6 +182,11 @@ class HeadCall:
         finally:
             for handle in handles:
                 handle.remove()
+        if self.result is None:
+            raise ValueError(
+                "model: expected a forward that calls its head, got one that does not: another package's loss (Liger, "
+                "cut-cross-entropy) was put in its place since"
+            )
 
     def _before(self, head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["input"]  # [B, T, D]
@@ -213,6 +219,7 @@ def install_head(causal_lm: Any) -> SFTMixModel:
     Scale and cap of the logits, and what the model adds to its loss, are measured. Raises ``ValueError`` when the
     model has no linear output embedding, or does something else with it (``probe``).
     """
+    keep_bits(causal_lm)  # before anything runs in eval mode
     training = causal_lm.training
     causal_lm.eval()
     around = measure(causal_lm)

@@ -85,12 +85,21 @@ def measure(causal_lm: Any) -> Surroundings:
 
 
 def output_embedding(causal_lm: Any) -> str:
-    """The name of the linear output embedding inside ``causal_lm``; ``ValueError`` where it has none."""
+    """The name of the linear output embedding inside ``causal_lm``; ``ValueError`` where it has none.
+
+    Of a head that peft trains whole (``modules_to_save``) it is the copy that trains.
+    """
     linear = causal_lm.get_output_embeddings()
+    if hasattr(linear, "modules_to_save") and hasattr(linear, "original_module"):
+        linear = linear.modules_to_save[linear.active_adapter]
+    name = type(causal_lm).__name__
+    if hasattr(linear, "base_layer"):
+        raise ValueError(
+            f"model: expected {name} to have a head without adapters before ours is there, got some"
+        )
     if not isinstance(linear, nn.Linear):
         raise ValueError(
-            f"model: expected {type(causal_lm).__name__} to have a linear output embedding, "
-            f"got {type(linear).__name__}"
+            f"model: expected {name} to have a linear output embedding, got {type(linear).__name__}"
         )
     return next(name for name, module in causal_lm.named_modules() if module is linear)
 

@@ -236,14 +236,27 @@ def _not_said(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in str(record.msg)
 
 
-def keep_layout(causal_lm: Any, model: ModelConfig) -> None:
-    """Let no module of bitsandbytes repack its weight: a repacked one has no gradient and other roundings.
+def keep_bits(causal_lm: nn.Module) -> None:
+    """Let no module of bitsandbytes repack its weight in eval mode: a repacked one has no gradient, other roundings.
 
-    Raises ``ValueError`` where head or embedding are quantised: the loss needs the head's numbers.
+    Raises ``ValueError`` where that has happened, as an evaluation on a CPU with bfloat16 products does it.
     """
-    for module in causal_lm.modules():
+    for name, module in causal_lm.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"model: expected 4-bit weights as they were loaded, got {name} repacked by an evaluation on this "
+                    "CPU, which has no gradient: load the model again"
+                )
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def keep_layout(causal_lm: Any, model: ModelConfig) -> None:
+    """``keep_bits``, and one word about 8-bit products instead of many.
+
+    Raises ``ValueError`` when head or embedding are quantised: the loss needs the head's numbers.
+    """
+    keep_bits(causal_lm)
     logging.getLogger(f"{BITS}.autograd._functions").addFilter(_not_said)
     for part in (causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()):
         if part is not None and is_quantised(part):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sftmix.model.causal_lm import HeadCall, SFTMixModel, install_head, verify_head
+from sftmix.model.probe import output_embedding
 from sftmix_kernels import adapt_head
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +41,7 @@ def patch_lm_head(model: Model, *, impl: str | None = None, verify: bool = True)
     cannot be replaced.
     """
     base = _base(model)
-    if getattr(base, _STATE, None) is not None:
+    if is_patched(base):
         raise ValueError(
             f"model: expected one that is not patched, got {type(base).__name__} with patch_lm_head's loss"
         )
@@ -54,11 +55,13 @@ def patch_lm_head(model: Model, *, impl: str | None = None, verify: bool = True)
         raise ValueError(
             "model: expected a head without adapters, got some: patch first, then add them; they train then"
         )
+    name = output_embedding(base)
+    linear = _Linear(name, base.get_submodule(name))
     made = install_head(base)
     if verify:
         verify_head(made)
-    linear = _Linear(made.around.head, head)
-    base.__dict__[_STATE] = _Patch(made, linear, base.__dict__.get("forward"))
+    watch = base.register_forward_pre_hook(_refuse_another)
+    base.__dict__[_STATE] = _Patch(made, linear, base.__dict__.get("forward"), watch)
     base.forward = types.MethodType(_forward(base.forward, made, impl), base)
     return model
 
@@ -80,6 +83,7 @@ def unpatch_lm_head(model: Model) -> Model:
     else:
         base.forward = patch.forward
     patch.linear.put_back(base)
+    patch.watch.remove()
     del base.__dict__[_STATE]
     return model
 
@@ -104,8 +108,17 @@ class _Linear:
 class _Patch:
     """What undoing takes; in the model's __dict__, not among its modules."""
 
-    def __init__(self, made: SFTMixModel, linear: _Linear, forward: Any) -> None:
-        self.made, self.linear, self.forward = made, linear, forward
+    def __init__(self, made: SFTMixModel, linear: _Linear, forward: Any, watch: Any) -> None:
+        self.made, self.linear, self.forward, self.watch = made, linear, forward, watch
+
+
+def _refuse_another(base: nn.Module, args: Any) -> None:
+    """Before each forward of a patched model: another package's, put over it since, would use its own loss."""
+    other = patched_by(base, on_class=False)  # one on the class is never reached
+    if other is not None:
+        raise ValueError(
+            f"model: expected patch_lm_head's forward, got one of {other}, which was put over it: use one of the two"
+        )
 
 
 def _base(model: Any) -> Any:
@@ -115,15 +128,20 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # torch's types know no methods
 
 
-def patched_by(base: nn.Module) -> str | None:
+def is_patched(base: nn.Module) -> bool:
+    """Whether ``patch_lm_head`` patched this causal LM."""
+    return getattr(base, _STATE, None) is not None
+
+
+def patched_by(base: nn.Module, *, on_class: bool = True) -> str | None:
     """The package in ``OTHERS`` that put its own forward in the place of the model's, on it or on its class."""
-    for forward in _layers(base.__dict__.get("forward")), _layers(type(base).forward):
-        for function in forward:
-            code = getattr(function, "__code__", None)
-            parts = code.co_filename.replace("\\", "/").split("/") if code is not None else []
-            found = [name for name in OTHERS if name in parts]
-            if found:
-                return found[0]
+    forwards = [base.__dict__.get("forward"), type(base).forward if on_class else None]
+    for function in (function for forward in forwards for function in _layers(forward)):
+        code = getattr(function, "__code__", None)
+        parts = code.co_filename.replace("\\", "/").split("/") if code is not None else []
+        found = [name for name in OTHERS if name in parts]
+        if found:
+            return found[0]
     return None
 
 

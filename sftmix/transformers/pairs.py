@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from sftmix.config import MixupConfig
 from sftmix.data.tokenized import TokenizedExample
+from sftmix.progress import say
 from sftmix.scores.halves import Split
 from sftmix.training.batch import PairItem, check_batch, collate_pairs, count_mixed
 from sftmix.training.pairs import Pair, draw_lam, epoch_order, epoch_pairs
@@ -90,6 +91,11 @@ def examples_of(dataset: Any, id_column: str) -> Examples:
         index[name] = at
     if not index:
         raise ValueError("train_dataset: expected at least one example, got none")
+    if len(seen) < len(index) and not has_ids:
+        say(
+            f"train_dataset: {len(index) - len(seen)} of {len(index)} examples have the tokens and labels of another "
+            "one: their ids are told apart by -2, -3"
+        )
     return Examples(dataset, index)
 
 

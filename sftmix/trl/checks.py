@@ -1,17 +1,14 @@
-"""What ``SFTMixTrainer`` cannot be beside, and scores that do not fit its examples: refused by name."""
+"""What ``SFTMixTrainer`` cannot be beside: refused by name."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
 from trl.trainer import sft_trainer
 
-from sftmix.progress import say
-from sftmix.scores.dynamics import Dynamics
 from sftmix.trl.config import SFTMixConfig
 
 
@@ -65,23 +62,3 @@ def check_made(trainer: Any) -> None:
         getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)
     ):
         raise ValueError("parallelism_config: expected no context or sequence parallelism, got one")
-
-
-def check_ids(name: str, scored: Sequence[str], examples: Mapping[str, Any]) -> None:
-    missing = examples.keys() - set(scored)
-    if missing:
-        raise ValueError(
-            f"{name}: expected every training example, got {len(scored)} of which {len(missing)} of "
-            f"{len(examples)} are missing, e.g. {min(missing)}; ids are those of args.id_column, or hashes of the "
-            "tokens, which another template or length changes"
-        )
-
-
-def only_trained(scores: Dynamics, examples: Mapping[str, Any]) -> Dynamics:
-    """The scores of the examples alone, with a word about the others."""
-    keep = [at for at, name in enumerate(scores.examples) if name in examples]
-    if len(keep) == len(scores.examples):
-        return scores
-    say(f"dynamics: {len(scores.examples) - len(keep)} scored examples are not among those that train")
-    parts = {name: getattr(scores, name)[:, keep] for name in ("step", "nll_sum", "num_tokens", "top1_share")}
-    return dataclasses.replace(scores, examples=[scores.examples[at] for at in keep], **parts)

@@ -2,107 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import SFTConfig
 
-from sftmix.knobs import check_range
-from sftmix.sections import MixupConfig
-
-REFERENCES = ("online",)
+from sftmix.transformers.arguments import PairArguments
 
 
 @dataclass
-class SFTMixConfig(SFTConfig):  # type: ignore[misc]
+class SFTMixConfig(PairArguments, SFTConfig):  # type: ignore[misc]
     """Every option of ``SFTConfig``, and where the halves come from and how they are mixed.
 
     Raises ``ValueError`` naming the option for a value that it cannot have, and for what SFTMix cannot be beside: TRL's
     own packing, which joins examples before they can be paired, another loss, and an odd batch.
     """
 
-    mixup_weight: float = field(
-        default=0.2,
-        metadata={"help": "Weight mu of the Mixup term; 0 is next-token loss on the same batches."},
-    )
-    mixup_alpha: float = field(
-        default=0.5,
-        metadata={"help": "lambda, the weight of the confident member, is drawn from Beta(alpha, alpha)."},
-    )
-    mixup_lam: str = field(
-        default="pair",
-        metadata={"help": "One lambda per 'pair', per mixed 'token', or per 'batch', an optimizer step."},
-    )
-    mixup_ntp_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the next-token term beside it; 0 is Mixup alone."}
-    )
-    mixup_schedule: str = field(
-        default="constant",
-        metadata={"help": "mu over the run: 'constant', 'linear' or 'cosine', falling to 0."},
-    )
-    mixup_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of all steps over which mu rises from 0."}
-    )
-    mixup_pairing: str = field(
-        default="random",
-        metadata={"help": "Partners at 'random', or of similar 'length' among 64 at random."},
-    )
-    dynamics: str | None = field(
-        default=None, metadata={"help": "dynamics.parquet with the scores of every training example, by id."}
-    )
-    reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "'online': without scores, train next-token first, on the same data, and take them there."
-        },
-    )
-    reference_epochs: int = field(default=1, metadata={"help": "Epochs of the reference run."})
-    id_column: str = field(
-        default="id",
-        metadata={"help": "Column with the examples' ids; without it an id is a hash of the tokens."},
-    )
-    sftmix_impl: str | None = field(
-        default=None,
-        metadata={"help": "The loss: 'fused', 'chunked' or 'reference'; None takes the fastest here."},
-    )
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check()
-
-    def _check(self) -> None:
-        def refuse(name: str, expected: str) -> None:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-
-        for item in dataclasses.fields(MixupConfig):
-            name = f"mixup_{item.name}"
-            check_range(name, getattr(self, name), item.metadata)
-        if self.mixup_weight == self.mixup_ntp_weight == 0:
-            refuse("mixup_ntp_weight", "more than 0 beside mixup_weight=0, which leaves no loss")
-        if self.reference is not None and self.reference not in REFERENCES:
-            refuse("reference", "'online' or None")
-        if self.reference is not None and self.dynamics is not None:
-            refuse("reference", "None beside dynamics, which has the scores already")
-        if self.reference_epochs < 1:
-            refuse("reference_epochs", "at least 1")
+        self.check_pairs()
         if self.packing:
-            refuse(
+            self.refuse(
                 "packing",
                 "False, as it joins examples before they can be paired (padding_free=True has no padding)",
             )
         if self.loss_type != "nll":
-            refuse("loss_type", "'nll', as the loss is SFTMix's")
+            self.refuse("loss_type", "'nll', as the loss is SFTMix's")
         if self.per_device_train_batch_size % 2:
-            refuse("per_device_train_batch_size", "an even number, whole pairs")
+            self.refuse("per_device_train_batch_size", "an even number, whole pairs")
         if self.group_by_length_asked():
-            refuse("train_sampling_strategy", "'random', as the batches are those of the pairs")
-
-    @property
-    def mixup(self) -> MixupConfig:
-        """The knobs of the Mixup term as the recipe has them."""
-        return MixupConfig(
-            **{f.name: getattr(self, f"mixup_{f.name}") for f in dataclasses.fields(MixupConfig)}
-        )
+            self.refuse("train_sampling_strategy", "'random', as the batches are those of the pairs")
 
     def group_by_length_asked(self) -> bool:
         """Whether transformers was asked for batches in another order than at random."""

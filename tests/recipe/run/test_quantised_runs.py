@@ -119,10 +119,9 @@ def test_full_tuning_of_bits_is_one_line_before_any_data(
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     done = command("run", "--model", str(base), "--data", str(material[1]), "--run-dir", str(tmp_path / "r"))
     assert done.returncode == 2
-    last = done.stderr.strip().splitlines()
-    assert len(last) == 1 and last[0].startswith(f"sftmix: model.name: {base} is quantised with "), (
-        done.stderr
-    )
+    lines = done.stderr.strip().splitlines()  # torchao says which of its libraries it cannot load
+    assert lines[-1].startswith(f"sftmix: model.name: {base} is quantised with "), done.stderr
+    assert sum(line.startswith("sftmix: ") for line in lines) == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "r" / "tokens").exists() and "tokenising" not in done.stdout
 
 

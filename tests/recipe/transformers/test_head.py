@@ -160,6 +160,24 @@ def test_a_peft_model_is_patched_inside() -> None:
     assert found[1].keys() == expected[1].keys()
 
 
+def test_a_head_that_peft_trains_whole_is_patched_inside() -> None:
+    """``modules_to_save``: the gradient is that of the copy which trains; undone, the copy is a plain layer again."""
+    settings = LoraConfig(
+        r=2, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    model = get_peft_model(tiny.causal_lm(), settings)
+    expected = gradients(model, **batch())
+    found = gradients(patch_lm_head(model), **batch())
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert found[1].keys() == expected[1].keys() and any("modules_to_save" in name for name in found[1])
+    for name, value in expected[1].items():
+        torch.testing.assert_close(
+            found[1][name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name
+        )
+    unpatch_lm_head(model)
+    assert not any(isinstance(module, LossHead) for module in model.modules())
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_compiles() -> None:
     own, ours = tiny.causal_lm(), patch_lm_head(tiny.causal_lm())

@@ -27,6 +27,14 @@ def main(out: Path) -> None:
                 "rows": found.dynamics_rows,
             }
             torch.save(kept, out / f"{name}.pt")
+    told = {"rows": dataset(examples), "split": split, "per_device_train_batch_size": 2}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    whole, again = (trainer(out / folder, **told, **saving) for folder in ("whole", "again"))
+    whole.train()
+    again.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-4"))
+    if dist.get_rank() == 0:
+        ends = {name: (weights(t.model), t.dynamics_rows) for name, t in (("whole", whole), ("again", again))}
+        torch.save(ends, out / "resumed.pt")
     uneven = trainer(
         out / "uneven", per_device_train_batch_size=2
     )  # eleven batches: accelerate adds one again

@@ -40,6 +40,13 @@ def test_two_processes_train_as_one(out: Path, tmp_path: Path, name: str, change
         assert two["nll_sum"] == pytest.approx(one["nll_sum"], rel=1e-4)
 
 
+def test_resumed_in_the_middle_of_an_epoch_the_bits_are_the_same(out: Path) -> None:
+    """Of the second epoch, whose pairs are not the first one's."""
+    ends = torch.load(out / "resumed.pt", weights_only=False)
+    assert_close(ends["again"][0], ends["whole"][0], 0)
+    assert ends["again"][1] == ends["whole"][1] and len(ends["whole"][1]) == 2 * len(EXAMPLES)
+
+
 def test_an_uneven_number_of_batches_scores_every_example_once(out: Path) -> None:
     found = torch.load(out / "uneven.pt", weights_only=False)
     assert found["steps"] == 6

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
+from sftmix.model.causal_lm import install_head
 from sftmix.scores.dynamics import read_dynamics, write_dynamics
 from sftmix.training.metrics import read_metrics
 from sftmix.training.runs import train_pairs, train_plain
@@ -225,6 +226,36 @@ def test_adapters_train_and_are_saved(tmp_path: Path) -> None:
         assert torch.equal(now[key], value), name
     found.save_model(str(tmp_path / "adapter"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # untied, tied: peft trains a copy
+def test_a_head_that_peft_trains_whole_is_trained(tmp_path: Path, kind: str) -> None:
+    """``modules_to_save``: the copy that trains bears the loss and is saved; the base stays as it was."""
+    base = tiny.causal_lm(kind)
+    before = weights(base)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    found = trainer(tmp_path, model=base, peft_config=settings)
+    found.train()
+    copied = found.model.base_model.model.lm_head
+    assert torch.equal(
+        copied.original_module.weight, before.get("lm_head.weight", before["model.embed_tokens.weight"])
+    )
+    moved = (copied.modules_to_save["default"].weight - copied.original_module.weight).abs().max()
+    assert moved > 0.01
+    found.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(tiny.causal_lm(kind), tmp_path / "adapter").eval()
+    ids = torch.arange(7, 27).view(2, 10)
+    torch.testing.assert_close(again(ids).logits, found.model.eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_adapters_on_a_head_that_is_not_ours_yet_are_refused(tmp_path: Path) -> None:
+    settings = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head"):  # by TRL itself
+        trainer(tmp_path, model=tiny.causal_lm(), peft_config=settings)
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM to have a head without adapters before ours is there"
+    ):
+        install_head(get_peft_model(tiny.causal_lm(), settings).get_base_model())
 
 
 def test_evaluation_is_the_next_token_loss_without_logits(tmp_path: Path) -> None:

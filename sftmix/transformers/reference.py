@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from trl import SFTTrainer
 
 from sftmix.progress import say
 from sftmix.scores.dynamics import Dynamics, read_dynamics, write_dynamics
 from sftmix.training.randomness import own_randomness
 
 if TYPE_CHECKING:
-    from sftmix.trl.trainer import SFTMixTrainer
+    from sftmix.transformers.training import PairTraining
 
 
-def online_dynamics(trainer: SFTMixTrainer, path: Path) -> Dynamics:
+def online_dynamics(trainer: PairTraining, path: Path) -> Dynamics:
     """Every example's scores, from ``path`` where an earlier call left them, else from a run of whole epochs.
 
     The model's trained weights, which the run changes, are as they were afterwards, and so is randomness. The run is
@@ -39,19 +38,14 @@ def online_dynamics(trainer: SFTMixTrainer, path: Path) -> Dynamics:
     args = copy.copy(trainer.args)
     args.output_dir, args.num_train_epochs, args.max_steps = str(path.parent), args.reference_epochs, -1
     args.eval_strategy = args.save_strategy = "no"
-    args.load_best_model_at_end = args.push_to_hub = False
+    args.load_best_model_at_end = args.push_to_hub = args.eval_on_start = False
     args.mixup_ntp_weight = 1.0  # it trains next-token, whatever the run after it does
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     start = [p.detach().to("cpu", copy=True) for p in weights]
     say(f"reference: next-token training for {args.reference_epochs} epochs, for the scores")
     with own_randomness(torch.device(args.device)):
-        run = type(trainer)(
-            trainer.model,
-            args,
-            train_dataset=trainer.train_dataset,
-            processing_class=trainer.processing_class,
-        )
-        SFTTrainer.train(run)
+        run = trainer.next_token_run(args)
+        run.train_plain()
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_dynamics(path, run.online.rows)
