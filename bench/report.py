@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench import cpu_targets, data, load, loop, targets
+from bench import cpu_targets, data, load, loop, suspects, targets
 from bench.figures import OUT_OF_TIME, Figure, newest, read_figures
 from bench.machine import ROOT
 from bench.summary import summary
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     figures = read_figures(RESULTS)
     measured = tables(figures)
-    others = [(data.section, data.RECORD), (load.section, load.RECORD)]
+    others = [(data.section, data.RECORD), (load.section, load.RECORD), (suspects.section, suspects.RECORD)]
     others += [(loop.section, path) for path in loop.RECORDS]
     for section, record in others:
         if record.exists():
