@@ -124,7 +124,7 @@ def reference(
 def score(
     ctx: typer.Context,
     data: Annotated[str | None, typer.Option(help="score this file alone, without a run folder")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="with --data: one or more checkpoints")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="with --data: one or more checkpoints, or `demo`")] = None,
     out: Annotated[str | None, typer.Option(help="with --data: folder to write; by default one in scores/")] = None,
     ifd: Annotated[bool, typer.Option(help="with --data: also without the prompts, for IFD")] = True,
     config: ConfigFile = None, restart: Restart = None,
@@ -140,6 +140,9 @@ def score(
             raise ValueError(f"{'model' if model else 'out'}: expected none beside a run folder, got one")
         _stage("score", run_dir, config, flags, restart)
         return
+    if model == ["demo"]:
+        named = _model_flags("demo")
+        model, flags = [named[0].removeprefix("model.name=")], [*named, *flags]
     score_file(str(data), model or [], out, ifd=ifd, config=config, extra=flags)
 
 

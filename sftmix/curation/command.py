@@ -62,7 +62,8 @@ def _summary(scores: ExampleScores) -> Any:
     from rich.table import Table
 
     table = Table(
-        title=f"{len(scores.examples)} examples, {scores.num_points} scoring points", title_justify="left"
+        title=f"{len(scores.examples)} examples, scored at {scores.num_points} point{'s' * (scores.num_points > 1)}",
+        title_justify="left",
     )
     table.add_column("score", no_wrap=True)
     for name in ("examples", "lowest", "10 %", "median", "90 %", "highest"):

@@ -162,8 +162,13 @@ def _rows(
     model: SFTMixModel, passes: Passes, part: list[TokenizedExample], tell: OnBatch, *, begin: int | None, ifd: bool,
     facts: dict[str, Any],
 ) -> Rows:  # fmt: skip
-    answers = read_answers(model, part, passes, tell)
-    found = difficulties(model, part, answers, passes, begin=begin) if ifd else {}
+    size, share = len(part), 2 if ifd else 1  # of the examples that are done, after the first pass
+    answers = read_answers(model, part, passes, lambda done, _: tell(done // share, size))
+
+    def second(done: int, of: int) -> None:
+        tell((size + size * done // of) // 2, size)
+
+    found = difficulties(model, part, answers, passes, begin=begin, progress=second) if ifd else {}
     sizes = {example.id: example.num_supervised for example in part}
     return [
         score_row(
