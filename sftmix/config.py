@@ -83,6 +83,15 @@ class Config:
         if (by == "given") != (file is not None):
             expected = "a file" if by == "given" else "none"
             raise ValueError(f"split.file: expected {expected} with split.by={by}, got {file or 'none'}")
+        if by != "quantile" and self.split.confident_share != SplitConfig.confident_share:
+            raise ValueError(
+                f"split.confident_share: expected {SplitConfig.confident_share} with split.by={by}, got "
+                f"{self.split.confident_share}: it is the quantile's"
+            )
+        if by in ("random", "given") and self.reference.scores is not None:
+            raise ValueError(
+                f"reference.scores: expected none with split.by={by}, without scores, got {self.reference.scores}"
+            )
         if self.mixup.weight == self.mixup.ntp_weight == 0:
             raise ValueError(
                 "mixup.ntp_weight: expected more than 0 beside mixup.weight=0, which leaves no loss, got 0"

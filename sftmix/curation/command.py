@@ -137,6 +137,10 @@ def select(
     names = set(scored.examples)
     chosen = selection.listed(names, read_ids(ids), "ids") if ids is not None else set(names)
     chosen -= selection.listed(names, read_ids(without), "without") if without is not None else set()
+    if take != "highest" and (keep is None or by == "random"):
+        raise ValueError(f"take: expected it beside --keep and a score, got {take}")
+    if seed and by != "random":
+        raise ValueError(f"seed: expected it beside --by random, got {seed}")
     score = "num_tokens" if by == "longest" else by
     if above is not None or below is not None:
         chosen &= selection.within(scored, score, above, below)

@@ -122,6 +122,12 @@ def test_how_many_are_kept(keep: str, count: int) -> None:
         (["--keep", "13"], "keep: expected a number from 1 to 12"),
         (["--keep", "0.3"], "keep: expected a number from 1 to 12, or a share such as 30%, got '0.3'"),
         (["--keep", "-1"], "keep: expected"),
+        (["--take", "ends", "--above", "0"], "take: expected it beside --keep and a score, got ends"),
+        (
+            ["--keep", "2", "--by", "random", "--take", "ends"],
+            "take: expected it beside --keep and a score, got ends",
+        ),
+        (["--keep", "2", "--seed", "3"], "seed: expected it beside --by random, got 3"),
         (["--by", "ifd", "--above", "9"], "keep: expected some example to be left, got none"),
         (["--keep", "12", "--by", "ifd"], "keep: expected at most the 11 examples that have ifd, got 12"),
         (["--keep", "2", "--by", "loss"], "by: expected one of confidence, .*, or random, got 'loss'"),

@@ -81,6 +81,28 @@ def test_halves_of_other_examples_are_refused_before_anything_is_done(
         run(material, tmp_path / "g", "--split.file", str(file))
 
 
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (
+            ["--split.confident_share", "0.3"],
+            r"split\.confident_share: expected 0\.5 with split\.by=median, got 0\.3",
+        ),
+        (
+            ["--split.by", "random", "--reference.scores", "x"],
+            r"reference\.scores: expected none with split\.by=random",
+        ),
+        (["--mixup.weight", "0", "--mixup.ntp_weight", "0"], r"mixup\.ntp_weight: expected more than 0"),
+    ],
+)
+def test_a_knob_that_nothing_would_read_is_refused(
+    material: tuple[Path, Path], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(material, tmp_path / "r", *flags)
+    assert not (tmp_path / "r").exists()
+
+
 def test_another_split_in_the_same_folder_is_refused(
     material: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
