@@ -137,9 +137,8 @@ def section(record: dict[str, Any]) -> str:
         "**Finding swapped answers** (`sftmix suspects`): area under the ROC curve, 0.5 being chance, mean and "
         f"standard deviation of {len(seeds)} seeds\n\n| score | AUROC | lowest | highest |\n|---|--:|--:|--:|\n"
         + "\n".join(rows) + f"\n\n{record['examples']} questions of MedQuAD, answers of at most {LONGEST} characters, "
-        f"of which {' or '.join(map(str, swapped))} are another's; SmolLM2-135M, LoRA. A swapped answer is a good "
-        "text at the wrong place: what tells it is how little the prompt helps, not how hard it is. Training on it "
-        f"hides it. {record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
+        f"of which {' or '.join(map(str, swapped))} are another's; SmolLM2-135M, LoRA. The loss of the first epoch "
+        f"and the scores over epochs are those of the training steps themselves. {record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Suspect:
 
 def default_score(scores: ExampleScores) -> str:
     """The score that finds swapped answers best of those that are there (bench/RESULTS.md): IFD at the first scoring
-    point, before training could hide them; else the first NLL."""
+    point; else the first NLL."""
     return "first_ifd" if "first_ifd" in scores.columns else "first_nll"
 
 
