@@ -135,6 +135,7 @@ def _named_files(config: Config, config_file: Path | None) -> list[str]:
         data.chat_template,
         config.reference.scores,
         config.reference.model,
+        config.split.file,
         config.model.name,
         config_file,
     ]
