@@ -138,7 +138,8 @@ def section(record: dict[str, Any]) -> str:
         f"standard deviation of {len(seeds)} seeds\n\n| score | AUROC | lowest | highest |\n|---|--:|--:|--:|\n"
         + "\n".join(rows) + f"\n\n{record['examples']} questions of MedQuAD, answers of at most {LONGEST} characters, "
         f"of which {' or '.join(map(str, swapped))} are another's; SmolLM2-135M, LoRA. The loss of the first epoch "
-        f"and the scores over epochs are those of the training steps themselves. {record['device']}; {versions}; commit {record['commit']}: `{record['command']}`"
+        f"and the scores over epochs are those of the training steps themselves. {record['device']}; {versions}; "
+        f"commit {record['commit']}: `{record['command']}`"
     )  # fmt: skip
 
 
