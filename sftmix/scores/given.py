@@ -6,6 +6,7 @@ Read are Parquet, JSON Lines, JSON, CSV and their compressed forms, as training 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,10 @@ def read_halves(path: str) -> Split:
 
 
 def read_ids(path: str) -> list[str]:
-    """Ids of examples, each once: a text file with one a line, or rows as above. Raises ``ValueError`` for repeats."""
+    """Ids of examples, each once: a text file with one a line, rows as above, or a JSON array of ids (a report's).
+
+    Raises ``ValueError`` for a file that cannot be read, one without ids, and for repeats.
+    """
     if path.endswith(".txt"):
         try:
             with open(path, encoding="utf-8") as file:
@@ -78,7 +82,7 @@ def read_ids(path: str) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: expected a text file of ids, got {error}") from error
     else:
-        names = [name for _, name, _ in records(path)]
+        names = _json_ids(path) or [name for _, name, _ in records(path)]
     if not names:
         raise ValueError(f"{path}: expected ids, got none")
     seen: set[str] = set()
@@ -87,6 +91,18 @@ def read_ids(path: str) -> list[str]:
             raise ValueError(f"{path}: expected every id once, got {name} again")
         seen.add(name)
     return names
+
+
+def _json_ids(path: str) -> list[str]:
+    """The ids of a JSON array of texts, as a report's page saves them; none for any other file."""
+    if not path.endswith(".json"):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):  # whoever reads it as rows says what is wrong
+        return []
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
 
 
 def _number(place: str, key: str, value: Any) -> float:

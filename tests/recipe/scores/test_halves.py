@@ -112,6 +112,13 @@ def test_ids_are_read_from_lines_or_rows(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("a\n\n b \n")
     assert read_ids(str(tmp_path / "ids.txt")) == ["a", "b"]
     assert read_ids(write(tmp_path, [{"guid": 1}, {"id": "x"}])) == ["1", "x"]
+    (tmp_path / "ids.json").write_text('["a", "b-2"]')  # what "Save ids" of a report writes
+    assert read_ids(str(tmp_path / "ids.json")) == ["a", "b-2"]
+    (tmp_path / "rows.json").write_text('[{"id": "c"}]')
+    assert read_ids(str(tmp_path / "rows.json")) == ["c"]
+    (tmp_path / "bad.json").write_text('["a", 7]')
+    with pytest.raises(ValueError, match=r"bad\.json"):
+        read_ids(str(tmp_path / "bad.json"))
     (tmp_path / "twice.txt").write_text("a\nb\na\n")
     with pytest.raises(ValueError, match="expected every id once, got a again"):
         read_ids(str(tmp_path / "twice.txt"))
